@@ -1,0 +1,50 @@
+# One virtual environment, made on first use and again whenever what it holds has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUNDLE := out/emoji
+PROMPT ?= a red apple
+
+.PHONY: help run test check format bench clean
+
+help:
+	@echo "make run     draw a picture with the embedded model, from its checkpoint"
+	@echo "make test    everything that CI checks: format, lint, types, tests"
+	@echo "make check   format, lint and types alone"
+	@echo "make format  rewrite the code as 'make check' wants it"
+	@echo "make bench   the figures of the README, measured here"
+	@echo "make clean   remove what the above made, the virtual environment too"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("sdrt needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: $(STAMP)
+	@mkdir -p out
+	@start=$$(date +%s); \
+	$(BIN)/sd-export models/emoji $(BUNDLE) --fp16-weights --force && \
+	exported=$$(date +%s); \
+	$(BIN)/sd-run "$(PROMPT)" --bundle $(BUNDLE) --seed 1 --output out/picture.png && \
+	drawn=$$(date +%s); \
+	echo "export $$((exported - start)) s, drawing $$((drawn - exported)) s: look at $(CURDIR)/out/picture.png"
+
+test: check
+	$(BIN)/pytest -m "not gpu and not slow"
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m sdrt.benchmarks.first_picture
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

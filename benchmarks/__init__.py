@@ -1,0 +1,1 @@
+"""Benchmarks: latency beside the peers, and reports."""
