@@ -1,0 +1,37 @@
+"""The layout of one row of a sampler's table, shared by the NumPy, CUDA and C++ step kernels."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+HISTORY: Final = 4  # how many d a row can read, its own included: PLMS and LMS need four
+
+
+class Column(IntEnum):
+    """Where each number of a row is; a kernel reads the row as ``COLUMNS`` floats in this order.
+
+    The last four do not enter the step. ``X0_X`` and ``X0_M`` give the model's guess of the clean latents,
+    ``x0 = X0_X * x + X0_M * m``. ``SIGNAL`` and ``NOISE`` say what x is when the row begins,
+    ``x = SIGNAL * x0 + NOISE * noise``: an image is brought to that level with them. After the last row
+    there is no such level; x is the result.
+    """
+
+    INPUT_SCALE = 0
+    P = 1
+    Q = 2
+    A = 3
+    B0 = 4
+    B1 = 5
+    B2 = 6
+    B3 = 7
+    E = 8
+    C = 9
+    SAVE = 10  # 1.0 or 0.0
+    X0_X = 11
+    X0_M = 12
+    SIGNAL = 13
+    NOISE = 14
+
+
+COLUMNS: Final = len(Column)
