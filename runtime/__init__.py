@@ -1,0 +1,75 @@
+"""Bundle to pictures, without torch.
+
+::
+
+    from sdrt.runtime import Pipeline
+
+    pipeline = Pipeline.load()  # the embedded model; or the folder that sd-export made
+    output = pipeline("a red apple", seed=3)
+    output.images[0].save("apple.png")
+
+The names below are loaded on first use, so that ``sd-run --help`` does not wait for NumPy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdrt.runtime.bundle import Bundle
+    from sdrt.runtime.errors import (
+        BackendError,
+        BundleError,
+        NumericsError,
+        OutputError,
+        SdrtError,
+        UsageError,
+    )
+    from sdrt.runtime.images import save_png
+    from sdrt.runtime.pipeline import (
+        BlackImageWarning,
+        Pipeline,
+        PipelineOutput,
+        PromptTruncatedWarning,
+    )
+
+_HOME = {
+    "BackendError": "errors",
+    "BlackImageWarning": "pipeline",
+    "Bundle": "bundle",
+    "BundleError": "errors",
+    "NumericsError": "errors",
+    "OutputError": "errors",
+    "Pipeline": "pipeline",
+    "PipelineOutput": "pipeline",
+    "PromptTruncatedWarning": "pipeline",
+    "SdrtError": "errors",
+    "UsageError": "errors",
+    "save_png": "images",
+}
+
+__all__ = [
+    "BackendError",
+    "BlackImageWarning",
+    "Bundle",
+    "BundleError",
+    "NumericsError",
+    "OutputError",
+    "Pipeline",
+    "PipelineOutput",
+    "PromptTruncatedWarning",
+    "SdrtError",
+    "UsageError",
+    "save_png",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"sdrt.runtime.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,182 @@
+"""``sd-run PROMPT``: draw from a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import sdrt
+from sdrt.runtime.command import Parser, run_command
+from sdrt.runtime.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from sdrt.runtime.pipeline import Pipeline, PipelineOutput
+
+EPILOG: Final = """exit status: 0 done; 2 usage; 3 the bundle cannot be used; 6 NaN or infinity;
+7 the backend is missing or fails; 8 the picture cannot be written; 130 interrupted; 1 anything else.
+No file is left half written."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``sd-run``."""
+    result = Parser(
+        prog="sd-run",
+        description="Draw pictures from a prompt.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = result.add_argument
+    add("prompt", metavar="PROMPT", help="what to draw")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to move away from")
+    add("--bundle", metavar="DIR", help="a folder that sd-export made (the embedded emoji model)")
+    add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (the bundle's)")
+    add("--guidance-scale", type=float, metavar="W", help="1 or less: no guidance (the bundle's)")
+    add("--seed", type=int, help="of the first picture, the next take the next (random)")
+    add("--num-images", "--num-images-per-prompt", type=int, default=1, metavar="N", help="pictures (1)")
+    add("--height", type=int, metavar="PIXELS", help="(the bundle's)")
+    add("--width", type=int, metavar="PIXELS", help="(the bundle's)")
+    add("--sampler", help="ddim, dpmpp_2m or euler (the bundle's)")
+    add("--karras", action="store_true", help="Karras noise levels (dpmpp_2m and euler)")
+    add("--eta", type=float, default=0.0, help="share of fresh noise per step, 0 to 1 (ddim; 0)")
+    add("--rng", default="philox", help="noise as PyTorch's CUDA (philox) or CPU (cpu) generator gives it")
+    add("--output", "-o", type=Path, metavar="PATH", help="a .png, or a folder (./PROMPT-SEED.png)")
+    add("--json", action="store_true", help="print one JSON object: paths, seeds, seconds per stage")
+    add("--quiet", "-q", action="store_true", help="print errors only")
+    add("--backend", default="onnxruntime-cpu", help="onnxruntime-cpu")
+    add("--threads", type=int, metavar="N", help="threads inside one operator (one per core)")
+    add("--no-verify", action="store_true", help="compare sizes but not hashes of the bundle's files")
+    add("--version", action="version", version=f"sdrt {sdrt.__version__}")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    arguments = parser().parse_args(argv)
+    return run_command("sd-run", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    _check_output(arguments.output)
+    from sdrt.runtime.pipeline import Pipeline  # numpy and the rest, once the arguments have been read
+
+    pipeline = Pipeline.load(
+        arguments.bundle,
+        backend=arguments.backend,
+        threads=arguments.threads,
+        verify=not arguments.no_verify,
+    )
+    loaded = time.perf_counter() - started
+    with _progress(arguments) as on_step:
+        output = pipeline(
+            arguments.prompt,
+            negative_prompt=arguments.negative_prompt,
+            height=arguments.height,
+            width=arguments.width,
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            num_images_per_prompt=arguments.num_images,
+            seed=arguments.seed,
+            rng=arguments.rng,
+            sampler=arguments.sampler,
+            karras=arguments.karras,
+            eta=arguments.eta,
+            callback_on_step_end=on_step,
+        )
+    before_saving = time.perf_counter()
+    paths = _save(arguments, output)
+    seconds = {
+        "load": loaded,
+        **output.timings,
+        "save": time.perf_counter() - before_saving,
+        "process": time.perf_counter() - started,
+    }
+    _report(arguments, paths, output, seconds)
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse a place that cannot be written before anything is drawn."""
+    target = Path() if output is None else output
+    folder = target.parent if target.suffix.lower() == ".png" else target
+    if target.suffix and target.suffix.lower() != ".png" and not target.is_dir():
+        raise UsageError(f"--output is {target}: a name that ends in .png, or a folder")
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {target}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {target}: no permission to write in {folder}")
+
+
+def _save(arguments: argparse.Namespace, output: PipelineOutput) -> list[Path]:
+    from sdrt.runtime.images import save_png
+
+    paths = _paths(arguments, [recipe["seed"] for recipe in output.recipes])
+    for path, image, recipe in zip(paths, output.images, output.recipes, strict=True):
+        save_png(image, path, recipe)
+    return paths
+
+
+def _paths(arguments: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
+    """One file per picture; several pictures for one name get ``-1``, ``-2`` … before the suffix."""
+    from sdrt.runtime.images import slug
+
+    output: Path | None = arguments.output
+    if output is None or output.suffix.lower() != ".png" or output.is_dir():
+        folder = Path() if output is None else output
+        return [folder / f"{slug(arguments.prompt)}-{seed}.png" for seed in seeds]
+    if len(seeds) == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{index}") for index in range(1, len(seeds) + 1)]
+
+
+@contextmanager
+def _progress(
+    arguments: argparse.Namespace,
+) -> Iterator[Callable[[Pipeline, int, float, dict[str, Any]], None] | None]:
+    """A bar that moves with each step, on a terminal; nothing elsewhere."""
+    if arguments.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=arguments.steps)
+
+        def on_step(pipeline: Pipeline, _step: int, _timestep: float, _state: dict[str, Any]) -> None:
+            steps = arguments.steps or pipeline.bundle.manifest.defaults.num_inference_steps
+            batches = -(-arguments.num_images // pipeline.bundle.manifest.limits.max_batch)
+            bar.update(task, advance=1, total=steps * batches)
+
+        yield on_step
+
+
+def _report(
+    arguments: argparse.Namespace, paths: list[Path], output: PipelineOutput, seconds: dict[str, float]
+) -> None:
+    seeds = [recipe["seed"] for recipe in output.recipes]
+    if arguments.json:
+        document = {
+            "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, seeds, strict=True)],
+            "seed": seeds[0],
+            "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
+        }
+        print(json.dumps(document))  # noqa: T201
+    elif not arguments.quiet:
+        for path, seed in zip(paths, seeds, strict=True):
+            print(f"{path}  seed {seed}")  # noqa: T201
+        stages = ("load", "text_encoder", "denoise", "vae_decoder", "save")
+        parts = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in stages)
+        print(f"{seconds['process']:.2f} s ({parts})")  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())
