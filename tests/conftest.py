@@ -1,0 +1,111 @@
+"""Fixtures that several folders share: a checkpoint that exports in seconds, and its bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+# Nothing in the tests may reach a network, and no library may try.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+TINY_MERGES = 200
+TINY_SIZE = 16  # pixels: 8 latents at a VAE factor of 2
+
+
+def write_tiny_checkpoint(folder: Path) -> None:
+    """A Stable Diffusion 1.x checkpoint of some 50 thousand seeded random weights in fp16."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from sdrt.export.tokenizer_json import write_tokenizer_folder
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    vocabulary = 512 + TINY_MERGES + 2
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=TINY_SIZE // 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=TINY_SIZE,
+        scaling_factor=0.5,
+    )
+    for name, module in (("text_encoder", text), ("unet", unet), ("vae", vae)):
+        module.half().save_pretrained(folder / name, safe_serialization=True)
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    ).save_pretrained(folder / "scheduler")
+    (folder / "tokenizer").mkdir()
+    write_tokenizer_folder(folder / "tokenizer", TINY_MERGES)
+    index = {"_class_name": "StableDiffusionPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights; read only, copy it to change it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    folder.mkdir()
+    write_tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint's bundle: fp32, batches of 1 to 2, sides of 16 to 32 pixels. Read only.
+
+    While working on tests, ``SDRT_TINY_BUNDLE`` may name one that was made before and save the export.
+    """
+    if made_before := os.environ.get("SDRT_TINY_BUNDLE"):
+        return Path(made_before)
+    from sdrt.export.cli import main
+
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    sizes = ["--height", "16..32", "--width", "16..32", "--batch", "1..2"]
+    assert main([str(tiny_checkpoint), str(out), "--fp16-weights", "--quiet", *sizes]) == 0
+    return out
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
