@@ -41,16 +41,18 @@ class Bundle:
         """
         folder = EMBEDDED if path is None else Path(path)
         manifest_path = folder / MANIFEST_NAME
-        if not manifest_path.is_file():
-            raise BundleError(
-                f"no bundle at {folder}: it has no {MANIFEST_NAME}; make one with `sd-export MODEL OUT`"
-            )
         try:
+            if not manifest_path.is_file():
+                raise BundleError(
+                    f"no bundle at {folder}: it has no {MANIFEST_NAME}; make one with `sd-export MODEL OUT`"
+                )
             if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
                 raise BundleError(f"{manifest_path} is larger than any manifest: not a bundle")
             manifest = from_json(manifest_path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise BundleError(f"{manifest_path} cannot be read: {error}") from error
+        except OSError as error:
+            raise BundleError(f"{manifest_path} cannot be read: {error.strerror}") from error
         bundle = cls(folder, manifest)
         for entry in manifest.files():
             bundle.check(entry, verify=verify)
@@ -58,7 +60,12 @@ class Bundle:
 
     def check(self, entry: FileEntry, *, verify: bool = True) -> None:
         """Raise BundleError unless the file is inside the bundle with the recorded size and hash."""
-        file = self.file(entry)
+        try:
+            self._check(self.file(entry), entry, verify=verify)
+        except OSError as error:
+            raise BundleError(f"{entry.path} in {self.path} cannot be read: {error.strerror}") from error
+
+    def _check(self, file: Path, entry: FileEntry, *, verify: bool) -> None:
         if not file.is_file():
             raise BundleError(f"{entry.path} is missing from {self.path}; export the bundle again")
         size = file.stat().st_size
@@ -76,7 +83,11 @@ class Bundle:
     def file(self, entry: FileEntry) -> Path:
         """The path of one file; a symbolic link that leads out of the bundle is refused."""
         file = self.path / entry.path
-        if not file.resolve().is_relative_to(self.path.resolve()):
+        try:
+            inside = file.resolve().is_relative_to(self.path.resolve())
+        except RuntimeError:  # what Python 3.11 and 3.12 raise for links in a circle
+            inside = False
+        if not inside:
             raise BundleError(f"{entry.path} leads outside the bundle {self.path}: refused")
         return file
 

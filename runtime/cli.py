@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import sdrt
-from sdrt.runtime.command import Parser, run_command
+from sdrt.runtime.command import Parser, put, run_command
 from sdrt.runtime.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = parser().parse_args(argv)
-    return run_command("sd-run", lambda: _run(arguments))
+    return run_command("sd-run", lambda: _run(arguments), quiet=arguments.quiet)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -106,20 +106,25 @@ def _check_output(output: Path | None) -> None:
     """Refuse a place that cannot be written before anything is drawn."""
     target = Path() if output is None else output
     folder = target.parent if target.suffix.lower() == ".png" else target
-    if target.suffix and target.suffix.lower() != ".png" and not target.is_dir():
+    if target.suffix and target.suffix.lower() != ".png" and not _is_folder(target):
         raise UsageError(f"--output is {target}: a name that ends in .png, or a folder")
-    if not folder.is_dir():
+    if not _is_folder(folder):
         raise OutputError(f"cannot write {target}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {target}: no permission to write in {folder}")
 
 
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+
+
 def _save(arguments: argparse.Namespace, output: PipelineOutput) -> list[Path]:
-    from sdrt.runtime.images import save_png
+    from sdrt.runtime.files import write_all_atomically
+    from sdrt.runtime.images import png_bytes
 
     paths = _paths(arguments, [recipe["seed"] for recipe in output.recipes])
-    for path, image, recipe in zip(paths, output.images, output.recipes, strict=True):
-        save_png(image, path, recipe)
+    pictures = zip(paths, output.images, output.recipes, strict=True)
+    write_all_atomically({path: png_bytes(image, recipe) for path, image, recipe in pictures})
     return paths
 
 
@@ -128,7 +133,7 @@ def _paths(arguments: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
     from sdrt.runtime.images import slug
 
     output: Path | None = arguments.output
-    if output is None or output.suffix.lower() != ".png" or output.is_dir():
+    if output is None or output.suffix.lower() != ".png" or _is_folder(output):
         folder = Path() if output is None else output
         return [folder / f"{slug(arguments.prompt)}-{seed}.png" for seed in seeds]
     if len(seeds) == 1:
@@ -141,7 +146,7 @@ def _progress(
     arguments: argparse.Namespace,
 ) -> Iterator[Callable[[Pipeline, int, float, dict[str, Any]], None] | None]:
     """A bar that moves with each step, on a terminal; nothing elsewhere."""
-    if arguments.quiet or not sys.stderr.isatty():
+    if arguments.quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -169,13 +174,13 @@ def _report(
             "seed": seeds[0],
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
         }
-        print(json.dumps(document))  # noqa: T201
+        put(json.dumps(document))
     elif not arguments.quiet:
         for path, seed in zip(paths, seeds, strict=True):
-            print(f"{path}  seed {seed}")  # noqa: T201
+            put(f"{path}  seed {seed}")
         stages = ("load", "text_encoder", "denoise", "vae_decoder", "save")
         parts = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in stages)
-        print(f"{seconds['process']:.2f} s ({parts})")  # noqa: T201
+        put(f"{seconds['process']:.2f} s ({parts})")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
-from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError, UsageError
+from sdrt.runtime.errors import EXIT_INTERRUPTED, OutputError, SdrtError, UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,18 +19,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit."""
-        self.exit(UsageError.exit_status, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        line = " ".join(message.split())
+        self.exit(UsageError.exit_status, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
 
-def run_command(name: str, command: Callable[[], None]) -> int:
+def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) -> int:
     """Run a command's body and turn what it raises into one line on stderr and an exit status.
 
-    SIGTERM ends it as Ctrl-C does, so that temporary files are removed.
+    SIGTERM ends it as Ctrl-C does, so that temporary files are removed. With ``quiet`` warnings are not
+    shown.
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _one_line_warnings(name):
+        with _one_line_warnings(name, quiet=quiet):
             command()
+        with _output_errors():  # while they can still be reported
+            print(end="", flush=True)  # noqa: T201
     except SdrtError as error:
         say(name, str(error))
         return error.exit_status
@@ -38,15 +43,46 @@ def run_command(name: str, command: Callable[[], None]) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): no error, and nothing left to say it to.
-        sys.stdout = None
+        _discard_output()
         return 0
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
 
 
+def put(line: str) -> None:
+    """One line on stdout, at once.
+
+    Raises:
+        OutputError: It cannot be written there.
+    """
+    with _output_errors():
+        print(line, flush=True)  # noqa: T201
+
+
+@contextlib.contextmanager
+def _output_errors() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from sdrt.runtime.files import explain  # 20 ms that `--help` need not wait for
+
+        _discard_output()
+        raise OutputError(f"cannot write to standard output: {explain(error)}") from error
+
+
+def _discard_output() -> None:
+    """Let the interpreter's own flush at its end succeed."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(name: str, message: str) -> None:
     """One line on stderr, with the command's name before it."""
+    if sys.stderr is None:
+        return
     sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
 
 
@@ -54,12 +90,12 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-@contextmanager
-def _one_line_warnings(name: str) -> Iterator[None]:
+@contextlib.contextmanager
+def _one_line_warnings(name: str, *, quiet: bool) -> Iterator[None]:
     """Show sdrt's own warnings as a person would want them; leave the libraries' to Python's rules."""
 
     def show(message: Warning | str, category: type[Warning], *_where: object) -> None:
-        if category.__module__.startswith("sdrt"):
+        if category.__module__.startswith("sdrt") and not quiet:
             say(name, f"warning: {message}")
 
     with warnings.catch_warnings():

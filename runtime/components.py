@@ -45,9 +45,12 @@ class TensorSpec:
         shape = tuple(
             axis if isinstance(axis, int) or axis in DYNAMIC_AXES else sizes[axis] for axis in self.shape
         )
+        return TensorSpec(self.name, self.resolved_dtype(precision), shape, self.about)
+
+    def resolved_dtype(self, precision: Precision) -> str:
+        """The dtype in a component of that precision."""
         names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-        dtype = names[precision] if self.dtype == FLOAT else self.dtype
-        return TensorSpec(self.name, dtype, shape, self.about)
+        return names[precision] if self.dtype == FLOAT else self.dtype
 
     def concrete(self, axes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with every named axis looked up in ``axes``."""

@@ -8,7 +8,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -25,19 +25,39 @@ def write_atomically(path: Path, data: bytes) -> None:
         OutputError: The folder does not exist or cannot be written, or the disk is full. Nothing is left
             behind, and an older file at ``path`` is kept.
     """
+    write_all_atomically({path: data})
+
+
+def write_all_atomically(files: Mapping[Path, bytes]) -> None:
+    """Write several files, or none: only when all are on the disk under temporary names are they renamed.
+
+    Raises:
+        OutputError: As for `write_atomically`; no new file is left and every older one is kept.
+    """
     # Not `tempfile`, whose files ignore the umask.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    suffix = f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    waiting = {path: path.parent / f".sdrt-{index}-{suffix}" for index, path in enumerate(files)}
+    path = Path()
     try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        for path, data in files.items():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            _write_new(waiting[path], data)
+        for path, temporary in waiting.items():
+            temporary.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {explain(error)}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for temporary in waiting.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _write_new(file: Path, data: bytes) -> None:
+    with file.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def explain(error: OSError) -> str:
@@ -66,7 +86,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         OutputError: ``path`` exists and ``replace`` is false, or the place cannot be written.
     """
     path = path.absolute()
-    if path.exists() and not replace:
+    if os.path.lexists(path) and not replace:
         raise OutputError(f"{path} exists already; give another name, or --force to replace it")
     prefix = f".{path.name}.part-"
     try:
@@ -82,11 +102,11 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {explain(error)}") from error
     finally:
         # After an exchange this is the old folder; after an error the unfinished one.
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:
-    if not path.exists():
+    if not os.path.lexists(path):
         temporary.rename(path)
     elif not _exchange(temporary, path):
         # Not Linux, or a file system without the exchange: the old folder is away for an instant.
@@ -97,7 +117,16 @@ def _move_into_place(temporary: Path, path: Path) -> None:
         except OSError:
             aside.rename(path)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or the link or file that stood in a folder's place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -113,16 +142,16 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
     """Delete the unfinished folders of processes that are gone (killed, power cut)."""
-    for folder in parent.glob(f"{prefix}*"):
-        pid = folder.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
+    for found in parent.iterdir():  # not `glob`: the name may hold its special characters
+        pid = found.name.removeprefix(prefix).split("-")[0]
+        if found.name.startswith(prefix) and pid.isdecimal() and not _alive(int(pid)):
+            _remove(found)
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -7,12 +7,20 @@ and SHA-256. A newer ``format_version`` is refused rather than guessed at.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TypeVar, get_type_hints
 
-from sdrt.runtime.components import COMPONENTS, PRECISIONS, ComponentSpec, Precision, TensorSpec
+from sdrt.runtime.components import (
+    COMPONENTS,
+    DYNAMIC_AXES,
+    PRECISIONS,
+    ComponentSpec,
+    Precision,
+    TensorSpec,
+)
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.schedule import NoiseSchedule
 
@@ -21,6 +29,8 @@ FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 # Without one of these nothing can be drawn; the encoder is for image-to-image alone.
 REQUIRED_COMPONENTS: Final = ("text_encoder", "unet", "vae_decoder")
+
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +165,7 @@ def from_json(text: str) -> Manifest:
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{MANIFEST_NAME} is not valid JSON ({error}); export it again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(f'{MANIFEST_NAME} does not say "format": "{FORMAT}": this is no bundle')
@@ -168,10 +178,13 @@ def from_json(text: str) -> Manifest:
             "upgrade sdrt, or export the bundle again with this version"
         )
     try:
-        return _manifest(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise BundleError(f"{MANIFEST_NAME} is incomplete or malformed ({what})") from None
+        manifest = _manifest(document)
+    except KeyError as error:
+        raise BundleError(f"{MANIFEST_NAME} lacks the field {error}; export the bundle again") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise BundleError(f"{MANIFEST_NAME} is malformed ({error}); export the bundle again") from None
+    _check_whole(manifest)
+    return manifest
 
 
 def _manifest(document: Mapping[str, Any]) -> Manifest:
@@ -179,51 +192,119 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
     missing = [name for name in REQUIRED_COMPONENTS if name not in parts]
     if missing:
         raise BundleError(f"{MANIFEST_NAME} lacks the component {', '.join(missing)}")
-    limits = document["limits"]
-    tokenizer = document["tokenizer"]
     return Manifest(
-        family=str(document["family"]),
+        family=_value(str, document["family"], "family"),
         components=parts,
-        latents=LatentGeometry(**document["latents"]),
-        schedule=NoiseSchedule.from_dict(document["schedule"]),
-        tokenizer=TokenizerFacts(**{**tokenizer, "file": _file(tokenizer["file"])}),
-        text_output=str(document["text_output"]),
-        defaults=Defaults(**document["defaults"]),
-        limits=Limits(
-            int(limits["min_batch"]),
-            int(limits["max_batch"]),
-            SizeLimit(**limits["height"]),
-            SizeLimit(**limits["width"]),
-        ),
-        provenance=document.get("provenance", {}),
-        parity=document.get("parity", {}),
+        latents=_value(LatentGeometry, document["latents"], "latents"),
+        schedule=NoiseSchedule.from_dict(_value(dict, document["schedule"], "schedule")),
+        tokenizer=_value(TokenizerFacts, document["tokenizer"], "tokenizer"),
+        text_output=_value(str, document["text_output"], "text_output"),
+        defaults=_value(Defaults, document["defaults"], "defaults"),
+        limits=_value(Limits, document["limits"], "limits"),
+        provenance=_value(dict, document.get("provenance", {}), "provenance"),
+        parity=_value(dict, document.get("parity", {}), "parity"),
     )
+
+
+def _value(kind: type[_Record], value: Any, where: str) -> _Record:
+    """A value from JSON as ``kind``: a dataclass from an object with just its fields, else as it stands."""
+    if is_dataclass(kind):
+        fields = get_type_hints(kind)
+        given = _value(dict, value, where)
+        if unknown := sorted(set(given) - set(fields)):
+            raise BundleError(f"{MANIFEST_NAME}: {where} has the unknown field {', '.join(unknown)}")
+        record = kind(**{name: _value(hint, given[name], f"{where}.{name}") for name, hint in fields.items()})
+        if isinstance(record, FileEntry):
+            _check_path(record.path)
+        return record
+    # In JSON 7 is a number like 7.5; Python's bool is an int, JSON's is not.
+    allowed = (int, float) if kind is float else kind
+    fits = isinstance(value, allowed) and not isinstance(value, bool)
+    if not fits or (kind is float and not math.isfinite(value)):
+        raise BundleError(f"{MANIFEST_NAME}: {where} is {str(value)[:40]!r}, not {_KINDS[kind]}")
+    checked: _Record = value
+    return checked
+
+
+_KINDS: Final = {int: "a whole number", float: "a finite number", str: "a text", dict: "an object"}
 
 
 def _component(name: str, part: Mapping[str, Any]) -> Component:
     if name not in COMPONENTS:
         raise BundleError(f"{MANIFEST_NAME} names an unknown component {name!r}")
-    if part["precision"] not in PRECISIONS:
-        raise BundleError(f"component {name} has the unknown precision {part['precision']!r}")
+    precision = part["precision"]
+    if precision not in PRECISIONS:
+        raise BundleError(f"component {name} has the unknown precision {precision!r}")
+    table = COMPONENTS[name]
     spec = ComponentSpec(
         name,
-        tuple(_tensor(entry) for entry in part["inputs"]),
-        tuple(_tensor(entry) for entry in part["outputs"]),
+        _tensors(f"the inputs of {name}", part["inputs"], table.inputs, precision),
+        _tensors(f"the outputs of {name}", part["outputs"], table.outputs, precision),
     )
-    files = tuple(_file(entry) for entry in part["files"])
+    files = tuple(_value(FileEntry, entry, f"a file of {name}") for entry in part["files"])
     if part["model"] not in {entry.path for entry in files}:
         raise BundleError(f"component {name}: its model {part['model']!r} is not among its files")
-    return Component(part["model"], files, part["precision"], spec)
+    return Component(part["model"], files, precision, spec)
 
 
-def _tensor(entry: Mapping[str, Any]) -> TensorSpec:
-    about = str(entry.get("about", ""))
-    return TensorSpec(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]), about)
+def _tensors(
+    where: str, entries: Any, table: tuple[TensorSpec, ...], precision: Precision
+) -> tuple[TensorSpec, ...]:
+    """Inputs or outputs as recorded, if they are those of the components table with sizes filled in."""
+    specs = tuple(
+        TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]), str(entry.get("about", "")))
+        for entry in entries
+    )
+    if [spec.name for spec in specs] != [want.name for want in table]:
+        raise BundleError(f"{MANIFEST_NAME}: {where} are not {', '.join(want.name for want in table)}")
+    for spec, want in zip(specs, table, strict=True):
+        fits = len(spec.shape) == len(want.shape) and all(map(_axis_fits, want.shape, spec.shape))
+        if not fits or spec.dtype != want.resolved_dtype(precision):
+            raise BundleError(f"{MANIFEST_NAME}: {where}: {spec.name} is {spec.dtype}{list(spec.shape)}")
+    return specs
 
 
-def _file(entry: Mapping[str, Any]) -> FileEntry:
-    path = str(entry["path"])
+def _axis_fits(want: int | str, given: object) -> bool:
+    if given == want and isinstance(want, str):
+        return want in DYNAMIC_AXES
+    return type(given) is int and given > 0 and (given == want or isinstance(want, str))
+
+
+def _check_path(path: str) -> None:
     pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
         raise BundleError(f"{MANIFEST_NAME} names {path!r}, which lies outside the bundle: refused")
-    return FileEntry(path, int(entry["size"]), str(entry["sha256"]))
+
+
+def _check_whole(manifest: Manifest) -> None:
+    """Refuse numbers that make no sense, alone or together."""
+    limits, defaults, factor = manifest.limits, manifest.defaults, manifest.latents.factor
+    parts = manifest.components
+    texts = {spec.name: spec.shape[1:] for spec in parts["text_encoder"].spec.outputs}
+    sample, _, embeddings = parts["unet"].spec.inputs
+    latents = (sample, *parts["unet"].spec.outputs, *parts["vae_decoder"].spec.inputs)
+    sides = (limits.height, limits.width)
+    rules = {
+        "latents: channels and factor are at least 1": min(factor, manifest.latents.channels) >= 1,
+        "limits: 1 ≤ min_batch ≤ max_batch": 1 <= limits.min_batch <= limits.max_batch,
+        "limits: 1 ≤ minimum ≤ maximum, and multiple is at least 1": all(
+            1 <= side.minimum <= side.maximum and side.multiple >= 1 for side in sides
+        ),
+        "limits: all sizes are multiples of the factor": all(
+            (side.minimum if side.minimum == side.maximum else side.multiple) % max(factor, 1) == 0
+            for side in sides
+        ),
+        "defaults: at least one step": defaults.num_inference_steps >= 1,
+        "text_output is an output of the text encoder": manifest.text_output in texts,
+        "the text encoder's output fits the unet": texts.get(manifest.text_output) == embeddings.shape[1:],
+        "the tokenizer's max_length fits the unet": embeddings.shape[1] == manifest.tokenizer.max_length,
+        "the unet and the vae_decoder have the latents' channels": all(
+            spec.shape[1] == manifest.latents.channels for spec in latents
+        ),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise BundleError(f"{MANIFEST_NAME} breaks a rule: {rule}; export the bundle again")
+    for name, side, size in zip(("height", "width"), sides, (defaults.height, defaults.width), strict=True):
+        if not side.admits(size):
+            raise BundleError(f"{MANIFEST_NAME}: the default {name} is {size}, the limits are {side}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import sdrt
 from sdrt.runtime.bundle import Bundle
-from sdrt.runtime.denoise import DenoiseLoop
+from sdrt.runtime.denoise import MAX_STEPS, DenoiseLoop
 from sdrt.runtime.devices import Device, HostDevice
 from sdrt.runtime.errors import NumericsError, UsageError
 from sdrt.runtime.executors import Executor, load_executor
@@ -24,11 +24,13 @@ from sdrt.runtime.noise import Rng, noise_source
 from sdrt.runtime.request import (
     Request,
     StepEndCallback,
+    check_options,
     checked_guidance,
     per_image_seeds,
     per_image_texts,
 )
-from sdrt.runtime.solvers import make_table
+from sdrt.runtime.schedule import check_integer
+from sdrt.runtime.solvers import SamplerTable, make_table
 from sdrt.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ OutputType = Literal["pil", "numpy", "latents"]
 OUTPUT_TYPES: Final = ("pil", "numpy", "latents")
 MAX_CACHED_LOOPS: Final = 4  # each holds the buffers of one shape
 MAX_CACHED_PROMPTS: Final = 64
+MAX_THREADS: Final = 1024  # a mistyped number must not start a million
 
 
 class PromptTruncatedWarning(UserWarning):
@@ -129,8 +132,8 @@ class Pipeline:
             BackendError: The backend is not installed or cannot run the bundle.
             UsageError: No such backend, or a number of threads below 1.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads is {threads}: at least 1, or None for one per core")
+        if threads is not None:
+            check_integer("threads", threads, 1, MAX_THREADS)
         bundle = Bundle.open(path, verify=verify)
         pipeline = cls(bundle, backend=backend, threads=threads, device=HostDevice())
         try:
@@ -188,6 +191,11 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"output_type is {output_type!r}: one of {', '.join(OUTPUT_TYPES)}")
         defaults = self.bundle.manifest.defaults
+        schedule = self.bundle.manifest.schedule
+        steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        check_integer("num_inference_steps", steps, 1, min(schedule.num_train_timesteps, MAX_STEPS))
+        sampler = defaults.sampler if sampler is None else sampler
+        check_options(sampler, karras, eta, rng, callback_on_step_end)
         prompts, negatives = per_image_texts(prompt, negative_prompt, num_images_per_prompt)
         seeds = per_image_seeds(seed, len(prompts))
         request = Request(
@@ -199,13 +207,7 @@ class Pipeline:
             guidance_scale=checked_guidance(
                 defaults.guidance_scale if guidance_scale is None else guidance_scale
             ),
-            table=make_table(
-                defaults.sampler if sampler is None else sampler,
-                self.bundle.manifest.schedule,
-                defaults.num_inference_steps if num_inference_steps is None else num_inference_steps,
-                karras=karras,
-                eta=eta,
-            ),
+            table=make_table(sampler, schedule, steps, karras=karras, eta=eta),
             karras=karras,
             eta=eta,
             rng=rng,
@@ -236,6 +238,7 @@ class Pipeline:
         images: Any = []
         if pictures:
             pixels = np.concatenate(pictures)[:wanted]
+            _warn_of_black(pixels)
             images = pixels if output_type == "numpy" else _pillow(pixels)
         clock.seconds["total"] = time.perf_counter() - started
         return PipelineOutput(images, np.concatenate(finals)[:wanted], self._recipes(request), clock.seconds)
@@ -268,26 +271,33 @@ class Pipeline:
         loop = self._loop(request, len(batch))
         table = request.table
         loop.start(initial * np.float32(table.init_noise_sigma), embeddings, table, request.guidance_scale)
-        for step, timestep in enumerate(table.timesteps):
+        for step in range(len(table.timesteps)):
             if table.uses_noise:
                 loop.set_noise(noise.step(step, shape))
             loop.step()
             if request.callback is not None:
-                self._call_back(request.callback, loop, step, float(timestep))
+                self._call_back(request.callback, loop, table, step)
         loop.raise_if_faulty(table)
         latents = loop.latents()
         clock.add("denoise", started)
         return latents
 
-    def _call_back(self, callback: StepEndCallback, loop: DenoiseLoop, step: int, timestep: float) -> None:
+    def _call_back(
+        self, callback: StepEndCallback, loop: DenoiseLoop, table: SamplerTable, step: int
+    ) -> None:
         given = loop.latents()
-        changed = callback(self, step, timestep, {"latents": given})
+        changed = callback(self, step, float(table.timesteps[step]), {"latents": given})
+        if changed is not None and not isinstance(changed, Mapping):
+            raise UsageError(f"the callback returned {type(changed).__name__}: a dict or None is wanted")
         if changed and changed.get("latents") is not None:
             latents = np.asarray(changed["latents"], dtype=np.float32)
             if latents.shape != given.shape:
                 raise UsageError(
                     f"the callback gave latents of shape {list(latents.shape)}, {list(given.shape)} is wanted"
                 )
+            if not np.isfinite(latents).all():
+                loop.raise_if_faulty(table)  # it may only have handed back what the unet gave
+                raise UsageError(f"the callback gave latents with NaN or infinity after step {step + 1}")
             loop.set_latents(latents)
 
     def _loop(self, request: Request, images: int) -> DenoiseLoop:
@@ -364,13 +374,6 @@ class Pipeline:
                 "the vae_decoder gave NaN or infinity; if the bundle is fp16, export with --dtype fp32"
             )
         pixels = self._device.image_to_uint8(decoded)
-        for index in np.flatnonzero(~pixels.reshape(images, -1).any(axis=1)):
-            warnings.warn(
-                f"picture {index + 1} of the batch is all black; its latents are finite, so the "
-                "vae_decoder made it so",
-                BlackImageWarning,
-                stacklevel=2,
-            )
         clock.add("vae_decoder", started)
         return pixels
 
@@ -407,6 +410,16 @@ class Pipeline:
         for start in range(0, images, limits.max_batch):
             batch = list(range(start, min(start + limits.max_batch, images)))
             yield batch + [batch[-1]] * (limits.min_batch - len(batch))
+
+
+def _warn_of_black(pixels: NDArray[np.uint8]) -> None:
+    for index in np.flatnonzero(~pixels.reshape(len(pixels), -1).any(axis=1)):
+        warnings.warn(
+            f"picture {index + 1} of {len(pixels)} is all black; its latents are finite, so the "
+            "vae_decoder made it so",
+            BlackImageWarning,
+            stacklevel=2,
+        )
 
 
 def _pillow(pixels: NDArray[np.uint8]) -> list[Image]:

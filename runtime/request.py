@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.noise import Rng, validate_seed
-from sdrt.runtime.solvers import SamplerTable
+from sdrt.runtime.noise import RNGS, Rng, validate_seed
+from sdrt.runtime.solvers import SAMPLERS, SamplerTable
 
 if TYPE_CHECKING:
     from sdrt.runtime.pipeline import Pipeline
@@ -66,8 +66,11 @@ def per_image_texts(
     """Prompts and negative prompts, one of each per image."""
     if isinstance(per_prompt, bool) or not isinstance(per_prompt, int) or per_prompt < 1:
         raise UsageError(f"num_images_per_prompt is {per_prompt!r}: a whole number of at least 1")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negative = "" if negative_prompt is None else negative_prompt
+    for given in (prompt, negative):
+        if not isinstance(given, Sequence):
+            raise UsageError(f"a prompt is {type(given).__name__}: a text or a list of texts is wanted")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
     if not prompts:
         raise UsageError("the list of prompts is empty: give at least one")
@@ -96,6 +99,20 @@ def per_image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
         return [validate_seed(value) for value in seed]
     first = validate_seed(seed)
     return [(first + index) % 2**64 for index in range(images)]
+
+
+def check_options(sampler: object, karras: object, eta: object, rng: object, callback: object) -> None:
+    """Refuse options of a wrong type, and an unknown rng, before anything has been computed."""
+    if not isinstance(sampler, str):
+        raise UsageError(f"sampler is {sampler!r}: a name is wanted, one of {', '.join(SAMPLERS)}")
+    if not isinstance(karras, bool):
+        raise UsageError(f"karras is {karras!r}: True or False is wanted")
+    if isinstance(eta, bool) or not isinstance(eta, int | float):
+        raise UsageError(f"eta is {eta!r}: a number from 0 to 1 is wanted")
+    if rng not in RNGS:
+        raise UsageError(f"rng is {rng!r}; choose one of {', '.join(RNGS)}")
+    if callback is not None and not callable(callback):
+        raise UsageError(f"callback_on_step_end is {type(callback).__name__}: a function is wanted")
 
 
 def checked_guidance(scale: float) -> float:

@@ -59,3 +59,44 @@ ALPHAS_CUMPROD_NO_FMA = 8 * EPS32
 
 # sigmas: equal quotients, and roots that PyTorch (MKL) rounds to 1 ulp and NumPy correctly.
 SIGMAS = 2 * EPS32
+
+# The embedded model against diffusers, uint8 pictures. The latents differ by some 2e-6 relative (fp32, a few
+# hundred roundings), the decoder's output by as much: at most one pixel in 500 then rounds to the neighbour,
+# which is 10·log10(255² · 500) = 75 dB. The figure is the one that the project promises.
+EMBEDDED_PSNR_DB = 50.0
+
+# guided_step against the float64 recurrence: the error of one term, as a share of its size. The float32
+# coefficient 1 EPS32, the product 1, and at most 6 additions after it (A, B0 to B3, E, C): 8, and what
+# EPS32 squared adds.
+STEP_TERM = 8.001 * EPS32
+
+# Guidance u + w (c - u), as a share of |u| + w (|u| + |c|): difference, product and sum 1 EPS32 each.
+GUIDANCE = 3.001 * EPS32
+
+# The bound made of these, over the largest result. A wrong coefficient shifts the result by about itself,
+# so 2**-12 tells one from rounding. Computed for all tables: at most 3,600 EPS32 (DPM++ with Karras
+# sigmas, guided, where large terms cancel).
+STEP_BOUND_IS_TIGHT = 2**12 * EPS32
+
+# One exported graph on ONNX Runtime against PyTorch, both float32, relative L2. Some 300 independent
+# roundings grow as their root, normalisation and softmax multiply each by up to 10: sqrt(300) * 10 = 173
+# EPS32. Seen on the tiny networks: 15.
+GRAPH_FP32 = 173 * EPS32
+
+# The largest error against the largest value, in GRAPH_FP32: a largest of 10**4 Gaussian errors is 4 of
+# their standard deviations, and so is the largest value of theirs; attention's tails need room.
+GRAPH_PEAK = 4
+
+# What 0.2 of a timestep changes in an fp16 graph's output, against the change in float32, relative L2.
+# Each of the two outputs errs by some 3 EPS16 (seen: 1.1), the change is 1.5e-2 of the output:
+# sqrt(2) * 3 EPS16 / 1.5e-2 = 0.14. A timestep rounded to fp16 would change nothing: 1.
+FRACTIONAL_TIMESTEP_FP16 = 0.14
+
+# An image alone against the same in a batch or on other threads, over its largest latent. Only the order
+# of sums inside ONNX Runtime can differ. ONNX Runtime against PyTorch, whose order is different everywhere,
+# is 9 EPS32 apart on such a run (the bundle's parity figures); 7 times that. Seen: 0.
+OTHER_BATCH = 64 * EPS32
+
+# A whole run of the float32 loop against float64, over the largest latent: as SAMPLER_RUN, about 10
+# roundings a step on numbers up to sigma_max = 14.6 times the result. Seen: 5.5 EPS32.
+LOOP_RUN = 64 * EPS32

@@ -1,0 +1,89 @@
+"""The runtime draws where torch, diffusers, transformers and onnx are not installed, and imports little."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import sdrt.runtime
+
+FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "sdrt.export")
+
+DRAW = """
+    import sdrt.runtime
+    from sdrt.runtime import Pipeline
+    pipeline = Pipeline.load(sys.argv[1])
+    output = pipeline("a red apple, 🍎", negative_prompt="x", seed=1, num_inference_steps=2)
+    sdrt.runtime.save_png(output.images[0], Path(sys.argv[2]), output.recipes[0])
+"""
+
+
+def run(code: str, *arguments: object) -> str:
+    """Run lines in a process of their own and give what they print."""
+    prelude = "import json, sys\nfrom pathlib import Path\n"
+    result = subprocess.run(
+        [sys.executable, "-c", prelude + textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def modules(code: str, *arguments: object) -> set[str]:
+    """Every module that those lines load."""
+    return set(json.loads(run(textwrap.dedent(code) + "\nprint(json.dumps(list(sys.modules)))", *arguments)))
+
+
+def test_drawing_loads_nothing_of_the_export(tiny_bundle: Path, tmp_path: Path) -> None:
+    loaded = modules(DRAW, tiny_bundle, tmp_path / "a.png")
+    assert "onnxruntime" in loaded
+    for name in FORBIDDEN:
+        assert not {module for module in loaded if module == name or module.startswith(f"{name}.")}
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_drawing_works_where_nothing_of_the_export_is_installed(tiny_bundle: Path, tmp_path: Path) -> None:
+    block = f"""
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name in {FORBIDDEN!r} or name.split(".")[0] in {FORBIDDEN!r}:
+                raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+    sys.meta_path.insert(0, Missing())
+    try:
+        import torch
+    except ImportError:
+        print("no torch")
+    """
+    printed = run(textwrap.dedent(block) + textwrap.dedent(DRAW), tiny_bundle, tmp_path / "a.png")
+    assert printed == "no torch\n"
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("statement", ["import sdrt", "import sdrt.runtime", "import sdrt.runtime.cli"])
+def test_names_alone_load_not_even_numpy(statement: str) -> None:
+    assert not modules(statement) & {"numpy", "PIL", "tokenizers", "onnxruntime", "rich"}
+
+
+def test_pipeline_alone_loads_no_image_library(tiny_bundle: Path) -> None:
+    """Nor the progress bar, nor the repair of text: each is 20 to 100 ms that only some runs need."""
+    code = """
+    from sdrt.runtime import Pipeline
+    Pipeline.load(sys.argv[1])("x", num_inference_steps=1, output_type="numpy")
+    """
+    assert not modules(code, tiny_bundle) & {"PIL", "rich", "ftfy"}
+
+
+def test_public_names() -> None:
+    for name in sdrt.runtime.__all__:
+        assert getattr(sdrt.runtime, name).__name__ == name
+    assert dir(sdrt.runtime) == sdrt.runtime.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        sdrt.runtime.nonsense  # noqa: B018

@@ -1,0 +1,366 @@
+"""The manifest: what is written is read back, and nothing else is taken for a manifest."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.components import COMPONENTS, PRECISIONS
+from sdrt.runtime.errors import BundleError
+from sdrt.runtime.manifest import (
+    FORMAT_VERSION,
+    Component,
+    Defaults,
+    FileEntry,
+    LatentGeometry,
+    Limits,
+    Manifest,
+    SizeLimit,
+    TokenizerFacts,
+    from_json,
+    to_json,
+)
+from sdrt.runtime.schedule import NoiseSchedule
+
+SIZES = {
+    "tokens": 77,
+    "text_width": 16,
+    "cross_width": 16,
+    "unet_channels": 4,
+    "latent_channels": 4,
+}
+KeyPath = tuple[str | int, ...]
+
+
+def entry(path: str) -> FileEntry:
+    return FileEntry(path, 10, "0" * 64)
+
+
+def example(**changes: Any) -> Manifest:
+    manifest = Manifest(
+        family="sd",
+        components={
+            name: Component(
+                f"{name}/model.onnx", (entry(f"{name}/model.onnx"),), "fp32", spec.resolve(SIZES, "fp32")
+            )
+            for name, spec in COMPONENTS.items()
+        },
+        latents=LatentGeometry(4, 8),
+        schedule=NoiseSchedule(),
+        tokenizer=TokenizerFacts(entry("tokenizer.json"), 77, 1, 2, 2),
+        text_output="last_hidden_state",
+        defaults=Defaults(64, 64, 20, 7.5, "dpmpp_2m"),
+        limits=Limits(1, 4, SizeLimit(64, 128, 8), SizeLimit(64, 64, 1)),
+        provenance={"source": "ein Bild — 🍎"},
+        parity={"figures": []},
+    )
+    return replace(manifest, **changes)
+
+
+DOCUMENT: dict[str, Any] = json.loads(to_json(example()))
+
+
+def changed(path: KeyPath, value: Any) -> dict[str, Any]:
+    """The example's document with the value at ``path`` replaced."""
+    document = copy.deepcopy(DOCUMENT)
+    holder: Any = document
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    return document
+
+
+def without(path: KeyPath) -> dict[str, Any]:
+    """The example's document without what is at ``path``."""
+    document = copy.deepcopy(DOCUMENT)
+    holder: Any = document
+    for key in path[:-1]:
+        holder = holder[key]
+    del holder[path[-1]]
+    return document
+
+
+def key_paths(value: Any, so_far: KeyPath = ()) -> Iterator[KeyPath]:
+    """The path of everything inside a JSON value."""
+    pairs: list[tuple[str | int, Any]] = []
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = list(enumerate(value))
+    for key, inner in pairs:
+        yield (*so_far, key)
+        yield from key_paths(inner, (*so_far, key))
+
+
+PATHS = list(key_paths(DOCUMENT))
+
+
+def refused(document: Any) -> str:
+    """The message with which a document is refused; it is one line that names the file or a part."""
+    with pytest.raises(BundleError) as caught:
+        from_json(document if isinstance(document, str) else json.dumps(document))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        example(),
+        example(provenance={}, parity={}),
+        example(schedule=NoiseSchedule(prediction_type="v_prediction", timestep_spacing="trailing")),
+        example(schedule=NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3))),
+        example(text_output="penultimate_hidden_state"),
+    ],
+)
+def test_round_trip(manifest: Manifest) -> None:
+    again = from_json(to_json(manifest))
+    assert again == manifest
+    assert to_json(again) == to_json(manifest)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_round_trip_of_each_precision(precision: str) -> None:
+    components = {
+        name: replace(part, precision=precision, spec=COMPONENTS[name].resolve(SIZES, precision))  # type: ignore[arg-type]
+        for name, part in example().components.items()
+    }
+    manifest = example(components=components)
+    assert from_json(to_json(manifest)) == manifest
+
+
+def test_json_is_for_people_and_for_other_programs() -> None:
+    text = to_json(example())
+    assert text.endswith("}\n")
+    assert "🍎" in text
+    assert list(DOCUMENT)[:2] == ["format", "format_version"]
+    assert DOCUMENT["components"]["unet"]["inputs"][0]["shape"] == [
+        "rows",
+        4,
+        "latent_height",
+        "latent_width",
+    ]
+
+
+def test_exported_manifest_is_read(tiny_bundle: Path) -> None:
+    text = (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
+    manifest = from_json(text)
+    assert to_json(manifest) == text
+    assert {file.path for file in manifest.files()} | {"manifest.json"} == {
+        file.relative_to(tiny_bundle).as_posix() for file in tiny_bundle.rglob("*") if file.is_file()
+    }
+    assert Bundle.open(tiny_bundle).manifest == manifest
+
+
+def test_files_are_all_of_them_once() -> None:
+    paths = [file.path for file in example().files()]
+    assert paths == [f"{name}/model.onnx" for name in COMPONENTS] + ["tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("\x00\x01", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 10_000, "not valid JSON"),
+        ("null", "no bundle"),
+        ("[]", "no bundle"),
+        ('"sdrt-bundle"', "no bundle"),
+        ('{"format": "safetensors"}', "no bundle"),
+        ('{"format": "sdrt-bundle"}', "format_version is None"),
+    ],
+)
+def test_not_a_manifest(text: str, words: str) -> None:
+    assert words in refused(text)
+
+
+@pytest.mark.parametrize("version", [0, -1, True, 1.0, "1", None, [1]])
+def test_version_that_is_none(version: Any) -> None:
+    assert "format_version" in refused(changed(("format_version",), version))
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 10**30])
+def test_newer_format_is_refused_before_anything_else_is_read(version: int) -> None:
+    message = refused({"format": "sdrt-bundle", "format_version": version, "components": "of the future"})
+    assert str(version) in message
+    assert f"up to {FORMAT_VERSION}" in message
+    assert "upgrade sdrt" in message
+
+
+# The encoder may be left out, the rest of the table has defaults in the dataclasses of the runtime.
+OPTIONAL = {("provenance",), ("parity",), ("components", "vae_encoder")}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if len(path) <= 3 and isinstance(path[-1], str)], ids=str
+)
+def test_missing_field(path: KeyPath) -> None:
+    if path in OPTIONAL or path[0] in ("provenance", "parity"):
+        from_json(json.dumps(without(path)))
+        return
+    assert str(path[-1]) in refused(without(path))
+
+
+@pytest.mark.parametrize("missing", ["text_encoder", "unet", "vae_decoder"])
+def test_missing_component(missing: str) -> None:
+    assert f"lacks the component {missing}" in refused(without(("components", missing)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("components", "safety_checker"), {}, "unknown component 'safety_checker'"),
+        (("components", "unet", "precision"), "int3", "unknown precision 'int3'"),
+        (("components", "unet", "precision"), "fp16", "sample is float32"),
+        (("components", "unet", "model"), "unet/other.onnx", "not among its files"),
+        (("components", "unet", "files"), [], "not among its files"),
+        (("components", "unet", "inputs"), [], "are not sample, timestep, encoder_hidden_states"),
+        (("components", "unet", "inputs", 0, "name"), "x", "are not sample"),
+        (("components", "unet", "inputs", 0, "dtype"), "complex64", "complex64"),
+        (("components", "unet", "inputs", 0, "shape"), ["rows", 4], "['rows', 4]"),
+        (("components", "unet", "inputs", 0, "shape", 1), "unet_channels", "unet_channels"),
+        (("components", "unet", "inputs", 0, "shape", 0), "height", "height"),
+        (("components", "unet", "inputs", 0, "shape", 1), 0, "sample"),
+        (("components", "unet", "inputs", 0, "shape", 1), 4.0, "sample"),
+        (("components", "unet", "inputs", 0, "shape", 1), 9, "channels"),
+        (("components", "unet", "inputs", 2, "shape", 2), 768, "output fits the unet"),
+        (("components", "unet", "inputs", 1, "shape"), [2], "timestep"),
+        (("components", "vae_decoder", "outputs", 0, "shape", 1), 4, "image"),
+        (("latents", "factor"), "8", "latents.factor is '8', not a whole number"),
+        (("latents", "factor"), 8.0, "not a whole number"),
+        (("latents", "factor"), True, "not a whole number"),
+        (("latents", "factor"), 0, "at least 1"),
+        (("latents", "channels"), -4, "at least 1"),
+        (("latents", "depth"), 3, "unknown field depth"),
+        (("latents",), [4, 8], "latents is '[4, 8]', not an object"),
+        (("schedule", "beta_schedule"), "cosine!", "beta_schedule"),
+        (("schedule",), None, "schedule is 'None', not an object"),
+        (("tokenizer", "max_length"), 0, "max_length fits"),
+        (("tokenizer", "bos"), None, "tokenizer.bos is 'None'"),
+        (("text_output",), "pooled", "text_output is an output of the text encoder"),
+        (("text_output",), ["last_hidden_state"], "not a text"),
+        (("defaults", "guidance_scale"), "strong", "not a finite number"),
+        (("defaults", "guidance_scale"), float("nan"), "not a finite number"),
+        (("defaults", "guidance_scale"), float("inf"), "not a finite number"),
+        (("defaults", "guidance_scale"), 10**400, "malformed"),
+        (("defaults", "num_inference_steps"), 0, "at least one step"),
+        (("defaults", "height"), 65, "default height is 65, the limits are multiples of 8 from 64 to 128"),
+        (("defaults", "width"), 128, "default width is 128, the limits are 64"),
+        (("limits", "min_batch"), 0, "min_batch"),
+        (("limits", "max_batch"), 0, "max_batch"),
+        (("limits", "height", "minimum"), 0, "minimum"),
+        (("limits", "height", "maximum"), 8, "maximum"),
+        (("limits", "height", "multiple"), 0, "multiple"),
+        (("limits", "height", "multiple"), 4, "multiples of the factor"),
+        (("limits", "width", "minimum"), 1e400, "not a whole number"),
+        (("provenance",), "somewhere", "provenance is 'somewhere', not an object"),
+        (("parity",), None, "parity is 'None', not an object"),
+        (("tokenizer", "file", "size"), "10", "size is '10', not a whole number"),
+        (("tokenizer", "file", "sha256"), 0, "sha256 is '0', not a text"),
+    ],
+    ids=str,
+)
+def test_wrong_value(path: KeyPath, value: Any, words: str) -> None:
+    assert words in refused(changed(path, value))
+
+
+OUTSIDE = [
+    "../x",
+    "unet/../../x",
+    "..",
+    "/etc/passwd",
+    "//server/share",
+    "a\\..\\b",
+    "C:\\windows",
+    "",
+    "a\0b",
+    "a\nb",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=ascii)
+@pytest.mark.parametrize("file", [("components", "unet", "files", 0), ("tokenizer", "file")], ids=str)
+def test_path_that_leaves_the_bundle(path: str, file: KeyPath) -> None:
+    document = changed((*file, "path"), path)
+    if file[0] == "components":
+        document["components"]["unet"]["model"] = path
+    message = refused(document)
+    assert "outside the bundle" in message
+    assert repr(path) in message
+
+
+OTHER_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**20), 10**20),
+    st.sampled_from([0, 1, -1, 2**31, 2**63]),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(0, 3), max_size=2),
+)
+
+
+def check_usable(manifest: Manifest) -> None:
+    """What the pipeline relies on without looking again."""
+    assert from_json(to_json(manifest)) == manifest
+    assert manifest.limits.height.admits(manifest.defaults.height)
+    for size in range(manifest.limits.width.minimum, manifest.limits.width.minimum + 99):
+        assert not manifest.limits.width.admits(size) or size % manifest.latents.factor == 0
+    axes = dict.fromkeys(("batch", "rows", "height", "width", "latent_height", "latent_width"), 2)
+    for part in manifest.components.values():
+        for spec in (*part.spec.inputs, *part.spec.outputs):
+            assert all(type(size) is int and size > 0 for size in spec.concrete(axes))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(PATHS), OTHER_VALUES)
+def test_any_replaced_value_is_refused_or_makes_a_manifest(path: KeyPath, value: Any) -> None:
+    try:
+        manifest = from_json(json.dumps(changed(path, value)))
+    except BundleError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        check_usable(manifest)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_any_deleted_value_is_refused_or_makes_a_manifest(path: KeyPath) -> None:
+    try:
+        manifest = from_json(json.dumps(without(path)))
+    except BundleError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        check_usable(manifest)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, len(to_json(example())) - 1), st.characters())
+def test_any_damaged_text_is_refused_or_makes_a_manifest(position: int, character: str) -> None:
+    text = to_json(example())
+    try:
+        manifest = from_json(text[:position] + character + text[position + 1 :])
+    except BundleError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        check_usable(manifest)
+
+
+def test_size_limit() -> None:
+    limit = SizeLimit(16, 64, 8)
+    assert [size for size in range(100) if limit.admits(size)] == [16, 24, 32, 40, 48, 56, 64]
+    assert str(limit) == "multiples of 8 from 16 to 64"
+    assert str(SizeLimit(64, 64, 1)) == "64"

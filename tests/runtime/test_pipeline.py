@@ -1,0 +1,729 @@
+"""The pipeline on the tiny bundle: what each argument does, what is cached, and how failures are told."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import tolerances
+from sdrt.runtime import pipeline as pipeline_module
+from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageError
+from sdrt.runtime.executors import Executor
+from sdrt.runtime.noise import RNGS, noise_source
+from sdrt.runtime.pipeline import BlackImageWarning, Pipeline, PipelineOutput, PromptTruncatedWarning
+from sdrt.runtime.solvers import SAMPLERS, make_table
+
+Array = NDArray[Any]
+SHORT: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "numpy"}
+MAX_BATCH = 2  # of the tiny bundle
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle: Path) -> Pipeline:
+    return Pipeline.load(tiny_bundle)
+
+
+@pytest.fixture
+def fresh(tiny_bundle: Path) -> Pipeline:
+    """A pipeline that a test may spoil, with empty caches."""
+    return Pipeline.load(tiny_bundle, verify=False)
+
+
+class Spy:
+    """An executor that notes what is bound and evaluated, and may change the outputs afterwards."""
+
+    def __init__(self, executor: Executor, spoil: Callable[[int, Array], None] | None = None) -> None:
+        self.spec = executor.spec
+        self.bound: list[dict[str, tuple[int, ...]]] = []
+        self.evaluations = 0
+        self._executor = executor
+        self._spoil = spoil
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+        evaluate = self._executor.bind(inputs, outputs)
+        self.bound.append({name: array.shape for name, array in {**inputs, **outputs}.items()})
+
+        def evaluate_and_note() -> None:
+            evaluate()
+            if self._spoil is not None:
+                self._spoil(self.evaluations, next(iter(outputs.values())))
+            self.evaluations += 1
+
+        return evaluate_and_note
+
+
+def spy(pipeline: Pipeline, component: str, spoil: Callable[[int, Array], None] | None = None) -> Spy:
+    """Put a spy in a component's place."""
+    result = Spy(pipeline._executors[component].result(), spoil)
+    future: Future[Executor] = Future()
+    future.set_result(result)
+    pipeline._executors[component] = future
+    return result
+
+
+def assert_equal(one: PipelineOutput, other: PipelineOutput) -> None:
+    """Bit for bit."""
+    assert np.array_equal(one.latents, other.latents)
+    assert np.array_equal(np.asarray(one.images), np.asarray(other.images))
+
+
+def assert_close(latents: Array, expected: Array) -> None:
+    """Within what another order of summation does."""
+    error = np.max(np.abs(latents - expected))
+    assert error <= tolerances.OTHER_BATCH * np.max(np.abs(expected))
+
+
+def assert_differ(one: Array, other: Array) -> None:
+    """By far more than another order of summation does. (The tiny U-Net is random: its text does little.)"""
+    assert np.max(np.abs(one - other)) > 100 * tolerances.OTHER_BATCH * np.max(np.abs(one))
+
+
+# --- what a call gives
+
+
+def test_a_picture(pipeline: Pipeline) -> None:
+    output = pipeline("a red apple", seed=3)
+    (image,) = output.images
+    assert image.size == (16, 16)
+    assert image.mode == "RGB"
+    assert output.latents.shape == (1, 4, 8, 8)
+    assert output.latents.dtype == np.float32
+    assert np.isfinite(output.latents).all()
+    assert {"text_encoder", "denoise", "vae_decoder", "total", "step"} == set(output.timings)
+    assert all(seconds > 0 for seconds in output.timings.values())
+    stages = sum(output.timings[stage] for stage in ("text_encoder", "denoise", "vae_decoder"))
+    assert stages <= output.timings["total"]
+    assert output.timings["step"] == pytest.approx(output.timings["denoise"] / 20)
+
+
+def test_recipe_is_everything_and_plain_data(pipeline: Pipeline) -> None:
+    output = pipeline(["a", "b"], negative_prompt=["c", "d"], seed=2**64 - 1, **SHORT)
+    assert [recipe["seed"] for recipe in output.recipes] == [2**64 - 1, 0]
+    assert [recipe["prompt"] for recipe in output.recipes] == ["a", "b"]
+    assert [recipe["negative_prompt"] for recipe in output.recipes] == ["c", "d"]
+    recipe = json.loads(json.dumps(output.recipes[0]))
+    assert recipe == output.recipes[0]
+    assert recipe["sampler"] == "dpmpp_2m"  # the bundle's default, spelt out
+    assert (recipe["height"], recipe["width"], recipe["num_inference_steps"]) == (16, 16, 3)
+    assert recipe["model"] == "tiny"
+    assert len(recipe["model_sha256"]) == 64
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddim", "eta": 0.5, "rng": "cpu"}, {"karras": True}])
+def test_recipe_draws_the_same_picture_again(pipeline: Pipeline, options: dict[str, Any]) -> None:
+    first = pipeline("a cat", negative_prompt="a dog", seed=9, height=20, **{**SHORT, **options})
+    about = {"backend", "model", "model_sha256", "version"}
+    again = {key: value for key, value in first.recipes[0].items() if key not in about}
+    assert_equal(pipeline(**again, output_type="numpy"), first)
+
+
+def test_output_types(pipeline: Pipeline) -> None:
+    arguments = {**SHORT, "seed": 1, "num_images_per_prompt": 2}
+    arrays = pipeline("x", **arguments)
+    pictures = pipeline("x", **{**arguments, "output_type": "pil"})
+    latents = pipeline("x", **{**arguments, "output_type": "latents"})
+    assert arrays.images.shape == (2, 16, 16, 3)
+    assert arrays.images.dtype == np.uint8
+    assert len(pictures.images) == 2
+    assert_equal(arrays, pictures)
+    assert latents.images == []
+    assert np.array_equal(latents.latents, arrays.latents)
+    assert "vae_decoder" not in latents.timings
+
+
+def test_latents_output_does_not_decode(fresh: Pipeline) -> None:
+    decoder = spy(fresh, "vae_decoder")
+    fresh("x", **{**SHORT, "output_type": "latents"})
+    assert decoder.evaluations == 0
+
+
+# --- seeds and noise
+
+
+def test_same_call_twice_is_equal_bit_for_bit(pipeline: Pipeline, fresh: Pipeline) -> None:
+    first = pipeline(["a", "b"], seed=5, **SHORT)
+    assert_equal(pipeline(["a", "b"], seed=5, **SHORT), first)
+    assert_equal(fresh(["a", "b"], seed=5, **SHORT), first)
+
+
+@pytest.mark.parametrize("rng", RNGS)
+def test_image_of_a_batch_is_that_of_its_own_seed(pipeline: Pipeline, rng: Any) -> None:
+    """Five images in batches of two, two and one; DDIM with noise, so that every draw counts."""
+    arguments = {**SHORT, "sampler": "ddim", "eta": 1.0, "rng": rng}
+    batch = pipeline("a red apple", seed=2**32 - 2, num_images_per_prompt=5, **arguments)
+    assert len(batch.images) == len(batch.latents) == len(batch.recipes) == 5
+    for index, recipe in enumerate(batch.recipes):
+        assert recipe["seed"] == 2**32 - 2 + index
+        single = pipeline("a red apple", seed=recipe["seed"], **arguments)
+        assert_close(batch.latents[index], single.latents[0])
+        difference = np.abs(batch.images[index].astype(int) - single.images[0].astype(int))
+        assert difference.max() <= 1
+
+
+def test_list_of_seeds(pipeline: Pipeline) -> None:
+    batch = pipeline(["a", "b"], seed=[7, 3], **SHORT)
+    for index, (prompt, seed) in enumerate([("a", 7), ("b", 3)]):
+        assert_close(batch.latents[index], pipeline(prompt, seed=seed, **SHORT).latents[0])
+
+
+def test_no_seed_draws_another_picture_each_time_and_says_its_seed(pipeline: Pipeline) -> None:
+    first, second = pipeline("x", **SHORT), pipeline("x", **SHORT)
+    assert first.recipes[0]["seed"] != second.recipes[0]["seed"]
+    assert_equal(pipeline("x", seed=first.recipes[0]["seed"], **SHORT), first)
+
+
+def test_seed_zero_is_a_seed(pipeline: Pipeline) -> None:
+    output = pipeline("x", seed=0, **SHORT)
+    assert output.recipes[0]["seed"] == 0
+    assert_equal(pipeline("x", seed=0, **SHORT), output)
+
+
+def test_generators_differ(pipeline: Pipeline) -> None:
+    outputs = [pipeline("x", seed=1, rng=rng, **SHORT) for rng in RNGS]
+    assert_differ(outputs[0].latents, outputs[1].latents)
+
+
+@pytest.mark.parametrize("rng", RNGS)
+def test_given_latents_take_the_place_of_the_seeds(pipeline: Pipeline, rng: Any) -> None:
+    seeds = [4, 9]
+    expected = pipeline(["a", "b"], seed=seeds, rng=rng, **SHORT)
+    initial = pipeline.initial_latents(seeds, 16, 16, rng=rng)
+    assert np.array_equal(initial, noise_source(rng, seeds).initial((4, 8, 8)))
+    kept = initial.copy()
+    assert_equal(pipeline(["a", "b"], latents=initial, **SHORT), expected)
+    assert np.array_equal(initial, kept)
+
+
+def test_given_latents_with_a_noisy_sampler_take_the_step_noise_of_the_seed(pipeline: Pipeline) -> None:
+    arguments = {**SHORT, "sampler": "ddim", "eta": 1.0, "seed": 4}
+    expected = pipeline("a", **arguments)
+    initial = pipeline.initial_latents([4], 16, 16)
+    assert_equal(pipeline("a", latents=initial, **arguments), expected)
+
+
+def test_eta(pipeline: Pipeline) -> None:
+    outputs = [pipeline("x", seed=1, sampler="ddim", eta=eta, **SHORT) for eta in (0.0, 0.5, 1.0)]
+    assert_differ(outputs[0].latents, outputs[1].latents)
+    assert_differ(outputs[1].latents, outputs[2].latents)
+    # A noisy run leaves noise in the buffers; it must not reach the next run.
+    assert_equal(pipeline("x", seed=1, sampler="ddim", **SHORT), outputs[0])
+
+
+# --- prompts and guidance
+
+
+def test_lists_of_prompts_and_of_negative_prompts(pipeline: Pipeline) -> None:
+    """Two prompts, two images of each, each with its own negative prompt: prompt by prompt."""
+    prompts, negatives = ["a red apple", "a blue car"], ["green", "wheels"]
+    batch = pipeline(prompts, negative_prompt=negatives, num_images_per_prompt=2, seed=10, **SHORT)
+    assert [recipe["prompt"] for recipe in batch.recipes] == [prompts[0]] * 2 + [prompts[1]] * 2
+    for index in range(4):
+        single = pipeline(
+            prompts[index // 2], negative_prompt=negatives[index // 2], seed=10 + index, **SHORT
+        )
+        assert_close(batch.latents[index], single.latents[0])
+
+
+def test_one_negative_prompt_for_all(pipeline: Pipeline) -> None:
+    one = pipeline(["a", "b"], negative_prompt="c", seed=1, **SHORT)
+    assert_equal(pipeline(("a", "b"), negative_prompt=["c", "c"], seed=1, **SHORT), one)
+
+
+def test_prompt_negative_prompt_and_guidance_all_matter(pipeline: Pipeline) -> None:
+    base = pipeline("a", negative_prompt="c", seed=1, **SHORT).latents
+    assert_differ(base, pipeline("b", negative_prompt="c", seed=1, **SHORT).latents)
+    assert_differ(base, pipeline("a", negative_prompt="d", seed=1, **SHORT).latents)
+    stronger = {**SHORT, "guidance_scale": 5.0}
+    assert_differ(base, pipeline("a", negative_prompt="c", seed=1, **stronger).latents)
+
+
+def test_no_negative_prompt_is_the_empty_one(pipeline: Pipeline) -> None:
+    assert_equal(pipeline("a", seed=1, **SHORT), pipeline("a", negative_prompt="", seed=1, **SHORT))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1])
+def test_without_guidance_one_half_runs(fresh: Pipeline, scale: float) -> None:
+    unet, text_encoder = spy(fresh, "unet"), spy(fresh, "text_encoder")
+    arguments = {**SHORT, "guidance_scale": scale, "seed": 1}
+    output = fresh("a", negative_prompt="not looked at", **arguments)
+    assert unet.bound == [
+        {
+            "sample": (1, 4, 8, 8),
+            "timestep": (1,),
+            "encoder_hidden_states": (1, 77, 16),
+            "noise_pred": (1, 4, 8, 8),
+        }
+    ]
+    assert unet.evaluations == 3
+    assert text_encoder.evaluations == 1
+    assert_equal(fresh("a", negative_prompt="nor this", **arguments), output)
+    assert text_encoder.evaluations == 1
+
+
+def test_guidance_just_above_one_is_close_to_none(fresh: Pipeline) -> None:
+    unet = spy(fresh, "unet")
+    none = fresh("a", seed=1, **{**SHORT, "guidance_scale": 1.0}).latents
+    little = fresh("a", seed=1, **{**SHORT, "guidance_scale": 1.0 + 2.0**-23}).latents
+    assert [bound["sample"][0] for bound in unet.bound] == [1, 2]
+    assert_close(little, none)
+
+
+def test_text_embeddings_are_cached(fresh: Pipeline) -> None:
+    text_encoder = spy(fresh, "text_encoder")
+    fresh("a", negative_prompt="c", **SHORT)
+    assert text_encoder.evaluations == 2
+    first = fresh("b", negative_prompt="c", seed=1, **SHORT)
+    assert text_encoder.evaluations == 3  # only "b" is new
+    assert_equal(fresh("b", negative_prompt="c", seed=1, **SHORT), first)
+    fresh(["a", "b"], negative_prompt=["b", "c"], num_images_per_prompt=3, **SHORT)
+    assert text_encoder.evaluations == 3
+
+
+def test_cache_of_embeddings_is_bounded(fresh: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline_module, "MAX_CACHED_PROMPTS", 3)
+    text_encoder = spy(fresh, "text_encoder")
+    arguments = {**SHORT, "num_inference_steps": 1, "output_type": "latents"}
+    for prompt in "abcdefgh":
+        fresh(prompt, negative_prompt="kept", **arguments)
+        assert len(fresh._embeddings) <= 3
+    assert text_encoder.evaluations == 9  # the negative prompt is used each time and stays
+
+
+def test_unet_is_evaluated_once_a_row_on_one_binding(fresh: Pipeline) -> None:
+    unet = spy(fresh, "unet")
+    for _ in range(3):
+        fresh("a", num_inference_steps=4, seed=1)
+    assert unet.evaluations == 12
+    assert len(unet.bound) == 1
+    assert unet.bound[0]["sample"] == (2, 4, 8, 8)
+
+
+def test_prompt_over_the_token_limit_warns_and_quotes(fresh: Pipeline) -> None:
+    prompt = "apple " * 80 + "UNREAD Ending"
+    with pytest.warns(PromptTruncatedWarning, match="over 75 tokens.*UNREAD Ending"):
+        output = fresh(prompt, seed=1, **SHORT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh("a " * 75, seed=1, **SHORT)  # one token each: just fits
+    assert output.recipes[0]["prompt"] == prompt
+
+
+def test_negative_prompt_over_the_token_limit_warns(fresh: Pipeline) -> None:
+    with pytest.warns(PromptTruncatedWarning, match="UNREAD"):
+        fresh("a", negative_prompt="apple " * 80 + "UNREAD", **SHORT)
+
+
+# --- samplers and steps
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_samplers(pipeline: Pipeline, sampler: str, steps: int) -> None:
+    output = pipeline("x", seed=1, **{**SHORT, "sampler": sampler, "num_inference_steps": steps})
+    assert np.isfinite(output.latents).all()
+    assert output.recipes[0]["sampler"] == sampler
+    assert output.recipes[0]["num_inference_steps"] == steps
+
+
+def test_samplers_and_karras_differ(pipeline: Pipeline) -> None:
+    choices = [("ddim", False), ("euler", False), ("euler", True), ("dpmpp_2m", False), ("dpmpp_2m", True)]
+    latents = [
+        pipeline("x", seed=1, sampler=sampler, karras=karras, **SHORT).latents for sampler, karras in choices
+    ]
+    for index, one in enumerate(latents):
+        for other in latents[index + 1 :]:
+            assert not np.allclose(one, other, rtol=1e-3)
+
+
+def test_all_steps_of_the_schedule(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most steps that are allowed fill the table's buffer to its last row."""
+    unet = pipeline._executors["unet"].result()
+    manifest = pipeline.bundle.manifest
+    schedule = replace(manifest.schedule, steps_offset=0)  # with an offset there is room for 999
+    monkeypatch.setattr(pipeline.bundle, "manifest", replace(manifest, schedule=schedule))
+
+    class Still:
+        """Predicts no noise, at once."""
+
+        spec = unet.spec
+
+        def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+            return lambda: None
+
+    future: Future[Executor] = Future()
+    future.set_result(Still())
+    monkeypatch.setitem(pipeline._executors, "unet", future)
+    monkeypatch.setattr(pipeline, "_loops", type(pipeline._loops)())
+    seen: list[float] = []
+
+    def note(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
+        seen.append(timestep)
+
+    arguments: dict[str, Any] = {"sampler": "ddim", "output_type": "latents"}
+    pipeline("x", num_inference_steps=1000, callback_on_step_end=note, **arguments)
+    table = make_table("ddim", schedule, 1000)
+    assert seen == list(table.timesteps)
+
+
+# --- the callback
+
+
+def test_callback_sees_every_step(pipeline: Pipeline) -> None:
+    seen: list[tuple[int, float, Array]] = []
+
+    def note(caller: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
+        assert caller is pipeline
+        assert set(state) == {"latents"}
+        assert state["latents"].shape == (2, 4, 8, 8)
+        seen.append((step, timestep, state["latents"]))
+
+    arguments = {**SHORT, "sampler": "euler", "seed": 1}
+    output = pipeline(["a", "b", "c"], callback_on_step_end=None, **arguments)
+    with_callback = pipeline(["a", "b"], callback_on_step_end=note, **arguments)
+    table = make_table("euler", pipeline.bundle.manifest.schedule, 3)
+    assert [(step, timestep) for step, timestep, _ in seen] == list(enumerate(table.timesteps))
+    assert np.array_equal(seen[-1][2], with_callback.latents)
+    assert_differ(seen[0][2], seen[1][2])  # copies: a later step did not write over an earlier one
+    assert_close(with_callback.latents, output.latents[:2])
+
+
+def test_callback_is_called_for_every_batch(pipeline: Pipeline) -> None:
+    steps: list[int] = []
+    pipeline(
+        "a",
+        num_images_per_prompt=3,
+        callback_on_step_end=lambda _p, step, _t, _s: steps.append(step),
+        **SHORT,
+    )
+    assert steps == [0, 1, 2] * 2
+
+
+def test_callback_replaces_latents(pipeline: Pipeline) -> None:
+    """Putting back the first run's latents after the first step makes the second run like the first."""
+    kept: list[Array] = []
+
+    def keep(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
+        if step == 0:
+            kept.append(state["latents"])
+
+    def put_back(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> dict[str, Any] | None:
+        return {"latents": kept[0]} if step == 0 else {}
+
+    arguments = {**SHORT, "sampler": "euler"}  # a one-step method: nothing else is carried over
+    first = pipeline("a", seed=1, callback_on_step_end=keep, **arguments)
+    other = pipeline("a", seed=2, **arguments)
+    second = pipeline("a", seed=2, callback_on_step_end=put_back, **arguments)
+    assert_equal(second, first)
+    assert_differ(other.latents, first.latents)
+
+
+def test_callback_may_change_in_place_and_hand_back(pipeline: Pipeline) -> None:
+    def negate(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> dict[str, Any]:
+        np.negative(state["latents"], out=state["latents"])
+        return state
+
+    plain = pipeline("a", seed=1, **{**SHORT, "num_inference_steps": 1})
+    negated = pipeline("a", seed=1, callback_on_step_end=negate, **{**SHORT, "num_inference_steps": 1})
+    assert np.array_equal(negated.latents, -plain.latents)
+
+
+def test_exception_in_the_callback_leaves_the_pipeline_usable(pipeline: Pipeline) -> None:
+    expected = pipeline("a", seed=1, **SHORT)
+
+    def stop(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline("b", seed=2, callback_on_step_end=stop, **SHORT)
+    assert_equal(pipeline("a", seed=1, **SHORT), expected)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ({"latents": np.zeros((1, 4, 8, 9))}, r"shape \[1, 4, 8, 9\], \[1, 4, 8, 8\] is wanted"),
+        ({"latents": np.zeros((4, 8, 8))}, r"\[1, 4, 8, 8\] is wanted"),
+        ({"latents": np.full((1, 4, 8, 8), np.nan)}, "NaN or infinity after step 1"),
+        (5, "returned int: a dict or None"),
+    ],
+)
+def test_callback_that_returns_nonsense(pipeline: Pipeline, returned: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        pipeline("a", callback_on_step_end=lambda *_: returned, **SHORT)
+
+
+# --- shapes, batches and buffers
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 32), (32, 16), (20, 28), (32, 32)])
+def test_other_sizes(pipeline: Pipeline, height: int, width: int) -> None:
+    output = pipeline("a", seed=1, height=height, width=width, **SHORT)
+    assert output.images.shape == (1, height, width, 3)
+    assert output.latents.shape == (1, 4, height // 2, width // 2)
+
+
+def test_shapes_change_and_come_back(fresh: Pipeline) -> None:
+    unet = spy(fresh, "unet")
+    first = fresh("a", seed=1, **SHORT)
+    sizes = [(16, 20), (20, 16), (20, 20), (24, 16), (28, 16), (32, 32)]
+    for height, width in sizes:
+        fresh("a", seed=1, height=height, width=width, **SHORT)
+        assert len(fresh._loops) <= pipeline_module.MAX_CACHED_LOOPS
+    assert_equal(fresh("a", seed=1, **SHORT), first)
+    assert len(unet.bound) == len(sizes) + 2  # the first shape had to make room and came back
+    fresh("a", seed=1, height=32, width=32, **SHORT)
+    assert len(unet.bound) == len(sizes) + 2  # this one was still there
+
+
+def test_calls_of_different_length_share_a_loop(pipeline: Pipeline) -> None:
+    """A long run's rows must not reach into a short one's."""
+    arguments: dict[str, Any] = {"seed": 1, "guidance_scale": 3.0, "output_type": "numpy"}
+    short = pipeline("a", num_inference_steps=2, **arguments)
+    pipeline("a", num_inference_steps=30, **arguments)
+    assert_equal(pipeline("a", num_inference_steps=2, **arguments), short)
+
+
+@pytest.fixture
+def pair_bundle(bundle_copy: Path) -> Path:
+    """A bundle whose graphs take two images at a time, no fewer."""
+    file = bundle_copy / "manifest.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    document["limits"]["min_batch"] = MAX_BATCH
+    file.write_text(json.dumps(document), encoding="utf-8")
+    return bundle_copy
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4])
+def test_bundle_of_a_fixed_batch_pads(pipeline: Pipeline, pair_bundle: Path, images: int) -> None:
+    pairs = Pipeline.load(pair_bundle)
+    unet, decoder, text_encoder = (spy(pairs, name) for name in ("unet", "vae_decoder", "text_encoder"))
+    output = pairs("a", seed=1, num_images_per_prompt=images, **SHORT)
+    assert len(output.images) == len(output.latents) == len(output.recipes) == images
+    expected = pipeline("a", seed=1, num_images_per_prompt=images, **SHORT)
+    for index in range(images):
+        assert_close(output.latents[index], expected.latents[index])
+    assert {bound["sample"][0] for bound in unet.bound} == {2 * MAX_BATCH}
+    assert {bound["image"][0] for bound in decoder.bound} == {MAX_BATCH}
+    assert {bound["input_ids"][0] for bound in text_encoder.bound} == {MAX_BATCH}
+
+
+def test_padding_is_not_warned_of(pair_bundle: Path) -> None:
+    pairs = Pipeline.load(pair_bundle)
+    spy(pairs, "vae_decoder", lambda _call, image: image.fill(-1.0))
+    with pytest.warns(BlackImageWarning) as caught:
+        pairs("a", **SHORT)
+    assert [str(warning.message)[:20] for warning in caught] == ["picture 1 of 1 is al"]
+
+
+# --- NaN and black pictures
+
+
+def fill_with_nan(file: Path) -> None:
+    """Every weight: the bytes ff 7f over and over are NaN in half and in single precision."""
+    size = file.stat().st_size
+    file.write_bytes((b"\xff\x7f" * size)[:size])
+
+
+@pytest.mark.parametrize(
+    ("component", "words"),
+    [
+        ("text_encoder", r"text_encoder gave NaN or infinity for the prompt ''"),
+        ("unet", r"unet gave NaN or infinity at step 1 of 3 \(timestep"),
+        ("vae_decoder", "vae_decoder gave NaN or infinity"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_weights_of_nan_name_their_component(bundle_copy: Path, component: str, words: str) -> None:
+    fill_with_nan(bundle_copy / component / "model.onnx.data")
+    with pytest.raises(BundleError, match=component):
+        Pipeline.load(bundle_copy)
+    broken = Pipeline.load(bundle_copy, verify=False)
+    with pytest.raises(NumericsError, match=words) as caught:
+        broken("a red apple", **SHORT)
+    others = {"text_encoder", "unet", "vae_decoder"} - {component}
+    assert not any(other in str(caught.value) for other in others)
+
+
+@pytest.mark.parametrize("bad_step", [0, 1, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_unet_that_fails_at_a_step(fresh: Pipeline, bad_step: int, value: float) -> None:
+    expected = fresh("a", seed=1, **SHORT)
+
+    def spoil(call: int, noise_pred: Array) -> None:
+        if call == bad_step:
+            noise_pred[0, 1, 2, 3] = value
+
+    fresh._loops.clear()
+    spy(fresh, "unet", spoil)
+    timestep = make_table("dpmpp_2m", fresh.bundle.manifest.schedule, 3).timesteps[bad_step]
+    words = rf"unet gave NaN or infinity at step {bad_step + 1} of 3 \(timestep {timestep:g}\).*--dtype fp32"
+    with pytest.raises(NumericsError, match=words):
+        fresh("a", seed=1, **SHORT)
+    # The same loop and buffers, and a U-Net that is well again.
+    assert_equal(fresh("a", seed=1, **SHORT), expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_callback_that_hands_back_the_unets_nan_is_not_blamed(fresh: Pipeline) -> None:
+    spy(fresh, "unet", lambda _call, noise_pred: noise_pred.fill(np.nan))
+    with pytest.raises(NumericsError, match="unet gave NaN or infinity at step 1"):
+        fresh("a", callback_on_step_end=lambda _p, _i, _t, state: state, **SHORT)
+
+
+def test_black_picture_warns(fresh: Pipeline) -> None:
+    def blacken(call: int, image: Array) -> None:
+        image[-1] = -1.5
+
+    spy(fresh, "vae_decoder", blacken)
+    with pytest.warns(BlackImageWarning, match=r"picture 2 of 2 is all black.*vae_decoder") as caught:
+        output = fresh("a", num_images_per_prompt=2, **SHORT)
+    assert len(caught) == 1
+    assert not output.images[1].any()
+    assert output.images[0].any()
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": []}, "the list of prompts is empty"),
+        ({"prompt": 5}, "a prompt is int: a text or a list of texts"),
+        ({"prompt": None}, "a prompt is NoneType"),
+        ({"prompt": ["a", None]}, "a prompt is NoneType"),
+        ({"prompt": b"a"}, "a prompt is int: texts are wanted"),
+        ({"prompt": "a\ud800"}, "not Unicode text"),
+        ({"negative_prompt": 5}, "a prompt is int"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts: give one, or one per prompt"),
+        ({"negative_prompt": []}, "0 negative prompts for 1"),
+        ({"height": 18}, "height is 18: this bundle draws multiples of 4 from 16 to 32 pixels"),
+        ({"width": 17}, "width is 17: this bundle draws multiples of 4 from 16 to 32 pixels"),
+        ({"height": 12}, "height is 12"),
+        ({"height": 36}, "height is 36"),
+        ({"height": 0}, "height is 0"),
+        ({"height": -16}, "height is -16"),
+        ({"height": 10**9}, "height is 1000000000"),
+        ({"width": 16.0}, "width is 16.0"),
+        ({"width": "16"}, "width is '16'"),
+        ({"width": True}, "width is True"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0: allowed are whole numbers from 1 to 1000"),
+        ({"num_inference_steps": -1}, "from 1 to 1000"),
+        ({"num_inference_steps": 10**6}, "num_inference_steps is 1000000.*from 1 to 1000"),
+        ({"num_inference_steps": 20.0}, "20.0: allowed are whole numbers"),
+        ({"num_inference_steps": "20"}, "'20': allowed are whole numbers"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan: a finite number"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf: a finite number"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0: from 0 to 1000"),
+        ({"guidance_scale": 1001}, "guidance_scale is 1001: from 0 to 1000"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"guidance_scale": True}, "guidance_scale is True"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0: a whole number of at least 1"),
+        ({"num_images_per_prompt": 2.0}, "num_images_per_prompt is 2.0"),
+        ({"num_images_per_prompt": 10**9}, "images in one call: at most 1000"),
+        ({"prompt": ["a"] * 501, "num_images_per_prompt": 2}, "1002 images in one call: at most 1000"),
+        ({"seed": -1}, "seed is -1; it must be at least 0 and below"),
+        ({"seed": 2**64}, "below 2"),
+        ({"seed": 1.5}, "seed is 1.5; it must be an integer"),
+        ({"seed": "1"}, "it must be an integer"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images: give one, or one per image"),
+        ({"seed": [-1]}, "seed is -1"),
+        ({"rng": "mersenne"}, "rng is 'mersenne'; choose one of philox, cpu"),
+        ({"rng": ["cpu"]}, "choose one of philox, cpu"),
+        ({"sampler": "eular"}, "unknown sampler 'eular': did you mean euler.*ddim, dpmpp_2m, euler"),
+        ({"sampler": "DPM++ 2M"}, "did you mean dpmpp_2m"),
+        ({"sampler": "quite different"}, "allowed are ddim, dpmpp_2m, euler"),
+        ({"sampler": 5}, "sampler is 5: a name is wanted, one of ddim"),
+        ({"sampler": "ddim", "karras": True}, "ddim has no karras: use it with"),
+        ({"karras": "yes"}, "karras is 'yes': True or False"),
+        ({"eta": 0.5}, "dpmpp_2m has no eta: use it with ddim"),
+        ({"sampler": "ddim", "eta": 1.5}, "eta is 1.5: allowed are numbers from 0 to 1"),
+        ({"sampler": "ddim", "eta": float("nan")}, "eta is nan"),
+        ({"eta": "0"}, "eta is '0': a number from 0 to 1"),
+        ({"latents": np.zeros((1, 4, 8, 9), np.float32)}, r"float32\[1, 4, 8, 8\] is wanted"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents are float64\[1, 4, 8, 8\]"),
+        ({"latents": [1.0]}, "latents are <class 'list'>"),
+        ({"latents": np.full((1, 4, 8, 8), np.inf, np.float32)}, "latents hold NaN or infinity"),
+        ({"output_type": "jpeg"}, "output_type is 'jpeg': one of pil, numpy, latents"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end is int: a function"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_argument(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], words: str
+) -> None:
+    """Refused in one line that says what is allowed, before any component has run."""
+    for component in ("unet", "vae_decoder"):
+        monkeypatch.setitem(pipeline._executors, component, Future())  # to wait for it would be to hang
+    with pytest.raises(UsageError, match=words) as caught:
+        pipeline(**{"prompt": "a", **arguments})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 0)])
+def test_initial_latents_of_a_bad_size(pipeline: Pipeline, height: int, width: int) -> None:
+    with pytest.raises(UsageError, match="multiples of 4 from 16 to 32"):
+        pipeline.initial_latents([1], height, width)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", 10**9, True])
+def test_bad_number_of_threads(tiny_bundle: Path, threads: Any) -> None:
+    with pytest.raises(UsageError, match=r"threads is .*whole numbers from 1 to"):
+        Pipeline.load(tiny_bundle, threads=threads)
+
+
+def test_threads_do_not_change_the_picture_much(tiny_bundle: Path, pipeline: Pipeline) -> None:
+    one = Pipeline.load(tiny_bundle, threads=1)
+    assert_close(one("a", seed=1, **SHORT).latents, pipeline("a", seed=1, **SHORT).latents)
+
+
+def test_unknown_backend(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="unknown backend 'tensorflow'; there is onnxruntime-cpu"):
+        Pipeline.load(tiny_bundle, backend="tensorflow")
+
+
+def test_graph_that_onnx_runtime_refuses(bundle_copy: Path) -> None:
+    file = bundle_copy / "unet" / "model.onnx"
+    file.write_bytes(b"\x00" * file.stat().st_size)
+    with pytest.raises(BackendError, match=r"ONNX Runtime refuses .*unet/model.onnx") as caught:
+        Pipeline.load(bundle_copy, verify=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_onnxruntime_says_what_to_install(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"pip install 'sdrt\[cpu\]'"):
+        Pipeline.load(tiny_bundle)
+
+
+def test_tokenizer_that_is_none(bundle_copy: Path) -> None:
+    file = bundle_copy / "tokenizer.json"
+    file.write_text(" " * file.stat().st_size)
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        Pipeline.load(bundle_copy, verify=False)
+
+
+def test_bundle_for_a_backend_it_cannot_run_on(bundle_copy: Path) -> None:
+    """bfloat16 needs another machine: said at once, and what to do."""
+    file = bundle_copy / "manifest.json"
+    text = file.read_text(encoding="utf-8").replace('"fp32"', '"bf16"').replace('"float32"', '"bfloat16"')
+    document = json.loads(text)
+    document["components"]["unet"]["inputs"][1]["dtype"] = "float32"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    assert Bundle.open(bundle_copy).manifest.components["unet"].precision == "bf16"
+    with pytest.raises(BackendError, match="no bfloat16 arithmetic on the CPU; export with --dtype fp32"):
+        Pipeline.load(bundle_copy)

@@ -1,0 +1,331 @@
+"""``sd-run`` where all goes well: what is written where, what is printed, and what a signal leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdrt.runtime.cli import main
+from sdrt.runtime.pipeline import Pipeline
+
+SD_RUN = str(Path(sys.executable).with_name("sd-run"))
+Run = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the current one."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(work: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command on the tiny bundle in this process; gives stdout and stderr."""
+
+    def run(*arguments: str, steps: int | None = 2) -> tuple[str, str]:
+        given = ["--bundle", str(tiny_bundle), *arguments]
+        status = main([*given, "--steps", str(steps)] if steps else given)
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return captured.out, captured.err
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def pixels(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+# --- as a process
+
+
+def test_whole_process(tiny_bundle: Path, work: Path) -> None:
+    command = [SD_RUN, "a red apple", "--bundle", str(tiny_bundle), "--steps", "2", "--seed", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
+    assert (result.returncode, result.stderr) == (0, "")
+    first, second = result.stdout.splitlines()
+    assert first == "a-red-apple-5.png  seed 5"
+    assert re.fullmatch(
+        r"\d+\.\d\d s \(load \d.*, text_encoder \d.*, denoise .*, vae_decoder .*, save .*\)", second
+    )
+    assert names(work) == ["a-red-apple-5.png"]
+    output = Pipeline.load(tiny_bundle)("a red apple", seed=5, num_inference_steps=2)
+    assert np.array_equal(pixels(work / "a-red-apple-5.png"), np.asarray(output.images[0]))
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_and_version(argument: str) -> None:
+    result = subprocess.run([SD_RUN, argument], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "130 interrupted" in result.stdout if argument == "--help" else result.stdout.startswith("sdrt ")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_that_goes_away(tiny_bundle: Path, work: Path, unbuffered: str) -> None:
+    """``sd-run … | true`` is no error, and says nothing."""
+    command = [SD_RUN, "x", "--bundle", str(tiny_bundle), "--steps", "1", "--seed", "1"]
+    pipe = subprocess.PIPE
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=work, env=environment)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    assert names(work) == ["x-1.png"]
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(tiny_bundle: Path, work: Path, closing: str) -> None:
+    script = f'exec "$0" x --bundle "$1" --steps 1 --seed 1 {closing}'
+    result = subprocess.run(
+        ["sh", "-c", script, SD_RUN, str(tiny_bundle)], capture_output=True, check=False, cwd=work
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert names(work) == ["x-1.png"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_report_that_cannot_be_written(tiny_bundle: Path, work: Path, unbuffered: str) -> None:
+    command = [SD_RUN, "x", "--bundle", str(tiny_bundle), "--steps", "1", "--json"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=work, env=environment
+        )
+    assert result.returncode == 8
+    assert result.stderr == "sd-run: cannot write to standard output: the disk is full\n"
+
+
+class OnTerminal:
+    """``sd-run`` with stderr on a terminal of its own."""
+
+    def __init__(self, work: Path, *arguments: str) -> None:
+        self._own, theirs = pty.openpty()
+        self.shown = ""
+        self.process = subprocess.Popen(
+            [SD_RUN, "x", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            cwd=work,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        )
+        os.close(theirs)
+
+    def read(self, until: str | None = None) -> str:
+        """What the terminal shows, up to a word or to the end of the process."""
+        deadline = time.monotonic() + 60
+        while (until is None or until not in self.shown) and time.monotonic() < deadline:
+            try:
+                self.shown += os.read(self._own, 4096).decode()
+            except OSError:  # how Linux says that the other end is closed
+                break
+        return self.shown
+
+    def end(self) -> int:
+        self.read()
+        self.process.communicate(timeout=60)
+        os.close(self._own)
+        return self.process.returncode
+
+
+def test_progress_bar_on_a_terminal(tiny_bundle: Path, work: Path) -> None:
+    terminal = OnTerminal(work, "--bundle", str(tiny_bundle), "--steps", "7", "--num-images", "3")
+    assert terminal.end() == 0
+    assert "drawing" in terminal.shown
+    assert "14/14" in terminal.shown  # three pictures, two at a time
+
+
+def test_no_progress_bar_when_quiet(tiny_bundle: Path, work: Path) -> None:
+    terminal = OnTerminal(work, "--bundle", str(tiny_bundle), "--steps", "7", "--quiet")
+    assert terminal.end() == 0
+    assert terminal.shown == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_in_the_middle(tiny_bundle: Path, work: Path, number: signal.Signals) -> None:
+    terminal = OnTerminal(work, "--bundle", str(tiny_bundle), "--steps", "499", "--num-images", "100")
+    terminal.read(until="1/")
+    terminal.process.send_signal(number)
+    assert terminal.end() == 130
+    assert "interrupted; nothing unfinished was left behind" in terminal.shown
+    assert "Traceback" not in terminal.shown
+    assert names(work) == []
+
+
+# --- where pictures go
+
+
+def test_default_name(run: Run, work: Path) -> None:
+    run("A Red, Apple!", "--seed", "7")
+    assert names(work) == ["a-red-apple-7.png"]
+
+
+def test_folder(run: Run, work: Path) -> None:
+    (work / "pictures").mkdir()
+    out, _ = run("x", "--seed", "7", "-o", "pictures", "--num-images", "3")
+    assert names(work) == ["pictures"]
+    assert names(work / "pictures") == ["x-7.png", "x-8.png", "x-9.png"]
+    assert out.splitlines()[1] == "pictures/x-8.png  seed 8"
+
+
+def test_folder_that_is_called_like_a_picture(run: Run, work: Path) -> None:
+    (work / "a.png").mkdir()
+    run("x", "--seed", "7", "-o", "a.png")
+    assert names(work / "a.png") == ["x-7.png"]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a b — 🍎.png"])
+def test_file(run: Run, work: Path, name: str) -> None:
+    run("x", "--output", name)
+    assert names(work) == [name]
+
+
+def test_several_pictures_for_one_name(run: Run, work: Path) -> None:
+    run("x", "--output", "a.png", "--num-images", "3")
+    assert names(work) == ["a-1.png", "a-2.png", "a-3.png"]
+
+
+def test_older_picture_is_replaced(run: Run, work: Path) -> None:
+    (work / "a.png").write_text("old")
+    run("x", "--output", "a.png")
+    assert pixels(work / "a.png").shape == (16, 16, 3)
+    assert names(work) == ["a.png"]
+
+
+# --- what is printed
+
+
+def test_json(run: Run, work: Path) -> None:
+    out, err = run("x", "--json", "--seed", "3", "--num-images", "2", "-o", str(work / "p.png"))
+    assert err == ""
+    assert out.count("\n") == 1
+    document = json.loads(out)
+    assert set(document) == {"images", "seed", "seconds"}
+    assert document["seed"] == 3
+    assert document["images"] == [
+        {"path": str(work / "p-1.png"), "seed": 3},
+        {"path": str(work / "p-2.png"), "seed": 4},
+    ]
+    stages = {"load", "text_encoder", "denoise", "step", "vae_decoder", "total", "save", "process"}
+    assert set(document["seconds"]) == stages
+    assert all(seconds >= 0 for seconds in document["seconds"].values())
+
+
+def test_json_tells_a_random_seed(run: Run, work: Path) -> None:
+    document = json.loads(run("x", "--json")[0])
+    assert names(work) == [f"x-{document['seed']}.png"]
+
+
+def test_quiet(run: Run) -> None:
+    assert run("x", "--quiet") == ("", "")
+    assert run("a " * 90, "-q") == ("", "")  # it says: errors only
+    assert json.loads(run("x", "--quiet", "--json")[0])["images"]
+
+
+def test_no_bar_where_there_is_no_terminal(run: Run) -> None:
+    out, err = run("x", "--seed", "1")
+    assert err == ""
+    assert len(out.splitlines()) == 2
+
+
+def test_prompt_over_the_token_limit(run: Run, work: Path) -> None:
+    _, err = run("a " * 75 + "this is  not read", "--output", "a.png")
+    assert err == (
+        "sd-run: warning: the prompt is over 75 tokens; this end of it is not read: 'this is not read'\n"
+    )
+    assert names(work) == ["a.png"]
+
+
+# --- what is drawn
+
+
+def test_recipe_in_the_picture_draws_it_again_bit_for_bit(run: Run, work: Path) -> None:
+    choices = ["--sampler", "ddim", "--eta", "0.5", "--rng", "cpu", "--height", "20", "--width", "24"]
+    run("a cat — 🐈", "--negative-prompt", "dog", "--guidance-scale", "3.5", "-o", "a.png", *choices, steps=3)
+    with Image.open(work / "a.png") as image:
+        assert image.size == (24, 20)
+        recipe = json.loads(image.info["sdrt"])
+        assert image.info["parameters"] == (
+            "a cat — 🐈\nNegative prompt: dog\n"
+            f"Steps: 3, Sampler: DDIM, CFG scale: 3.5, Seed: {recipe['seed']}, Size: 24x20, RNG: CPU, "
+            f"Model: tiny, Version: sdrt {recipe['version']}"
+        )
+    options = {
+        "--negative-prompt": "negative_prompt",
+        "--steps": "num_inference_steps",
+        "--guidance-scale": "guidance_scale",
+        "--seed": "seed",
+        "--height": "height",
+        "--width": "width",
+        "--sampler": "sampler",
+        "--eta": "eta",
+        "--rng": "rng",
+    }
+    again = [word for option, key in options.items() for word in (option, str(recipe[key]))]
+    run(recipe["prompt"], *again, "-o", "b.png", steps=None)
+    assert (work / "b.png").read_bytes() == (work / "a.png").read_bytes()
+
+
+def test_karras_is_in_the_recipe(run: Run, work: Path) -> None:
+    run("x", "--karras", "-o", "a.png")
+    run("x", "-o", "b.png")
+    recipes = []
+    for name in ("a.png", "b.png"):
+        with Image.open(work / name) as image:
+            recipes.append(json.loads(image.info["sdrt"]))
+    assert [recipe["karras"] for recipe in recipes] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (["--steps", "3"], ["--num-inference-steps", "3"]),
+        (["--steps", "3", "--num-images", "1"], ["--steps", "3", "--num-images-per-prompt", "1"]),
+        (["--steps", "3", "-o", "b.png"], ["--steps", "3", "--output", "b.png"]),
+    ],
+)
+def test_long_names_are_the_same(run: Run, work: Path, short: list[str], long: list[str]) -> None:
+    seen = []
+    for words in (short, long):
+        run("x", "--seed", "1", "-o", "b.png", *words, steps=None)
+        seen.append((work / "b.png").read_bytes())
+        (work / "b.png").unlink()
+    assert seen[0] == seen[1]
+
+
+def test_defaults_are_the_bundles(run: Run, work: Path) -> None:
+    run("x", "--seed", "1", "-o", "a.png", steps=None)
+    run(
+        *["x", "--seed", "1", "-o", "b.png", "--steps", "20", "--guidance-scale", "7.5"],
+        *["--sampler", "dpmpp_2m", "--height", "16", "--width", "16", "--rng", "philox"],
+        steps=None,
+    )
+    assert (work / "a.png").read_bytes() == (work / "b.png").read_bytes()
+
+
+def test_unverified_and_threads(run: Run, work: Path) -> None:
+    run("x", "--no-verify", "--threads", "1", "-o", "a.png")
+    assert names(work) == ["a.png"]
