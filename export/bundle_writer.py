@@ -95,8 +95,8 @@ def write_bundle(
     report = ParityReport()
     with new_folder(out, replace=overwrite) as folder, _runnable(folder, options) as runnable:
         job = _Job(checkpoint, options, folder, runnable, report, progress)
+        tokenizer = _write_tokenizer(checkpoint, folder)  # first: what is wrong with it costs no minutes
         components = {name: _write_component(job, name) for name in COMPONENTS}
-        tokenizer = _write_tokenizer(checkpoint, folder)
         manifest = _manifest(checkpoint, options, components, tokenizer)
         progress("sampling run")
         _write_runnable(job, manifest)

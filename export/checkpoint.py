@@ -10,18 +10,25 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.schedule import NoiseSchedule
 
 PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SUBFOLDERS: Final = ("text_encoder", "unet", "vae")
+# What an export reads of each config.json.
+CONFIG_KEYS: Final = {
+    "text_encoder": ("hidden_size", "max_position_embeddings", "vocab_size"),
+    "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels", "sample_size"),
+    "vae": ("block_out_channels", "latent_channels"),
+}
 HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_PATTERNS: Final = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors")
 
@@ -84,6 +91,7 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     _check_kind(path, index)
     configs = {name: _read_json(path / name / "config.json") for name in SUBFOLDERS}
     for name in SUBFOLDERS:
+        _check_config(path / name / "config.json", configs[name], CONFIG_KEYS[name])
         _check_weights(path / name)
     if not (path / "tokenizer").is_dir():
         raise CheckpointError(f"{path} has no folder tokenizer/: the checkpoint is incomplete")
@@ -141,8 +149,30 @@ def _check_kind(path: Path, index: dict[str, Any]) -> None:
             )
 
 
+def _check_config(file: Path, config: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """What the export reads must be there and whole numbers; the loaders check the rest."""
+    for key in keys:
+        value = config.get(key)
+        numbers = value if isinstance(value, list) and key == "block_out_channels" else [value]
+        if not numbers or not all(type(number) is int and number > 0 for number in numbers):
+            given = f"{key} is {value!r}" if key in config else f"{key} is missing"
+            raise CheckpointError(
+                f"{file}: {given}; it must be a whole number (or a list of them for blocks)"
+            )
+
+
 def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+    """Refuse pickles, and find a damaged file before minutes are spent on the other networks."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} is truncated or damaged ({error}): download or save it again"
+            ) from error
+    if files:
         return
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
@@ -171,7 +201,10 @@ def _check_fit(checkpoint: Checkpoint) -> None:
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-    """A diffusers scheduler's configuration as a noise schedule, with diffusers' defaults.
+    """A diffusers scheduler's configuration as a noise schedule.
+
+    It is read as diffusers' StableDiffusionPipeline with a DDIMScheduler reads it, whatever class wrote it:
+    what is missing has DDIMScheduler's default.
 
     Raises:
         UsageError: A value is not supported or out of range, or the configuration asks for something that
@@ -181,7 +214,6 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
         if config.get(option):
             raise UsageError(f"{option} is set: not supported")
     names = {field.name for field in dataclasses.fields(NoiseSchedule)}
-    # diffusers leaves out of the file what has its class's default, and the classes differ in this one.
     defaults = {
         "beta_start": 0.0001,
         "beta_end": 0.02,
@@ -189,13 +221,13 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
         "num_train_timesteps": 1000,
         "prediction_type": "epsilon",
         "timestep_spacing": "leading",
-        "steps_offset": 0,
-        "set_alpha_to_one": config.get("_class_name") != "PNDMScheduler",
+        "set_alpha_to_one": True,
     }
     given = {key: value for key, value in config.items() if key in names and value is not None}
     if isinstance(given.get("trained_betas"), list):
         given["trained_betas"] = tuple(given["trained_betas"])
-    return NoiseSchedule(**{**defaults, **given})
+    # StableDiffusionPipeline sets the offset to 1 whatever the file says.
+    return NoiseSchedule(**{**defaults, **given, "steps_offset": 1})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -228,9 +260,10 @@ def load_module(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
+            ignore_mismatched_sizes=True,  # reported, and refused by name below
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise CheckpointError(f"{folder} cannot be loaded: {first.strip()}") from error
     _check_report(folder, report)
@@ -254,12 +287,15 @@ def _loader(name: str) -> Any:
 
 def _check_report(folder: Path, report: dict[str, Any]) -> None:
     """Turn a loader's silent re-initialisations into errors."""
-    mismatched = sorted(report.get("mismatched_keys") or ())
-    if mismatched:
-        raise CheckpointError(f"{folder}: wrong shape of {mismatched[0]} ({len(mismatched)} in all)")
+    if mismatched := sorted(report.get("mismatched_keys") or ()):
+        key, given, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{folder}: {key} has the shape {list(given)}, by config.json it is {list(wanted)} "
+            f"({len(mismatched)} of wrong shape in all)"
+        )
     missing = sorted(key for key in report.get("missing_keys") or () if not str(key).endswith("position_ids"))
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} missing in all)")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from sdrt.runtime.command import Parser, run_command
 from sdrt.runtime.components import PRECISIONS
 from sdrt.runtime.errors import SdrtError, UsageError
+from sdrt.runtime.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from sdrt.export.checkpoint import Checkpoint
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 RANGE: Final = re.compile(r"(\d+)(?:\.\.(\d+))?")
 MAX_BATCH: Final = 64
 MAX_SIDE: Final = 4096
+MIN_OPSET: Final = 18
+MAX_OPSET: Final = 23
 
 EPILOG: Final = """exit status: 0 done; 2 usage; 4 the checkpoint cannot be used; 5 over the parity tolerance;
 6 NaN or infinity; 7 a backend is missing; 8 OUT cannot be written; 130 interrupted; 1 anything else.
@@ -77,6 +80,7 @@ def _export(arguments: argparse.Namespace) -> None:
     # What can be said without the seconds that torch takes to import is said first.
     batch = parse_range("--batch", arguments.batch)
     _check_options(arguments, batch)
+    out = arguments.out.resolve()  # through a symbolic link: the link stays, what it names is replaced
     # One line of an error is for the user; the libraries' own chatter is not.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -104,7 +108,7 @@ def _export(arguments: argparse.Namespace) -> None:
         if not arguments.quiet:
             print(f"[{time.perf_counter() - started:6.1f} s] {stage}", flush=True)  # noqa: T201
 
-    report = write_bundle(checkpoint, arguments.out, options, overwrite=arguments.force, progress=progress)
+    report = write_bundle(checkpoint, out, options, overwrite=arguments.force, progress=progress)
     if not arguments.quiet:
         _print_report(report, arguments.out, time.perf_counter() - started)
 
@@ -128,14 +132,21 @@ def parse_range(option: str, text: str) -> tuple[int, int]:
 def _check_options(arguments: argparse.Namespace, batch: tuple[int, int]) -> None:
     if batch[1] > MAX_BATCH:
         raise UsageError(f"--batch is {arguments.batch!r}: at most {MAX_BATCH}")
-    if not 18 <= arguments.opset <= 23:
-        raise UsageError(f"--opset is {arguments.opset}: 18 to 23")
+    if not MIN_OPSET <= arguments.opset <= MAX_OPSET:
+        raise UsageError(f"--opset is {arguments.opset}: {MIN_OPSET} to {MAX_OPSET}")
     if arguments.fp16_weights and arguments.dtype != "fp32":
         raise UsageError(f"--fp16-weights goes with --dtype fp32, not with {arguments.dtype}")
-    if arguments.out.exists() and not arguments.force:
-        raise UsageError(f"{arguments.out} exists already; give another name, or --force to replace it")
-    if not arguments.out.absolute().parent.is_dir():
-        raise UsageError(f"the folder {arguments.out.absolute().parent} does not exist: make it first")
+    _check_out(arguments.out, force=arguments.force)
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists already; give another name, or --force to replace it")
+    # --force deletes what is there: `--force .` or a mistyped name must not cost anybody's work.
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))):
+        raise UsageError(f"{out} is not a bundle: --force replaces bundles and empty folders only")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"the folder {out.absolute().parent} does not exist: make it first")
 
 
 def _side(checkpoint: Checkpoint, option: str, text: str | None) -> AxisRange:
@@ -159,11 +170,13 @@ def _print_report(report: ParityReport, out: Path, seconds: float) -> None:
     from rich.table import Table
 
     ran = ", ".join(sorted({figure.arithmetic for figure in report.figures}))
-    table = Table(title=f"ONNX Runtime ({ran}) against PyTorch (fp32)", title_justify="left")
+    title = f"ONNX Runtime ({ran}) against PyTorch (fp32), relative errors"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("output", "inputs"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("relative L2", "largest", "allowed"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, overflow="fold")
+    for heading in ("L2", "largest", "allowed"):
+        # In the 80 columns that a pipe gets names wrap; a figure without its exponent would say nothing.
+        table.add_column(heading, justify="right", min_width=len("1.0e-05"))
     for figure in report.figures:
         table.add_row(
             f"{figure.component}.{figure.output}",

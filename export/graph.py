@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from sdrt.runtime.components import ComponentSpec, Precision
 from sdrt.runtime.errors import SdrtError
 
-MIN_OPSET: Final = 18
-MAX_OPSET: Final = 23
 TORCH_DTYPES: Final[dict[Precision, torch.dtype]] = {
     "fp32": torch.float32,
     "fp16": torch.float16,

@@ -13,6 +13,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 TINY_MERGES = 200
 TINY_SIZE = 16  # pixels: 8 latents at a VAE factor of 2
@@ -22,8 +23,9 @@ def write_tiny_checkpoint(folder: Path) -> None:
     """A Stable Diffusion 1.x checkpoint of some 50 thousand seeded random weights in fp16."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from sdrt.export.tokenizer_json import write_tokenizer_folder
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from sdrt.export.tokenizer_json import write_tokenizer_folder
 
     torch.manual_seed(0)
     vocabulary = 512 + TINY_MERGES + 2

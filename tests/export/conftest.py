@@ -1,0 +1,44 @@
+"""Fixtures of the export tests: exports without the tracing, and a whole one beside `tiny_bundle`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from sdrt.export import bundle_writer, cli
+from sdrt.runtime.components import ComponentSpec
+
+# The ranges that `tiny_bundle` was exported with.
+SIZES = ("--height", "16..32", "--width", "16..32", "--batch", "1..2")
+
+
+@pytest.fixture
+def traced_before(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence[str]:
+    """Let exports take the graphs of `tiny_bundle` in place of 30 s of tracing; all else is as it is.
+
+    Returns the options that fit those graphs.
+    """
+
+    def load(_module: object, _args: object, spec: ComponentSpec, *_rest: object) -> ir.Model:
+        return ir.load(tiny_bundle / spec.name / "model.onnx")
+
+    monkeypatch.setattr(bundle_writer, "onnx_from_module", load)
+    return SIZES
+
+
+@pytest.fixture(scope="session")
+def fp16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in fp16, for one image of one size; 18 is no multiple of the U-Net's 4.
+
+    While working on tests, ``SDRT_TINY_FP16_BUNDLE`` may name one that was made before.
+    """
+    if made_before := os.environ.get("SDRT_TINY_FP16_BUNDLE"):
+        return Path(made_before)
+    out = tmp_path_factory.mktemp("fp16") / "bundle"
+    sizes = ["--height", "18", "--width", "16", "--batch", "1"]
+    assert cli.main([str(tiny_checkpoint), str(out), "--fp16", "--quiet", *sizes]) == 0
+    return out
