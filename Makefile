@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUNDLE := out/emoji
 PROMPT ?= a red apple
+# How the embedded model is exported: its weights are fp16, so storing them as fp16 loses nothing.
+EXPORT_FLAGS := --fp16-weights --batch 1..8 --height 64..128 --width 64..128
 
-.PHONY: help run test check format bench clean
+.PHONY: help run test check format bench bundle clean
 
 help:
 	@echo "make run     draw a picture with the embedded model, from its checkpoint"
@@ -14,6 +16,7 @@ help:
 	@echo "make check   format, lint and types alone"
 	@echo "make format  rewrite the code as 'make check' wants it"
 	@echo "make bench   the figures of the README, measured here"
+	@echo "make bundle  export the bundle that the wheel ships, after the embedded model was trained anew"
 	@echo "make clean   remove what the above made, the virtual environment too"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -25,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)
 	@mkdir -p out
 	@start=$$(date +%s); \
-	$(BIN)/sd-export models/emoji $(BUNDLE) --fp16-weights --force && \
+	$(BIN)/sd-export models/emoji $(BUNDLE) $(EXPORT_FLAGS) --force && \
 	exported=$$(date +%s); \
 	$(BIN)/sd-run "$(PROMPT)" --bundle $(BUNDLE) --seed 1 --output out/picture.png && \
 	drawn=$$(date +%s); \
@@ -45,6 +48,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m sdrt.benchmarks.first_picture
+
+bundle: $(STAMP)
+	$(BIN)/sd-export models/emoji models/emoji/bundle $(EXPORT_FLAGS) --force
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
