@@ -27,12 +27,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from sdrt.runtime.images import save_png
-    from sdrt.runtime.pipeline import (
-        BlackImageWarning,
-        Pipeline,
-        PipelineOutput,
-        PromptTruncatedWarning,
-    )
+    from sdrt.runtime.pipeline import BlackImageWarning, Pipeline, PipelineOutput
+    from sdrt.runtime.prompts import PromptTruncatedWarning
 
 _HOME = {
     "BackendError": "errors",
@@ -43,7 +39,7 @@ _HOME = {
     "OutputError": "errors",
     "Pipeline": "pipeline",
     "PipelineOutput": "pipeline",
-    "PromptTruncatedWarning": "pipeline",
+    "PromptTruncatedWarning": "prompts",
     "SdrtError": "errors",
     "UsageError": "errors",
     "save_png": "images",

@@ -56,7 +56,28 @@ class Bundle:
         bundle = cls(folder, manifest)
         for entry in manifest.files():
             bundle.check(entry, verify=verify)
+        bundle._refuse_unlisted()
         return bundle
+
+    def verify(self) -> None:
+        """Compare the SHA-256 of every file with the manifest.
+
+        Raises:
+            BundleError: A file is missing, altered or damaged.
+        """
+        for entry in self.manifest.files():
+            self.check(entry)
+
+    def _refuse_unlisted(self) -> None:
+        """A file beside a graph that the manifest does not name would be used unchecked, as its weights."""
+        listed = {self.path / entry.path for entry in self.manifest.files()}
+        for folder in {file.parent for file in listed} - {self.path}:
+            for found in sorted(folder.iterdir()):
+                if found not in listed and not found.is_dir():
+                    raise BundleError(
+                        f"{found.relative_to(self.path)} is not in the manifest of {self.path}: "
+                        "remove it, or export the bundle again"
+                    )
 
     def check(self, entry: FileEntry, *, verify: bool = True) -> None:
         """Raise BundleError unless the file is inside the bundle with the recorded size and hash."""

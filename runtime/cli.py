@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import sdrt
-from sdrt.runtime.command import Parser, put, run_command
+from sdrt.runtime.command import Parser, put, run_command, say
 from sdrt.runtime.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -66,40 +67,50 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     _check_output(arguments.output)
-    from sdrt.runtime.pipeline import Pipeline  # numpy and the rest, once the arguments have been read
+    # NumPy and the rest only now: what argparse refuses need not wait for them.
+    from sdrt.runtime.bundle import Bundle
+    from sdrt.runtime.pipeline import Pipeline
+    from sdrt.runtime.request import build_request
 
+    bundle = Bundle.open(arguments.bundle, verify=False)
+    options = _options(arguments)
+    request = build_request(bundle.manifest, arguments.prompt, **options)  # refused before anything is loaded
+    if arguments.negative_prompt and not request.guided and not arguments.quiet:
+        say("sd-run", "warning: at a guidance scale of 1 or less the negative prompt is not used")
     pipeline = Pipeline.load(
-        arguments.bundle,
-        backend=arguments.backend,
-        threads=arguments.threads,
-        verify=not arguments.no_verify,
+        bundle, backend=arguments.backend, threads=arguments.threads, verify=not arguments.no_verify
     )
     loaded = time.perf_counter() - started
-    with _progress(arguments) as on_step:
+    batches = -(-arguments.num_images // bundle.manifest.limits.max_batch)
+    with _progress(arguments, len(request.table.timesteps) * batches) as on_step:
         output = pipeline(
             arguments.prompt,
-            negative_prompt=arguments.negative_prompt,
-            height=arguments.height,
-            width=arguments.width,
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.guidance_scale,
-            num_images_per_prompt=arguments.num_images,
-            seed=arguments.seed,
-            rng=arguments.rng,
-            sampler=arguments.sampler,
-            karras=arguments.karras,
-            eta=arguments.eta,
+            **options,
             callback_on_step_end=on_step,
+            callback_on_step_end_tensor_inputs=(),
         )
-    before_saving = time.perf_counter()
+    saving = time.perf_counter()
     paths = _save(arguments, output)
-    seconds = {
-        "load": loaded,
-        **output.timings,
-        "save": time.perf_counter() - before_saving,
-        "process": time.perf_counter() - started,
-    }
+    ended = time.perf_counter()
+    seconds = {"load": loaded, **output.timings, "save": ended - saving, "command": ended - started}
     _report(arguments, paths, output, seconds)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that the command shares with `Pipeline.__call__`, by its names."""
+    return {
+        "negative_prompt": arguments.negative_prompt,
+        "height": arguments.height,
+        "width": arguments.width,
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance_scale,
+        "num_images_per_prompt": arguments.num_images,
+        "seed": arguments.seed,
+        "rng": arguments.rng,
+        "sampler": arguments.sampler,
+        "karras": arguments.karras,
+        "eta": arguments.eta,
+    }
 
 
 def _check_output(output: Path | None) -> None:
@@ -135,15 +146,21 @@ def _paths(arguments: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
     output: Path | None = arguments.output
     if output is None or output.suffix.lower() != ".png" or _is_folder(output):
         folder = Path() if output is None else output
-        return [folder / f"{slug(arguments.prompt)}-{seed}.png" for seed in seeds]
+        return [_free_name(folder / f"{slug(arguments.prompt)}-{seed}.png") for seed in seeds]
     if len(seeds) == 1:
         return [output]
     return [output.with_stem(f"{output.stem}-{index}") for index in range(1, len(seeds) + 1)]
 
 
+def _free_name(path: Path) -> Path:
+    """A name that we chose ourselves never replaces an older picture: ``-2``, ``-3`` … is added."""
+    candidates = (path.with_stem(f"{path.stem}-{count}") for count in itertools.count(2))
+    return next(name for name in itertools.chain([path], candidates) if not os.path.lexists(name))
+
+
 @contextmanager
 def _progress(
-    arguments: argparse.Namespace,
+    arguments: argparse.Namespace, steps: int
 ) -> Iterator[Callable[[Pipeline, int, float, dict[str, Any]], None] | None]:
     """A bar that moves with each step, on a terminal; nothing elsewhere."""
     if arguments.quiet or sys.stderr is None or not sys.stderr.isatty():
@@ -154,12 +171,10 @@ def _progress(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=arguments.steps)
+        task = bar.add_task("drawing", total=steps)
 
-        def on_step(pipeline: Pipeline, _step: int, _timestep: float, _state: dict[str, Any]) -> None:
-            steps = arguments.steps or pipeline.bundle.manifest.defaults.num_inference_steps
-            batches = -(-arguments.num_images // pipeline.bundle.manifest.limits.max_batch)
-            bar.update(task, advance=1, total=steps * batches)
+        def on_step(_pipeline: Pipeline, _step: int, _timestep: float, _state: dict[str, Any]) -> None:
+            bar.advance(task)
 
         yield on_step
 
@@ -180,7 +195,7 @@ def _report(
             put(f"{path}  seed {seed}")
         stages = ("load", "text_encoder", "denoise", "vae_decoder", "save")
         parts = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in stages)
-        put(f"{seconds['process']:.2f} s ({parts})")
+        put(f"{seconds['command']:.2f} s ({parts})")
 
 
 if __name__ == "__main__":

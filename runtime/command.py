@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -29,9 +30,10 @@ def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) 
     SIGTERM ends it as Ctrl-C does, so that temporary files are removed. With ``quiet`` warnings are not
     shown.
     """
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     try:
-        with _one_line_warnings(name, quiet=quiet):
+        with _signals_as_interrupts(), _one_line_warnings(name, quiet=quiet):
             command()
         with _output_errors():  # while they can still be reported
             print(end="", flush=True)  # noqa: T201
@@ -45,8 +47,11 @@ def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) 
         # The reader of our output has gone (`| head`): no error, and nothing left to say it to.
         _discard_output()
         return 0
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except Exception as error:
+        if os.environ.get("SDRT_TRACEBACK"):
+            raise
+        say(name, f"internal error: {type(error).__name__}: {error} (SDRT_TRACEBACK=1 shows where)")
+        return SdrtError.exit_status
     return 0
 
 
@@ -88,6 +93,20 @@ def say(name: str, message: str) -> None:
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a closed terminal, end the block as Ctrl-C does; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -15,9 +14,7 @@ from sdrt.runtime.errors import NumericsError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.solvers import SamplerTable
 
-MAX_STEPS: Final = 1000  # rows that the table's buffer holds: no schedule trains more timesteps
-
-StepCallback = Callable[[int, float], None]
+MAX_STEPS: Final = 1000  # rows that the table's buffer holds; Stable Diffusion trains as many timesteps
 
 
 class DenoiseLoop:

@@ -17,7 +17,7 @@ Buffer = Any  # a NumPy array on the host, a device array elsewhere; both have s
 
 
 class Device(Protocol):
-    """Memory and kernels. Nothing but `download` waits for the device."""
+    """Memory and kernels. Nothing but `download` and `all_finite` waits for the device."""
 
     name: str
 
@@ -31,6 +31,10 @@ class Device(Protocol):
 
     def download(self, buffer: Buffer) -> NDArray[Any]:
         """A host copy of a buffer; waits until everything queued before has run."""
+        ...
+
+    def all_finite(self, buffer: Buffer) -> bool:
+        """Whether a buffer holds neither NaN nor infinity; waits as `download` does."""
         ...
 
     def prepare_input(self, buffers: StepBuffers) -> None:
@@ -62,6 +66,10 @@ class HostDevice:
     def download(self, buffer: Buffer) -> NDArray[Any]:
         """See `Device.download`."""
         return np.array(buffer)
+
+    def all_finite(self, buffer: Buffer) -> bool:
+        """See `Device.all_finite`."""
+        return bool(np.isfinite(buffer).all())
 
     def prepare_input(self, buffers: StepBuffers) -> None:
         """See `Device.prepare_input`."""

@@ -6,19 +6,18 @@ error; nothing falls back to another one in silence.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import ComponentSpec, TensorSpec
-from sdrt.runtime.errors import BackendError, UsageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from sdrt.runtime.errors import BackendError, BundleError, UsageError
 
 Array = NDArray[Any]
 
@@ -61,7 +60,7 @@ class OnnxRuntimeExecutor:
         """
         ort = _onnxruntime()
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors only: its warnings are about its own optimiser
+        options.log_severity_level = 4  # what it prints beside an exception is not for the user
         options.intra_op_num_threads = threads or usable_cores()
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         try:
@@ -71,28 +70,75 @@ class OnnxRuntimeExecutor:
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(f"ONNX Runtime refuses {model}: {_first_line(error)}") from error
         self.spec = spec
-        self._inputs = {entry.name: entry for entry in spec.inputs}
-        self._outputs = {entry.name: entry for entry in spec.outputs}
+        self._check_graph(model)
+
+    def _check_graph(self, model: Path) -> None:
+        """The graph must be the one that the manifest describes, or buffers would be of wrong sizes."""
+        session = self._session
+        for found, wanted in (
+            (session.get_inputs(), self.spec.inputs),
+            (session.get_outputs(), self.spec.outputs),
+        ):
+            tensors = {tensor.name: tensor for tensor in found}
+            for entry in wanted:
+                tensor = tensors.get(entry.name)
+                if tensor is None or not _same_tensor(tensor, entry):
+                    has = f"{tensor.type}{list(tensor.shape)}" if tensor else f"only {', '.join(tensors)}"
+                    raise BundleError(
+                        f"{model} is not the graph that the manifest describes: {entry.name} should be "
+                        f"{entry.dtype}{list(entry.shape)}, the graph has {has}; export the bundle again"
+                    )
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         """See `Executor.bind`."""
-        binding = self._session.io_binding()
+        for entries, arrays in ((self.spec.inputs, inputs), (self.spec.outputs, outputs)):
+            specs = {entry.name: entry for entry in entries}
+            for name, array in arrays.items():
+                check_buffer(self.spec.name, specs[name], array)
+        return _BoundSession(self._session, self.spec.name, inputs, outputs)
+
+
+class _BoundSession:
+    """One binding; it keeps the arrays alive, since ONNX Runtime is told only their addresses."""
+
+    def __init__(
+        self, session: Any, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> None:
+        self._session, self._component = session, component
+        self._arrays = (inputs, outputs)
+        self._binding = session.io_binding()
         for name, array in inputs.items():
-            check_buffer(self.spec.name, self._inputs[name], array)
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in outputs.items():
-            check_buffer(self.spec.name, self._outputs[name], array)
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        held = (inputs, outputs)  # the binding knows addresses only; this keeps the memory alive
+            self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-        def evaluate() -> None:
-            assert held
-            try:
-                self._session.run_with_iobinding(binding)
-            except Exception as error:
-                raise BackendError(f"{self.spec.name} failed: {_first_line(error)}") from error
+    def __call__(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"{self._component} failed: {_first_line(error)}") from error
 
-        return evaluate
+
+# ONNX Runtime's names of the dtypes in a manifest.
+_ORT_TYPES: Final = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int64": "tensor(int64)",
+}
+
+
+def _same_tensor(tensor: Any, spec: TensorSpec) -> bool:
+    """Whether dtype, rank and every size that both know agree; a fixed export has sizes for named axes."""
+    return (
+        tensor.type == _ORT_TYPES.get(spec.dtype)
+        and len(tensor.shape) == len(spec.shape)
+        and all(
+            got == want
+            for got, want in zip(tensor.shape, spec.shape, strict=True)
+            if isinstance(got, int) and isinstance(want, int)
+        )
+    )
 
 
 def check_buffer(component: str, spec: TensorSpec, array: Array) -> None:
@@ -110,8 +156,13 @@ def check_buffer(component: str, spec: TensorSpec, array: Array) -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: by its affinity, and by a container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
 
 
 def _first_line(error: Exception) -> str:
@@ -138,8 +189,9 @@ def _load_onnxruntime_cpu(bundle: Bundle, name: str, threads: int | None) -> Exe
     return OnnxRuntimeExecutor(bundle.file(entry), component.spec, threads=threads)
 
 
+DEFAULT_BACKEND: Final = "onnxruntime-cpu"
 BACKENDS: Final[dict[str, Callable[[Bundle, str, int | None], Executor]]] = {
-    "onnxruntime-cpu": _load_onnxruntime_cpu,
+    DEFAULT_BACKEND: _load_onnxruntime_cpu,
 }
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +17,9 @@ from typing import Final
 from sdrt.runtime.errors import OutputError
 
 _AT_FDCWD: Final = -100  # linux/fcntl.h
-_RENAME_EXCHANGE: Final = 2  # linux/fs.h
+_RENAME_NOREPLACE: Final = 1  # linux/fs.h
+_RENAME_EXCHANGE: Final = 2
+_ASIDE: Final = "-old"  # ends the name of a folder that is away while another takes its place
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -76,48 +80,80 @@ def explain(error: OSError) -> str:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an error of the operating system is an OutputError about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {explain(error)}") from error
+
+
+@contextlib.contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends without an error.
 
     With ``replace`` an older folder is exchanged in one system call, so that at every moment (SIGKILL
-    included) there is either the old folder or the new one under the name.
+    included) there is either the old folder or the new one under the name. Without it, whatever has come
+    into being at ``path`` meanwhile is left alone. Where the system has no such call (not Linux, some
+    network file systems) there is an instant with neither; the old folder is then put back by the next call.
+
+    Errors of the block itself pass through.
 
     Raises:
         OutputError: ``path`` exists and ``replace`` is false, or the place cannot be written.
     """
     path = path.absolute()
     if os.path.lexists(path) and not replace:
-        raise OutputError(f"{path} exists already; give another name, or --force to replace it")
+        raise _taken(path)
     prefix = f".{path.name}.part-"
-    try:
-        _remove_abandoned(path.parent, prefix)
-        temporary = path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")
+    with writing(path):
+        _clear_abandoned(path, prefix)
+        temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}")
         temporary.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {explain(error)}") from error
-    try:
-        yield temporary
-        _move_into_place(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {explain(error)}") from error
-    finally:
-        # After an exchange this is the old folder; after an error the unfinished one.
-        _remove(temporary)
-
-
-def _move_into_place(temporary: Path, path: Path) -> None:
-    if not os.path.lexists(path):
-        temporary.rename(path)
-    elif not _exchange(temporary, path):
-        # Not Linux, or a file system without the exchange: the old folder is away for an instant.
-        aside = temporary.with_name(temporary.name + "-old")
-        path.rename(aside)
+    with _locked(temporary):
         try:
-            temporary.rename(path)
-        except OSError:
-            aside.rename(path)
-            raise
-        _remove(aside)
+            yield temporary
+            with writing(path):
+                _move_into_place(temporary, path, replace=replace)
+        finally:
+            # After an exchange this is the old folder; after an error the unfinished one.
+            _remove(temporary)
+
+
+def _taken(path: Path) -> OutputError:
+    return OutputError(f"{path} exists already; give another name, or --force to replace it")
+
+
+def _move_into_place(temporary: Path, path: Path, *, replace: bool) -> None:
+    outcome = _renameat2(temporary, path, _RENAME_EXCHANGE if replace else _RENAME_NOREPLACE)
+    if outcome == 0:
+        return
+    if outcome == errno.EEXIST:
+        raise _taken(path)
+    if not os.path.lexists(path):  # nothing to exchange with, or no such system call
+        temporary.rename(path)
+        return
+    if not replace:
+        raise _taken(path)
+    aside = temporary.with_name(temporary.name + _ASIDE)
+    path.rename(aside)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    _remove(aside)
+
+
+def _renameat2(old: Path, new: Path, flags: int) -> int:
+    """renameat2(2): 0, or the error number; ENOSYS where the system has no such call."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return errno.ENOSYS
+    names = os.fsencode(old), os.fsencode(new)
+    status = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(flags))
+    return 0 if status == 0 else ctypes.get_errno()
 
 
 def _remove(path: Path) -> None:
@@ -129,30 +165,29 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names with renameat2(2); False where the system or the file system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    status = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE))
-    return bool(status == 0)
+def _clear_abandoned(path: Path, prefix: str) -> None:
+    """Delete the unfinished folders of processes that are gone (killed, power cut).
 
-
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Delete the unfinished folders of processes that are gone (killed, power cut)."""
-    for found in parent.iterdir():  # not `glob`: the name may hold its special characters
-        pid = found.name.removeprefix(prefix).split("-")[0]
-        if found.name.startswith(prefix) and pid.isdecimal() and not _alive(int(pid)):
+    A live process holds a lock on its folder, which other containers and hosts that share the file system
+    see too; a process id they would not.
+    """
+    ours = re.compile(f"{re.escape(prefix)}[0-9a-f]{{16}}({_ASIDE})?")
+    for found in path.parent.iterdir():
+        if not ours.fullmatch(found.name):
+            continue
+        if found.name.endswith(_ASIDE) and not os.path.lexists(path):
+            found.rename(path)
+            continue
+        with contextlib.suppress(OSError), _locked(found):
             _remove(found)
 
 
-def _alive(pid: int) -> bool:
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder; BlockingIOError if another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

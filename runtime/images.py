@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.files import write_atomically
 
@@ -33,39 +33,49 @@ def png_bytes(image: Image, recipe: Mapping[str, Any]) -> bytes:
 
 def parameters_text(recipe: Mapping[str, Any]) -> str:
     """The recipe in A1111's form: prompt, negative prompt, then ``Key: value`` pairs on one line."""
-    names = {
-        "dpmpp_2m": "DPM++ 2M",
-        "euler": "Euler",
-        "ddim": "DDIM",
-    }
-    sampler = names.get(recipe["sampler"], recipe["sampler"]) + (" Karras" if recipe["karras"] else "")
+    sampler = _A1111_SAMPLERS.get(recipe["sampler"], recipe["sampler"])
     pairs = {
         "Steps": recipe["num_inference_steps"],
-        "Sampler": sampler,
+        "Sampler": sampler + (" Karras" if recipe["karras"] else ""),
         "CFG scale": recipe["guidance_scale"],
         "Seed": recipe["seed"],
         "Size": f"{recipe['width']}x{recipe['height']}",
-        "RNG": {"philox": "GPU", "cpu": "CPU"}[recipe["rng"]],
+        **({"Eta": recipe["eta"]} if recipe["eta"] else {}),
+        "RNG": _A1111_GENERATORS[recipe["rng"]],
         "Model": recipe["model"],
         "Version": f"sdrt {recipe['version']}",
     }
     lines = [recipe["prompt"]]
     if recipe["negative_prompt"]:
         lines.append(f"Negative prompt: {recipe['negative_prompt']}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items()))
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
     return "\n".join(lines)
 
 
-def save_png(image: Image, path: Path, recipe: Mapping[str, Any]) -> None:
+_A1111_SAMPLERS: Final = {"dpmpp_2m": "DPM++ 2M", "euler": "Euler", "ddim": "DDIM"}
+# "NV" is its name for Philox on any device.
+_A1111_GENERATORS: Final = {"philox": "NV", "cpu": "CPU"}
+
+
+def _quoted(value: object) -> str:
+    """As A1111 does it: a value that would break the line apart is written as a JSON string."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+
+
+def save_png(image: Image, path: str | Path, recipe: Mapping[str, Any]) -> None:
     """Write a picture and its recipe; whole or not at all.
 
     Raises:
         OutputError: The file cannot be written.
     """
-    write_atomically(path, png_bytes(image, recipe))
+    write_atomically(Path(path), png_bytes(image, recipe))
 
 
 def slug(prompt: str, limit: int = 40) -> str:
-    """A file name from a prompt: ASCII letters, digits and dashes, at most ``limit`` characters."""
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:limit].strip("-") or "picture"
+    """A file name from a prompt: its letters and digits of any script, joined by dashes.
+
+    At most ``limit`` characters; a file name may have 255 bytes, and a character takes up to four.
+    """
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", prompt).lower())
+    return words.strip("-")[:limit].strip("-") or "picture"

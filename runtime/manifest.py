@@ -23,10 +23,12 @@ from sdrt.runtime.components import (
 )
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.schedule import NoiseSchedule
+from sdrt.runtime.solvers import SAMPLERS
 
 FORMAT: Final = "sdrt-bundle"
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
+FAMILIES: Final = ("sd",)  # Stable Diffusion 1.x and 2.x
 # Without one of these nothing can be drawn; the encoder is for image-to-image alone.
 REQUIRED_COMPONENTS: Final = ("text_encoder", "unet", "vae_decoder")
 
@@ -277,10 +279,16 @@ def _check_path(path: str) -> None:
 
 
 def _check_whole(manifest: Manifest) -> None:
-    """Refuse numbers that make no sense, alone or together."""
+    """Refuse a family that this version does not know, and numbers that make no sense, alone or together."""
+    if manifest.family not in FAMILIES:
+        raise BundleError(
+            f"the bundle is of the family {manifest.family!r}, this sdrt draws {', '.join(FAMILIES)}: "
+            "upgrade sdrt"
+        )
     limits, defaults, factor = manifest.limits, manifest.defaults, manifest.latents.factor
     parts = manifest.components
     texts = {spec.name: spec.shape[1:] for spec in parts["text_encoder"].spec.outputs}
+    positions = parts["text_encoder"].spec.inputs[0].shape[1]
     sample, _, embeddings = parts["unet"].spec.inputs
     latents = (sample, *parts["unet"].spec.outputs, *parts["vae_decoder"].spec.inputs)
     sides = (limits.height, limits.width)
@@ -294,10 +302,18 @@ def _check_whole(manifest: Manifest) -> None:
             (side.minimum if side.minimum == side.maximum else side.multiple) % max(factor, 1) == 0
             for side in sides
         ),
-        "defaults: at least one step": defaults.num_inference_steps >= 1,
+        "defaults: 1 to num_train_timesteps steps": (
+            1 <= defaults.num_inference_steps <= manifest.schedule.num_train_timesteps
+        ),
+        "defaults: guidance_scale is not negative": defaults.guidance_scale >= 0,
+        "defaults: a known sampler": defaults.sampler in SAMPLERS,
         "text_output is an output of the text encoder": manifest.text_output in texts,
         "the text encoder's output fits the unet": texts.get(manifest.text_output) == embeddings.shape[1:],
-        "the tokenizer's max_length fits the unet": embeddings.shape[1] == manifest.tokenizer.max_length,
+        "the tokenizer's max_length fits the text encoder and the unet": (
+            parts["text_encoder"].spec.inputs[0].shape[1]
+            == embeddings.shape[1]
+            == manifest.tokenizer.max_length
+        ),
         "the unet and the vae_decoder have the latents' channels": all(
             spec.shape[1] == manifest.latents.channels for spec in latents
         ),

@@ -15,6 +15,7 @@ from sdrt.runtime.errors import NumericsError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.tokenizer import Tokenizer
 
+MAX_QUOTED: Final = 400  # characters of a prompt's cut-off end that a warning repeats
 MAX_CACHED: Final = 64  # texts; a negative prompt and a few favourites stay
 
 
@@ -86,7 +87,12 @@ class PromptEncoder:
         if cut_off:
             warnings.warn(
                 f"the prompt is over {self._tokenizer.max_length - 2} tokens; "
-                f"this end of it is not read: {cut_off!r}",
+                f"this end of it is not read: {_shortened(cut_off)!r}",
                 PromptTruncatedWarning,
                 stacklevel=2,
             )
+
+
+def _shortened(text: str) -> str:
+    """A quotation that fits on a screen."""
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED // 2]} … {text[-MAX_QUOTED // 2 :]}"

@@ -1,8 +1,10 @@
-"""The arguments of one call, checked and spread over its images."""
+"""The arguments of one call, checked and spread over its images, before anything is computed."""
 
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.runtime.denoise import MAX_STEPS
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.noise import RNGS, Rng, validate_seed
-from sdrt.runtime.solvers import SAMPLERS, SamplerTable
+from sdrt.runtime.manifest import Manifest
+from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng, validate_seed
+from sdrt.runtime.solvers import SAMPLERS, SamplerTable, make_table
+from sdrt.runtime.tokenizer import checked_text
 
 if TYPE_CHECKING:
     from sdrt.runtime.pipeline import Pipeline
@@ -39,16 +44,15 @@ class Request:
     eta: float
     rng: Rng
     latents: NDArray[np.float32] | None
-    callback: StepEndCallback | None
 
     @property
     def guided(self) -> bool:
         """At a guidance scale of 1 or less the unconditional half would not be used: it is left out."""
         return self.guidance_scale > 1.0
 
-    def recipe(self) -> dict[str, Any]:
-        """What all images have in common, as plain data."""
-        return {
+    def recipes(self) -> list[dict[str, Any]]:
+        """What draws each image, as plain data."""
+        shared: dict[str, Any] = {
             "height": self.height,
             "width": self.width,
             "num_inference_steps": len(self.table.timesteps),
@@ -58,14 +62,117 @@ class Request:
             "eta": self.eta,
             "rng": self.rng,
         }
+        if self.latents is not None:
+            shared["latents"] = "given"  # the seed alone does not give this picture
+        texts = zip(self.prompts, self.negative_prompts, self.seeds, strict=True)
+        return [
+            {"prompt": prompt, "negative_prompt": negative, "seed": seed, **shared}
+            for prompt, negative, seed in texts
+        ]
 
 
-def per_image_texts(
+def build_request(
+    manifest: Manifest,
+    prompt: str | Sequence[str],
+    *,
+    negative_prompt: str | Sequence[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    num_images_per_prompt: int = 1,
+    seed: int | Sequence[int] | None = None,
+    rng: Rng = DEFAULT_RNG,
+    sampler: str | None = None,
+    karras: bool = False,
+    eta: float = 0.0,
+    latents: NDArray[np.float32] | None = None,
+) -> Request:
+    """Check the arguments of `Pipeline.__call__` against a bundle's manifest.
+
+    Raises:
+        UsageError: An argument is of a wrong type or out of range; the message says what is allowed.
+    """
+    defaults = manifest.defaults
+    if rng not in RNGS:
+        raise UsageError(f"rng is {rng!r}; choose one of {', '.join(RNGS)}")
+    prompts, negatives = _per_image_texts(prompt, negative_prompt, num_images_per_prompt)
+    rows, columns = checked_size(manifest, height, width)
+    eta = _number("eta", eta)
+    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+    request = Request(
+        prompts=prompts,
+        negative_prompts=negatives,
+        seeds=_per_image_seeds(seed, len(prompts)),
+        height=rows,
+        width=columns,
+        guidance_scale=_guidance(defaults.guidance_scale if guidance_scale is None else guidance_scale),
+        table=_table(manifest, defaults.sampler if sampler is None else sampler, steps, karras, eta),
+        karras=karras,
+        eta=eta,
+        rng=rng,
+        latents=latents,
+    )
+    _check_latents(manifest, request)
+    return request
+
+
+def checked_size(manifest: Manifest, height: object, width: object) -> tuple[int, int]:
+    """Height and width in pixels, the bundle's own where None is given.
+
+    Raises:
+        UsageError: A size that the bundle does not admit.
+    """
+    defaults, limits = manifest.defaults, manifest.limits
+    sizes = []
+    for name, given, default, limit in (
+        ("height", height, defaults.height, limits.height),
+        ("width", width, defaults.width, limits.width),
+    ):
+        size = default if given is None else _whole(name, given)
+        if not limit.admits(size):
+            raise UsageError(f"{name} is {size}: this bundle draws {limit} pixels")
+        sizes.append(size)
+    return sizes[0], sizes[1]
+
+
+def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int, int]:
+    """[C, h, w] of one image's latents."""
+    geometry = manifest.latents
+    return geometry.channels, height // geometry.factor, width // geometry.factor
+
+
+def _table(manifest: Manifest, sampler: object, steps: object, karras: object, eta: float) -> SamplerTable:
+    if not isinstance(sampler, str):
+        raise UsageError(f"sampler is {sampler!r}: a name is wanted, one of {', '.join(SAMPLERS)}")
+    if not isinstance(karras, bool):
+        raise UsageError(f"karras is {karras!r}: True or False is wanted")
+    count = _whole("num_inference_steps", steps)
+    most = min(manifest.schedule.num_train_timesteps, MAX_STEPS)
+    if not 1 <= count <= most:
+        raise UsageError(f"num_inference_steps is {count}: allowed are whole numbers from 1 to {most}")
+    return make_table(sampler, manifest.schedule, count, karras=karras, eta=eta)
+
+
+def _check_latents(manifest: Manifest, request: Request) -> None:
+    given = request.latents
+    if given is None:
+        return
+    want = (len(request.prompts), *latent_shape(manifest, request.height, request.width))
+    if not isinstance(given, np.ndarray) or given.shape != want or given.dtype != np.float32:
+        shown = f"{given.dtype}{list(given.shape)}" if isinstance(given, np.ndarray) else type(given)
+        raise UsageError(f"latents are {shown}: a NumPy array float32{list(want)} is wanted")
+    if not np.isfinite(given).all():
+        raise UsageError("latents hold NaN or infinity")
+
+
+def _per_image_texts(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, per_prompt: int
 ) -> tuple[list[str], list[str]]:
     """Prompts and negative prompts, one of each per image."""
-    if isinstance(per_prompt, bool) or not isinstance(per_prompt, int) or per_prompt < 1:
-        raise UsageError(f"num_images_per_prompt is {per_prompt!r}: a whole number of at least 1")
+    per_prompt = _whole("num_images_per_prompt", per_prompt)
+    if per_prompt < 1:
+        raise UsageError(f"num_images_per_prompt is {per_prompt}: a whole number of at least 1")
     negative = "" if negative_prompt is None else negative_prompt
     for given in (prompt, negative):
         if not isinstance(given, Sequence):
@@ -77,6 +184,7 @@ def per_image_texts(
     for text in (*prompts, *negatives):
         if not isinstance(text, str):
             raise UsageError(f"a prompt is {type(text).__name__}: texts are wanted")
+    prompts, negatives = list(map(checked_text, prompts)), list(map(checked_text, negatives))
     if len(negatives) != len(prompts):
         raise UsageError(
             f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one per prompt"
@@ -89,7 +197,7 @@ def per_image_texts(
     )
 
 
-def per_image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
+def _per_image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
     """A seed per image; ``None`` draws a random one, which is not the same as 0."""
     if seed is None:
         seed = secrets.randbelow(2**32)
@@ -101,24 +209,27 @@ def per_image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
     return [(first + index) % 2**64 for index in range(images)]
 
 
-def check_options(sampler: object, karras: object, eta: object, rng: object, callback: object) -> None:
-    """Refuse options of a wrong type, and an unknown rng, before anything has been computed."""
-    if not isinstance(sampler, str):
-        raise UsageError(f"sampler is {sampler!r}: a name is wanted, one of {', '.join(SAMPLERS)}")
-    if not isinstance(karras, bool):
-        raise UsageError(f"karras is {karras!r}: True or False is wanted")
-    if isinstance(eta, bool) or not isinstance(eta, int | float):
-        raise UsageError(f"eta is {eta!r}: a number from 0 to 1 is wanted")
-    if rng not in RNGS:
-        raise UsageError(f"rng is {rng!r}; choose one of {', '.join(RNGS)}")
-    if callback is not None and not callable(callback):
-        raise UsageError(f"callback_on_step_end is {type(callback).__name__}: a function is wanted")
-
-
-def checked_guidance(scale: float) -> float:
-    """The guidance scale as a float, if it is finite and in range."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise UsageError(f"guidance_scale is {scale!r}: a finite number is wanted")
+def _guidance(given: object) -> float:
+    scale = _number("guidance_scale", given)
     if not 0.0 <= scale <= MAX_GUIDANCE_SCALE:
-        raise UsageError(f"guidance_scale is {scale!r}: from 0 to {MAX_GUIDANCE_SCALE:g}")
-    return float(scale)
+        raise UsageError(f"guidance_scale is {given!r}: from 0 to {MAX_GUIDANCE_SCALE:g}")
+    return scale
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of any integer type, NumPy's too; True is none."""
+    try:
+        if isinstance(value, bool | np.bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r}: a whole number is wanted") from None
+
+
+def _number(name: str, value: Any) -> float:
+    """A finite number of any real type, NumPy's too."""
+    if isinstance(value, bool | np.bool) or not isinstance(value, numbers.Real):
+        raise UsageError(f"{name} is {value!r}: a number is wanted")
+    if not math.isfinite(value):
+        raise UsageError(f"{name} is {float(value)!r}: a finite number is wanted")
+    return float(value)

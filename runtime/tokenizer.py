@@ -132,7 +132,7 @@ class Tokenizer:
         Raises:
             UsageError: Not a string, or not Unicode text (a lone surrogate).
         """
-        prompt = _checked(prompt)
+        prompt = checked_text(prompt)
         cleaned = clean(prompt)
         tokens, starts = self._tokenize(cleaned)
         room = self.max_length - 2
@@ -145,7 +145,7 @@ class Tokenizer:
         Raises:
             UsageError: As for `encode`.
         """
-        return self._tokenize(clean(_checked(prompt)))[0]
+        return self._tokenize(clean(checked_text(prompt)))[0]
 
     def count(self, prompt: str) -> int:
         """How many tokens a prompt has, without BOS and EOS; ``max_length - 2`` of them fit.
@@ -181,7 +181,7 @@ class Tokenizer:
         yield len(text), len(text), ()
 
 
-def _checked(prompt: str) -> str:
+def checked_text(prompt: str) -> str:
     """The prompt as Unicode text: surrogate pairs joined; lone ones and other types refused."""
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}")

@@ -17,7 +17,7 @@ import pytest
 
 from sdrt.runtime import files
 from sdrt.runtime.errors import OutputError
-from sdrt.runtime.files import explain, new_folder, write_all_atomically, write_atomically
+from sdrt.runtime.files import explain, new_folder, write_all_atomically, write_atomically, writing
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -46,13 +46,6 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=60,
     )
-
-
-def dead_pid() -> int:
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    process.wait()
-    return process.pid
 
 
 # --- one file
@@ -223,7 +216,8 @@ def test_full_disk_while_a_folder_is_written(tmp_path: Path) -> None:
     def write_half() -> None:
         with new_folder(tmp_path / "out") as folder:
             (folder / "a").write_bytes(b"new")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            with writing(tmp_path / "out"):
+                raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OutputError, match=r"cannot write .*out: the disk is full"):
         write_half()
@@ -254,7 +248,7 @@ def test_folder_that_cannot_be_made(tmp_path: Path, name: str, reason: str) -> N
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda _one, _other: False)
+        monkeypatch.setattr(files, "_renameat2", lambda *_: errno.ENOSYS)
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_bytes(b"old")
@@ -268,7 +262,7 @@ def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 def test_replace_a_link_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     """The link gives way, what it led to stays, and nothing is left over."""
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda _one, _other: False)
+        monkeypatch.setattr(files, "_renameat2", lambda *_: errno.ENOSYS)
     real = tmp_path / "real"
     real.mkdir()
     (real / "kept").write_bytes(b"kept")
@@ -290,7 +284,7 @@ def test_replace_a_link_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_second_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the exchange is not to be had, the old folder is put back."""
-    monkeypatch.setattr(files, "_exchange", lambda _one, _other: False)
+    monkeypatch.setattr(files, "_renameat2", lambda *_: errno.ENOSYS)
     rename, calls = Path.rename, []
 
     def rename_but_the_second(self: Path, target: Path) -> Path:
@@ -314,10 +308,11 @@ def test_exchange_swaps_both_names(tmp_path: Path) -> None:
     one.mkdir()
     other.mkdir()
     inodes = one.stat().st_ino, other.stat().st_ino
-    if not files._exchange(one, other):
+    if files._renameat2(one, other, files._RENAME_EXCHANGE):
         pytest.skip("this file system cannot exchange")
     assert (other.stat().st_ino, one.stat().st_ino) == inodes
-    assert not files._exchange(one, tmp_path / "missing")
+    missing = files._renameat2(one, tmp_path / "missing", files._RENAME_EXCHANGE)
+    assert missing == errno.ENOENT
     assert one.stat().st_ino == inodes[1]
 
 
@@ -327,7 +322,7 @@ def test_name_is_never_away_during_a_replacement(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir()
     other.mkdir()
-    if not files._exchange(one, other):
+    if files._renameat2(one, other, files._RENAME_EXCHANGE):
         pytest.skip("this file system cannot exchange")
     target = tmp_path / "out"
     target.mkdir()
@@ -396,23 +391,51 @@ def test_kill_in_the_middle_keeps_the_old_folder_and_the_next_run_clears_up(tmp_
 
 @pytest.mark.parametrize("name", ["out", "a*b", "[x]", "a**b", "?"])
 def test_only_abandoned_folders_of_this_name_are_removed(tmp_path: Path, name: str) -> None:
-    dead = dead_pid()
-    abandoned = [f".{name}.part-{dead}-0a1b2c3d", f".{name}.part-{dead}-0a1b2c3d-old"]
+    abandoned = f".{name}.part-0123456789abcdef"
     kept = [
-        f".{name}.part-{os.getpid()}-0a1b2c3d",
-        f".{name}.part-1-0a1b2c3d",
-        f".{name}2.part-{dead}-0a1b2c3d",
+        f".{name}2.part-0123456789abcdef",
         f".{name}.part-mine",
-        f".{name}.part-²-0a1b2c3d",
+        f".{name}.part-0123456789abcdef-mine",
         name + ".bak",
     ]
-    for folder in (*abandoned, *kept):
+    for folder in (abandoned, *kept):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_bytes(b"")
-    (tmp_path / f".{name}.part-{10**30}-0a1b2c3d").mkdir()
     with new_folder(tmp_path / name):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {*kept, name}
+
+
+def test_a_folder_that_was_away_when_its_process_was_killed_is_put_back(tmp_path: Path) -> None:
+    away = tmp_path / ".out.part-0123456789abcdef-old"
+    away.mkdir()
+    (away / "a").write_bytes(b"the only copy")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out", replace=True):
+        raise RuntimeError
+    assert listing(tmp_path) == {"out": None, "out/a": b"the only copy"}
+
+
+@pytest.mark.parametrize("system_call", [True, False], ids=["renameat2", "rename"])
+def test_what_came_into_being_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system_call: bool
+) -> None:
+    if not system_call:
+        monkeypatch.setattr(files, "_renameat2", lambda *_: errno.ENOSYS)
+
+    def appear_while_writing() -> None:
+        with new_folder(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "a").write_bytes(b"precious")
+
+    with pytest.raises(OutputError, match="exists already"):
+        appear_while_writing()
+    assert listing(tmp_path) == {"out": None, "out/a": b"precious"}
+
+
+def test_errors_of_the_block_are_not_blamed_on_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out"):
+        (tmp_path / "weights").read_bytes()
+    assert listing(tmp_path) == {}
 
 
 def test_every_reason_has_words() -> None:

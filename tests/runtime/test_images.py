@@ -56,7 +56,7 @@ def test_parameters_as_the_web_ui_writes_them() -> None:
         "a red apple\n"
         "Negative prompt: green, leaves\n"
         "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 18446744073709551615, Size: 24x16, "
-        "RNG: GPU, Model: emoji, Version: sdrt 0.1.0"
+        "RNG: NV, Model: emoji, Version: sdrt 0.1.0"
     )
 
 
@@ -68,6 +68,8 @@ def test_parameters_as_the_web_ui_writes_them() -> None:
         ({"sampler": "euler"}, "Sampler: Euler Karras,"),
         ({"sampler": "new_one", "karras": False}, "Sampler: new_one,"),
         ({"rng": "cpu"}, "RNG: CPU,"),
+        ({"eta": 0.5}, "Eta: 0.5,"),
+        ({"model": "one, two"}, 'Model: "one, two",'),
     ],
 )
 def test_parameters_of_other_choices(changes: dict[str, Any], words: str) -> None:
@@ -102,8 +104,10 @@ def test_save(tmp_path: Path) -> None:
     [
         ("a red apple", "a-red-apple"),
         ("  A Red, Apple!! ", "a-red-apple"),
-        ("Ein schöner Apfel", "ein-schoner-apfel"),
+        ("Ein schöner Apfel", "ein-schöner-apfel"),
         ("🍎", "picture"),
+        ("苹果", "苹果"),
+        ("דג", "דג"),
         ("", "picture"),
         ("../../etc/passwd", "etc-passwd"),
         ("-rf", "rf"),

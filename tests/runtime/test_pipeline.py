@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,34 @@ from numpy.typing import NDArray
 
 import tolerances
 from sdrt.runtime import pipeline as pipeline_module
+from sdrt.runtime import prompts
 from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.devices import Device
 from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.noise import RNGS, noise_source
-from sdrt.runtime.pipeline import BlackImageWarning, Pipeline, PipelineOutput, PromptTruncatedWarning
+from sdrt.runtime.pipeline import BlackImageWarning, Pipeline, PipelineOutput
+from sdrt.runtime.prompts import PromptTruncatedWarning
 from sdrt.runtime.solvers import SAMPLERS, make_table
 
 Array = NDArray[Any]
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "numpy"}
 MAX_BATCH = 2  # of the tiny bundle
+
+
+class OpenPipeline(Pipeline):
+    """A pipeline whose executors can be exchanged."""
+
+    def __init__(
+        self, bundle: Bundle, executors: Mapping[str, Executor], device: Device, backend: str
+    ) -> None:
+        self.executors = dict(executors)
+        super().__init__(bundle, self.executors, device, backend)
+
+    def exchange(self, component: str, executor: Executor) -> None:
+        """Use another executor, and forget every buffer and cache."""
+        executors = {**self.executors, component: executor}
+        OpenPipeline.__init__(self, self.bundle, executors, self._device, self.backend)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +51,11 @@ def pipeline(tiny_bundle: Path) -> Pipeline:
 
 
 @pytest.fixture
-def fresh(tiny_bundle: Path) -> Pipeline:
+def fresh(tiny_bundle: Path) -> OpenPipeline:
     """A pipeline that a test may spoil, with empty caches."""
-    return Pipeline.load(tiny_bundle, verify=False)
+    loaded = OpenPipeline.load(tiny_bundle, verify=False)
+    assert isinstance(loaded, OpenPipeline)
+    return loaded
 
 
 class Spy:
@@ -62,12 +81,10 @@ class Spy:
         return evaluate_and_note
 
 
-def spy(pipeline: Pipeline, component: str, spoil: Callable[[int, Array], None] | None = None) -> Spy:
+def spy(pipeline: OpenPipeline, component: str, spoil: Callable[[int, Array], None] | None = None) -> Spy:
     """Put a spy in a component's place."""
-    result = Spy(pipeline._executors[component].result(), spoil)
-    future: Future[Executor] = Future()
-    future.set_result(result)
-    pipeline._executors[component] = future
+    result = Spy(pipeline.executors[component], spoil)
+    pipeline.exchange(component, result)
     return result
 
 
@@ -141,7 +158,7 @@ def test_output_types(pipeline: Pipeline) -> None:
     assert "vae_decoder" not in latents.timings
 
 
-def test_latents_output_does_not_decode(fresh: Pipeline) -> None:
+def test_latents_output_does_not_decode(fresh: OpenPipeline) -> None:
     decoder = spy(fresh, "vae_decoder")
     fresh("x", **{**SHORT, "output_type": "latents"})
     assert decoder.evaluations == 0
@@ -150,7 +167,7 @@ def test_latents_output_does_not_decode(fresh: Pipeline) -> None:
 # --- seeds and noise
 
 
-def test_same_call_twice_is_equal_bit_for_bit(pipeline: Pipeline, fresh: Pipeline) -> None:
+def test_same_call_twice_is_equal_bit_for_bit(pipeline: Pipeline, fresh: OpenPipeline) -> None:
     first = pipeline(["a", "b"], seed=5, **SHORT)
     assert_equal(pipeline(["a", "b"], seed=5, **SHORT), first)
     assert_equal(fresh(["a", "b"], seed=5, **SHORT), first)
@@ -252,7 +269,7 @@ def test_no_negative_prompt_is_the_empty_one(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1])
-def test_without_guidance_one_half_runs(fresh: Pipeline, scale: float) -> None:
+def test_without_guidance_one_half_runs(fresh: OpenPipeline, scale: float) -> None:
     unet, text_encoder = spy(fresh, "unet"), spy(fresh, "text_encoder")
     arguments = {**SHORT, "guidance_scale": scale, "seed": 1}
     output = fresh("a", negative_prompt="not looked at", **arguments)
@@ -270,7 +287,7 @@ def test_without_guidance_one_half_runs(fresh: Pipeline, scale: float) -> None:
     assert text_encoder.evaluations == 1
 
 
-def test_guidance_just_above_one_is_close_to_none(fresh: Pipeline) -> None:
+def test_guidance_just_above_one_is_close_to_none(fresh: OpenPipeline) -> None:
     unet = spy(fresh, "unet")
     none = fresh("a", seed=1, **{**SHORT, "guidance_scale": 1.0}).latents
     little = fresh("a", seed=1, **{**SHORT, "guidance_scale": 1.0 + 2.0**-23}).latents
@@ -278,7 +295,7 @@ def test_guidance_just_above_one_is_close_to_none(fresh: Pipeline) -> None:
     assert_close(little, none)
 
 
-def test_text_embeddings_are_cached(fresh: Pipeline) -> None:
+def test_text_embeddings_are_cached(fresh: OpenPipeline) -> None:
     text_encoder = spy(fresh, "text_encoder")
     fresh("a", negative_prompt="c", **SHORT)
     assert text_encoder.evaluations == 2
@@ -289,17 +306,17 @@ def test_text_embeddings_are_cached(fresh: Pipeline) -> None:
     assert text_encoder.evaluations == 3
 
 
-def test_cache_of_embeddings_is_bounded(fresh: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_module, "MAX_CACHED_PROMPTS", 3)
+def test_cache_of_embeddings_is_bounded(fresh: OpenPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "MAX_CACHED", 3)
     text_encoder = spy(fresh, "text_encoder")
     arguments = {**SHORT, "num_inference_steps": 1, "output_type": "latents"}
     for prompt in "abcdefgh":
         fresh(prompt, negative_prompt="kept", **arguments)
-        assert len(fresh._embeddings) <= 3
+        assert len(fresh._encode._cache) <= 3
     assert text_encoder.evaluations == 9  # the negative prompt is used each time and stays
 
 
-def test_unet_is_evaluated_once_a_row_on_one_binding(fresh: Pipeline) -> None:
+def test_unet_is_evaluated_once_a_row_on_one_binding(fresh: OpenPipeline) -> None:
     unet = spy(fresh, "unet")
     for _ in range(3):
         fresh("a", num_inference_steps=4, seed=1)
@@ -308,7 +325,7 @@ def test_unet_is_evaluated_once_a_row_on_one_binding(fresh: Pipeline) -> None:
     assert unet.bound[0]["sample"] == (2, 4, 8, 8)
 
 
-def test_prompt_over_the_token_limit_warns_and_quotes(fresh: Pipeline) -> None:
+def test_prompt_over_the_token_limit_warns_and_quotes(fresh: OpenPipeline) -> None:
     prompt = "apple " * 80 + "UNREAD Ending"
     with pytest.warns(PromptTruncatedWarning, match="over 75 tokens.*UNREAD Ending"):
         output = fresh(prompt, seed=1, **SHORT)
@@ -318,7 +335,7 @@ def test_prompt_over_the_token_limit_warns_and_quotes(fresh: Pipeline) -> None:
     assert output.recipes[0]["prompt"] == prompt
 
 
-def test_negative_prompt_over_the_token_limit_warns(fresh: Pipeline) -> None:
+def test_negative_prompt_over_the_token_limit_warns(fresh: OpenPipeline) -> None:
     with pytest.warns(PromptTruncatedWarning, match="UNREAD"):
         fresh("a", negative_prompt="apple " * 80 + "UNREAD", **SHORT)
 
@@ -345,12 +362,12 @@ def test_samplers_and_karras_differ(pipeline: Pipeline) -> None:
             assert not np.allclose(one, other, rtol=1e-3)
 
 
-def test_all_steps_of_the_schedule(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_steps_of_the_schedule(fresh: OpenPipeline) -> None:
     """The most steps that are allowed fill the table's buffer to its last row."""
-    unet = pipeline._executors["unet"].result()
-    manifest = pipeline.bundle.manifest
+    unet = fresh.executors["unet"]
+    manifest = fresh.bundle.manifest
     schedule = replace(manifest.schedule, steps_offset=0)  # with an offset there is room for 999
-    monkeypatch.setattr(pipeline.bundle, "manifest", replace(manifest, schedule=schedule))
+    fresh.bundle.manifest = replace(manifest, schedule=schedule)
 
     class Still:
         """Predicts no noise, at once."""
@@ -360,17 +377,14 @@ def test_all_steps_of_the_schedule(pipeline: Pipeline, monkeypatch: pytest.Monke
         def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
             return lambda: None
 
-    future: Future[Executor] = Future()
-    future.set_result(Still())
-    monkeypatch.setitem(pipeline._executors, "unet", future)
-    monkeypatch.setattr(pipeline, "_loops", type(pipeline._loops)())
+    fresh.exchange("unet", Still())
     seen: list[float] = []
 
     def note(_: Pipeline, step: int, timestep: float, state: dict[str, Any]) -> None:
         seen.append(timestep)
 
     arguments: dict[str, Any] = {"sampler": "ddim", "output_type": "latents"}
-    pipeline("x", num_inference_steps=1000, callback_on_step_end=note, **arguments)
+    fresh("x", num_inference_steps=1000, callback_on_step_end=note, **arguments)
     table = make_table("ddim", schedule, 1000)
     assert seen == list(table.timesteps)
 
@@ -473,7 +487,7 @@ def test_other_sizes(pipeline: Pipeline, height: int, width: int) -> None:
     assert output.latents.shape == (1, 4, height // 2, width // 2)
 
 
-def test_shapes_change_and_come_back(fresh: Pipeline) -> None:
+def test_shapes_change_and_come_back(fresh: OpenPipeline) -> None:
     unet = spy(fresh, "unet")
     first = fresh("a", seed=1, **SHORT)
     sizes = [(16, 20), (20, 16), (20, 20), (24, 16), (28, 16), (32, 32)]
@@ -506,7 +520,8 @@ def pair_bundle(bundle_copy: Path) -> Path:
 
 @pytest.mark.parametrize("images", [1, 2, 3, 4])
 def test_bundle_of_a_fixed_batch_pads(pipeline: Pipeline, pair_bundle: Path, images: int) -> None:
-    pairs = Pipeline.load(pair_bundle)
+    pairs = OpenPipeline.load(pair_bundle)
+    assert isinstance(pairs, OpenPipeline)
     unet, decoder, text_encoder = (spy(pairs, name) for name in ("unet", "vae_decoder", "text_encoder"))
     output = pairs("a", seed=1, num_images_per_prompt=images, **SHORT)
     assert len(output.images) == len(output.latents) == len(output.recipes) == images
@@ -519,7 +534,8 @@ def test_bundle_of_a_fixed_batch_pads(pipeline: Pipeline, pair_bundle: Path, ima
 
 
 def test_padding_is_not_warned_of(pair_bundle: Path) -> None:
-    pairs = Pipeline.load(pair_bundle)
+    pairs = OpenPipeline.load(pair_bundle)
+    assert isinstance(pairs, OpenPipeline)
     spy(pairs, "vae_decoder", lambda _call, image: image.fill(-1.0))
     with pytest.warns(BlackImageWarning) as caught:
         pairs("a", **SHORT)
@@ -558,14 +574,13 @@ def test_weights_of_nan_name_their_component(bundle_copy: Path, component: str, 
 @pytest.mark.parametrize("bad_step", [0, 1, 2])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_unet_that_fails_at_a_step(fresh: Pipeline, bad_step: int, value: float) -> None:
+def test_unet_that_fails_at_a_step(fresh: OpenPipeline, bad_step: int, value: float) -> None:
     expected = fresh("a", seed=1, **SHORT)
 
     def spoil(call: int, noise_pred: Array) -> None:
         if call == bad_step:
             noise_pred[0, 1, 2, 3] = value
 
-    fresh._loops.clear()
     spy(fresh, "unet", spoil)
     timestep = make_table("dpmpp_2m", fresh.bundle.manifest.schedule, 3).timesteps[bad_step]
     words = rf"unet gave NaN or infinity at step {bad_step + 1} of 3 \(timestep {timestep:g}\).*--dtype fp32"
@@ -576,13 +591,13 @@ def test_unet_that_fails_at_a_step(fresh: Pipeline, bad_step: int, value: float)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_callback_that_hands_back_the_unets_nan_is_not_blamed(fresh: Pipeline) -> None:
+def test_callback_that_hands_back_the_unets_nan_is_not_blamed(fresh: OpenPipeline) -> None:
     spy(fresh, "unet", lambda _call, noise_pred: noise_pred.fill(np.nan))
     with pytest.raises(NumericsError, match="unet gave NaN or infinity at step 1"):
         fresh("a", callback_on_step_end=lambda _p, _i, _t, state: state, **SHORT)
 
 
-def test_black_picture_warns(fresh: Pipeline) -> None:
+def test_black_picture_warns(fresh: OpenPipeline) -> None:
     def blacken(call: int, image: Array) -> None:
         image[-1] = -1.5
 
@@ -622,8 +637,8 @@ def test_black_picture_warns(fresh: Pipeline) -> None:
         ({"num_inference_steps": 0}, "num_inference_steps is 0: allowed are whole numbers from 1 to 1000"),
         ({"num_inference_steps": -1}, "from 1 to 1000"),
         ({"num_inference_steps": 10**6}, "num_inference_steps is 1000000.*from 1 to 1000"),
-        ({"num_inference_steps": 20.0}, "20.0: allowed are whole numbers"),
-        ({"num_inference_steps": "20"}, "'20': allowed are whole numbers"),
+        ({"num_inference_steps": 20.0}, "20.0: a whole number is wanted"),
+        ({"num_inference_steps": "20"}, "'20': a whole number is wanted"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan: a finite number"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf: a finite number"),
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0: from 0 to 1000"),
@@ -652,7 +667,9 @@ def test_black_picture_warns(fresh: Pipeline) -> None:
         ({"eta": 0.5}, "dpmpp_2m has no eta: use it with ddim"),
         ({"sampler": "ddim", "eta": 1.5}, "eta is 1.5: allowed are numbers from 0 to 1"),
         ({"sampler": "ddim", "eta": float("nan")}, "eta is nan"),
-        ({"eta": "0"}, "eta is '0': a number from 0 to 1"),
+        ({"eta": "0"}, "eta is '0': a number is wanted"),
+        ({"height": np.float32(16)}, "a whole number is wanted"),
+        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["embeds"]}, "only 'latents'"),
         ({"latents": np.zeros((1, 4, 8, 9), np.float32)}, r"float32\[1, 4, 8, 8\] is wanted"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents are float64\[1, 4, 8, 8\]"),
         ({"latents": [1.0]}, "latents are <class 'list'>"),
@@ -666,12 +683,39 @@ def test_bad_argument(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], words: str
 ) -> None:
     """Refused in one line that says what is allowed, before any component has run."""
-    for component in ("unet", "vae_decoder"):
-        monkeypatch.setitem(pipeline._executors, component, Future())  # to wait for it would be to hang
+    for part in ("_encode", "_loop", "_decode"):
+        monkeypatch.setattr(pipeline, part, lambda *_, **__: pytest.fail("something was computed"))
     with pytest.raises(UsageError, match=words) as caught:
         pipeline(**{"prompt": "a", **arguments})
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+def test_numbers_of_numpy_are_numbers(pipeline: Pipeline) -> None:
+    sizes = {"height": np.int64(16), "width": np.uint8(16), "num_inference_steps": np.int32(3)}
+    numbers: dict[str, Any] = {**sizes, "guidance_scale": np.float32(3), "seed": np.int64(1)}
+    output = pipeline("a", output_type="numpy", **numbers)
+    assert_equal(output, pipeline("a", seed=1, **SHORT))
+    json.dumps(output.recipes)
+
+
+def test_callback_that_asks_for_nothing_is_given_nothing(pipeline: Pipeline) -> None:
+    given: list[dict[str, Any]] = []
+    pipeline(
+        "a",
+        callback_on_step_end=lambda _pipeline, _step, _timestep, state: given.append(state),
+        callback_on_step_end_tensor_inputs=(),
+        **SHORT,
+    )
+    assert given == [{}, {}, {}]
+
+
+def test_recipe_says_that_latents_were_given(pipeline: Pipeline) -> None:
+    latents = pipeline.initial_latents(1)
+    assert latents.shape == (1, 4, 8, 8)
+    output = pipeline("a", seed=1, latents=latents, **SHORT)
+    assert output.recipes[0]["latents"] == "given"
+    assert "latents" not in pipeline("a", seed=1, **SHORT).recipes[0]
 
 
 @pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 0)])

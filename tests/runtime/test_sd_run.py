@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,35 @@ def test_default_name(run: Run, work: Path) -> None:
     assert names(work) == ["a-red-apple-7.png"]
 
 
+def test_default_name_never_replaces_a_picture(run: Run, work: Path) -> None:
+    for _ in range(3):
+        run("苹果", "--seed", "7")
+    assert names(work) == ["苹果-7-2.png", "苹果-7-3.png", "苹果-7.png"]
+
+
+def test_negative_prompt_that_is_not_used(run: Run) -> None:
+    arguments = ["x", "--negative-prompt", "y", "--guidance-scale", "1"]
+    assert "the negative prompt is not used" in run(*arguments)[1]
+    assert run(*arguments, "-q")[1] == ""
+    assert run("x", "--negative-prompt", "y")[1] == ""
+
+
+def test_name_that_standard_output_cannot_show(tiny_bundle: Path, work: Path) -> None:
+    command = [SD_RUN, "x", "--bundle", str(tiny_bundle), "--steps", "1", "-o", "é.png"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    process = subprocess.run(command, capture_output=True, check=False, timeout=60, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(b"\\xe9.png")
+    assert names(work) == ["é.png"]
+
+
+def test_in_another_thread(run: Run, work: Path) -> None:
+    """Signals can be handled in the main thread alone; a program may call it elsewhere."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, "x", "--seed", "7").result()
+    assert names(work) == ["x-7.png"]
+
+
 def test_folder(run: Run, work: Path) -> None:
     (work / "pictures").mkdir()
     out, _ = run("x", "--seed", "7", "-o", "pictures", "--num-images", "3")
@@ -229,7 +259,7 @@ def test_json(run: Run, work: Path) -> None:
         {"path": str(work / "p-1.png"), "seed": 3},
         {"path": str(work / "p-2.png"), "seed": 4},
     ]
-    stages = {"load", "text_encoder", "denoise", "step", "vae_decoder", "total", "save", "process"}
+    stages = {"load", "text_encoder", "denoise", "step", "vae_decoder", "total", "save", "command"}
     assert set(document["seconds"]) == stages
     assert all(seconds >= 0 for seconds in document["seconds"].values())
 
@@ -270,8 +300,8 @@ def test_recipe_in_the_picture_draws_it_again_bit_for_bit(run: Run, work: Path) 
         recipe = json.loads(image.info["sdrt"])
         assert image.info["parameters"] == (
             "a cat — 🐈\nNegative prompt: dog\n"
-            f"Steps: 3, Sampler: DDIM, CFG scale: 3.5, Seed: {recipe['seed']}, Size: 24x20, RNG: CPU, "
-            f"Model: tiny, Version: sdrt {recipe['version']}"
+            f"Steps: 3, Sampler: DDIM, CFG scale: 3.5, Seed: {recipe['seed']}, Size: 24x20, "
+            f"Eta: 0.5, RNG: CPU, Model: tiny, Version: sdrt {recipe['version']}"
         )
     options = {
         "--negative-prompt": "negative_prompt",

@@ -193,9 +193,37 @@ def without_unet(bundle: Path) -> None:
     edit_manifest(bundle, lambda document: document["components"].pop("unet"))
 
 
+def unlisted(bundle: Path) -> None:
+    """The weights of a graph, no longer named: nothing would compare them with anything."""
+    files = ("components", "unet", "files")
+
+    def drop(document: dict[str, Any]) -> None:
+        entries = document[files[0]][files[1]][files[2]]
+        entries[:] = [entry for entry in entries if not entry["path"].endswith(".data")]
+
+    edit_manifest(bundle, drop)
+
+
+def of_another_family(bundle: Path) -> None:
+    edit_manifest(bundle, lambda document: document.update(family="sdxl"))
+
+
+def with_another_graph(bundle: Path) -> None:
+    """The decoder's graph in the U-Net's place, hashes and all."""
+
+    def exchange(document: dict[str, Any]) -> None:
+        document["components"]["unet"]["files"] = document["components"]["vae_decoder"]["files"]
+        document["components"]["unet"]["model"] = document["components"]["vae_decoder"]["model"]
+
+    edit_manifest(bundle, exchange)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (unlisted, "unet/model.onnx.data is not in the manifest"),
+        (of_another_family, "family 'sdxl', this sdrt draws sd: upgrade sdrt"),
+        (with_another_graph, "is not the graph that the manifest describes: sample should be float32"),
         (missing, "unet/model.onnx.data is missing"),
         (truncated, "unet/model.onnx.data has 1000 bytes, the manifest says"),
         (altered, "unet/model.onnx.data does not have the SHA-256"),
@@ -212,6 +240,27 @@ def test_bundle(refuse: Refuse, bundle_copy: Path, damage: Callable[[Path], None
     assert words in refuse(BUNDLE, bundle=bundle_copy)
     if damage is not altered:  # the one that only hashing can see
         assert words in refuse(BUNDLE, "--no-verify", bundle=bundle_copy)
+
+
+def test_usage_is_checked_before_anything_is_hashed_or_loaded(refuse: Refuse, bundle_copy: Path) -> None:
+    altered(bundle_copy)
+    for arguments in (["--steps", "0"], ["--sampler", "eular"], ["--guidance-scale", "nan"], ["--rng", "x"]):
+        refuse(USAGE, *arguments, bundle=bundle_copy)
+
+
+def test_a_fault_of_our_own_is_one_line_too(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("sdrt.runtime.pipeline.Pipeline.load", fail)
+    assert "internal error: ZeroDivisionError: division by zero (SDRT_TRACEBACK=1" in refuse(1)
+    monkeypatch.setenv("SDRT_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        refuse(1)
+
+
+def test_negative_prompt_that_is_not_unicode(refuse: Refuse) -> None:
+    assert "not Unicode text" in refuse(USAGE, "--negative-prompt", "\udcff", "--guidance-scale", "1")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file", "folder", ""])
