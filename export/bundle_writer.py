@@ -7,7 +7,6 @@ import copy
 import gc
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,19 +14,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import onnx_ir as ir
 import torch
 
 import sdrt
-from sdrt.export.checkpoint import Checkpoint, fingerprint, load_module
+from sdrt.export.checkpoint import Checkpoint, fingerprint
 from sdrt.export.graph import TORCH_DTYPES, AxisRange, onnx_from_module, save_graph
 from sdrt.export.modules import WRAPPERS, example_inputs
 from sdrt.export.parity import ParityReport, check_component, check_sampling
 from sdrt.export.pass_weight_storage import store_weights_in_fp16
 from sdrt.export.pass_widen import widen_bfloat16
-from sdrt.export.tokenizer_json import facts_from_folder, tokenizer_json_from_folder
+from sdrt.export.weights import check_architectures, load_module
 from sdrt.runtime.bundle import sha256
 from sdrt.runtime.components import COMPONENTS, ComponentSpec, Precision
-from sdrt.runtime.files import new_folder
+from sdrt.runtime.errors import BundleError, CheckpointError
+from sdrt.runtime.files import new_folder, writing
 from sdrt.runtime.manifest import (
     MANIFEST_NAME,
     Component,
@@ -38,10 +39,12 @@ from sdrt.runtime.manifest import (
     Manifest,
     SizeLimit,
     TokenizerFacts,
+    from_json,
     to_json,
 )
 
 SEED: Final = 20240229  # of the random inputs that components are compared on
+DEFAULT_STEPS: Final = 20
 TOOLS: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -87,15 +90,17 @@ def write_bundle(
         progress: Told the name of each stage as it starts.
 
     Raises:
-        CheckpointError: The weights do not load.
+        CheckpointError: The weights do not load, or no bundle can hold this checkpoint.
         ParityError: A component or the sampling run is over its tolerance; nothing is left behind.
         OutputError: ``out`` exists or cannot be written.
     """
     started = time.perf_counter()
     report = ParityReport()
+    check_manifest(checkpoint, options)
+    check_architectures(checkpoint)
     with new_folder(out, replace=overwrite) as folder, _runnable(folder, options) as runnable:
-        job = _Job(checkpoint, options, folder, runnable, report, progress)
-        tokenizer = _write_tokenizer(checkpoint, folder)  # first: what is wrong with it costs no minutes
+        job = _Job(checkpoint, options, out, folder, runnable, report, progress)
+        tokenizer = _write_tokenizer(job)
         components = {name: _write_component(job, name) for name in COMPONENTS}
         manifest = _manifest(checkpoint, options, components, tokenizer)
         progress("sampling run")
@@ -103,7 +108,8 @@ def write_bundle(
         check_sampling(checkpoint, runnable, options.precision, report)
         report.raise_if_over()
         final = _with_figures(manifest, report, checkpoint, time.perf_counter() - started)
-        (folder / MANIFEST_NAME).write_text(to_json(final), encoding="utf-8")
+        with writing(out):
+            (folder / MANIFEST_NAME).write_text(to_json(final), encoding="utf-8")
     return report
 
 
@@ -113,20 +119,49 @@ class _Job:
 
     checkpoint: Checkpoint
     options: ExportOptions
+    out: Path
     folder: Path
     runnable: Path
     report: ParityReport
     progress: Progress
 
 
+def check_manifest(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """Put the manifest together before the first graph is there: nothing in it may fail after minutes.
+
+    Raises:
+        CheckpointError: A rule of the manifest is broken.
+    """
+    sizes, precision = checkpoint.sizes(), options.precision
+    components = {
+        name: Component(f"{name}/model.onnx", (_placeholder(f"{name}/model.onnx"),), precision, spec)
+        for name, spec in ((name, row.resolve(sizes, precision)) for name, row in COMPONENTS.items())
+    }
+    tokenizer = TokenizerFacts(file=_placeholder("tokenizer.json"), **checkpoint.tokenizer.ids)
+    try:
+        from_json(to_json(_manifest(checkpoint, options, components, tokenizer)))
+    except BundleError as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be made a bundle: {error}") from error
+
+
+def _placeholder(path: str) -> FileEntry:
+    return FileEntry(path, 0, "0" * 64)
+
+
 @contextlib.contextmanager
 def _runnable(folder: Path, options: ExportOptions) -> Iterator[Path]:
-    """The folder that the parity gate reads: the bundle itself, or a place for widened copies."""
+    """The folder that the parity gate reads: the bundle itself, or a place in it for widened copies.
+
+    The copies take gigabytes. Inside the unfinished bundle they are on a disk that has room, and what a
+    SIGKILL leaves of them is deleted by the next export.
+    """
     if options.precision != "bf16":
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="sdrt-widened-") as place:
-        yield Path(place)
+    place = folder / "widened"
+    place.mkdir()
+    yield place
+    shutil.rmtree(place)
 
 
 def _write_component(job: _Job, name: str) -> Component:
@@ -145,15 +180,11 @@ def _write_component(job: _Job, name: str) -> Component:
     del traced
     if options.fp16_weights:
         store_weights_in_fp16(model)
-    target = job.folder / name / "model.onnx"
-    target.parent.mkdir()
-    files = save_graph(model, target)
-    runs = target
+    files = _save(job, model, job.folder / name)
+    runs = files[0]
     if job.runnable != job.folder:
         widen_bfloat16(model)
-        runs = job.runnable / name / "model.onnx"
-        runs.parent.mkdir()
-        save_graph(model, runs)
+        runs = _save(job, model, job.runnable / name)[0]
     del model
     gc.collect()
     job.progress(f"{name}: compare")
@@ -166,12 +197,18 @@ def _write_component(job: _Job, name: str) -> Component:
     )
 
 
+def _save(job: _Job, model: ir.Model, folder: Path) -> tuple[Path, ...]:
+    with writing(job.out):
+        folder.mkdir()
+        return save_graph(model, folder / "model.onnx")
+
+
 def _write_runnable(job: _Job, manifest: Manifest) -> None:
     """Give the folder of the parity gate a manifest, so that the runtime can open it."""
     if job.runnable == job.folder:
-        (job.folder / MANIFEST_NAME).write_text(to_json(manifest), encoding="utf-8")
+        with writing(job.out):
+            (job.folder / MANIFEST_NAME).write_text(to_json(manifest), encoding="utf-8")
         return
-    shutil.copy(job.folder / manifest.tokenizer.file.path, job.runnable)
     widened = {
         name: replace(
             part,
@@ -182,7 +219,9 @@ def _write_runnable(job: _Job, manifest: Manifest) -> None:
         for name, part in manifest.components.items()
     }
     text = to_json(replace(manifest, components=widened))
-    (job.runnable / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    with writing(job.out):
+        shutil.copy(job.folder / manifest.tokenizer.file.path, job.runnable)
+        (job.runnable / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
 def _traced_inputs(job: _Job, spec: ComponentSpec, axes: Mapping[str, AxisRange]) -> tuple[torch.Tensor, ...]:
@@ -221,12 +260,11 @@ def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Axis
     }
 
 
-def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> TokenizerFacts:
-    source = checkpoint.path / "tokenizer"
-    positions = checkpoint.sizes()["tokens"]
-    target = folder / "tokenizer.json"
-    target.write_bytes(tokenizer_json_from_folder(source, positions))
-    return TokenizerFacts(file=_entry(folder, target), **facts_from_folder(source, positions))
+def _write_tokenizer(job: _Job) -> TokenizerFacts:
+    tokenizer, target = job.checkpoint.tokenizer, job.folder / "tokenizer.json"
+    with writing(job.out):
+        target.write_bytes(tokenizer.to_json())
+    return TokenizerFacts(file=_entry(job.folder, target), **tokenizer.ids)
 
 
 def _entry(folder: Path, file: Path) -> FileEntry:
@@ -240,6 +278,7 @@ def _manifest(
     tokenizer: TokenizerFacts,
 ) -> Manifest:
     height, width = default_size(checkpoint, options)
+    steps = min(DEFAULT_STEPS, checkpoint.schedule.num_train_timesteps)
     return Manifest(
         family="sd",
         components=components,
@@ -247,7 +286,7 @@ def _manifest(
         schedule=checkpoint.schedule,
         tokenizer=tokenizer,
         text_output="last_hidden_state",
-        defaults=Defaults(height, width, 20, 7.5, "dpmpp_2m"),
+        defaults=Defaults(height, width, steps, 7.5, checkpoint.sampler),
         limits=Limits(
             options.batch.minimum,
             options.batch.maximum,
@@ -259,19 +298,15 @@ def _manifest(
 
 def default_size(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, int]:
     """The size the model was trained at, brought inside the exported ranges."""
-    native = int(checkpoint.configs["unet"]["sample_size"]) * checkpoint.factor
-
-    def clamp(extent: AxisRange) -> int:
-        return max(extent.minimum, min(native, extent.maximum))
-
-    return clamp(options.height), clamp(options.width)
+    native = checkpoint.native_size
+    return options.height.nearest(native), options.width.nearest(native)
 
 
 def _with_figures(
     manifest: Manifest, report: ParityReport, checkpoint: Checkpoint, seconds: float
 ) -> Manifest:
     provenance: dict[str, Any] = {
-        "source": Path(checkpoint.source).name if Path(checkpoint.source).exists() else checkpoint.source,
+        "source": _source(checkpoint),
         "source_sha256": fingerprint(checkpoint),
         "licence": _licence(checkpoint),
         "sdrt": sdrt.__version__,
@@ -280,6 +315,12 @@ def _with_figures(
         "export_seconds": round(seconds, 1),
     }
     return replace(manifest, provenance=provenance, parity=report.to_dict())
+
+
+def _source(checkpoint: Checkpoint) -> str:
+    """The folder's own name, not where it lay; or the hub id."""
+    given = Path(checkpoint.source)
+    return given.resolve().name if given.exists() else checkpoint.source
 
 
 def _licence(checkpoint: Checkpoint) -> str:

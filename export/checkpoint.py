@@ -1,27 +1,20 @@
-"""A checkpoint in the diffusers folder format: found, checked, loaded as PyTorch modules.
-
-Only safetensors are read. A pickle (``.bin``, ``.ckpt``, ``.pt``) can run code when it is loaded, so it is
-refused with the way to convert it.
-"""
+"""A checkpoint in the diffusers folder format: found, and checked before any weights are loaded."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import re
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from sdrt.export.checkpoint_files import check_weights, described_files, find_checkpoint, read_json, reading
+from sdrt.export.tokenizer_json import ClipTokenizer, open_tokenizer
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.schedule import NoiseSchedule
 
-PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SUBFOLDERS: Final = ("text_encoder", "unet", "vae")
 # What an export reads of each config.json.
 CONFIG_KEYS: Final = {
@@ -29,8 +22,14 @@ CONFIG_KEYS: Final = {
     "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels", "sample_size"),
     "vae": ("block_out_channels", "latent_channels"),
 }
-HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_PATTERNS: Final = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors")
+# The default sampler of a bundle, by the scheduler that the checkpoint came with. Others (PNDM, UniPC, …)
+# get the best of ours. A scheduler's use_karras_sigmas is not kept: a manifest has no default for it.
+DEFAULT_SAMPLERS: Final = {
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+}
+DEFAULT_SAMPLER: Final = "dpmpp_2m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +41,26 @@ class Checkpoint:
         source: What the user named: the folder, or the hub id.
         configs: ``config.json`` of each of text_encoder, unet, vae.
         schedule: The scheduler's configuration as a noise schedule.
+        sampler: Our sampler that is nearest to the scheduler's.
+        tokenizer: Its vocabulary, length and special ids.
     """
 
     path: Path
     source: str
     configs: dict[str, dict[str, Any]]
     schedule: NoiseSchedule
+    sampler: str
+    tokenizer: ClipTokenizer
 
     @property
     def factor(self) -> int:
         """Image pixels per latent along one side."""
         return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
+
+    @property
+    def native_size(self) -> int:
+        """The side in pixels that the model was trained at."""
+        return int(self.configs["unet"]["sample_size"]) * self.factor
 
     @property
     def size_multiple(self) -> int:
@@ -63,7 +71,7 @@ class Checkpoint:
         """The checkpoint's entries for the axes that `sdrt.runtime.components` leaves open."""
         text, unet, vae = (self.configs[name] for name in SUBFOLDERS)
         return {
-            "tokens": int(text["max_position_embeddings"]),
+            "tokens": self.tokenizer.ids["max_length"],
             "text_width": int(text["hidden_size"]),
             "cross_width": int(unet["cross_attention_dim"]),
             "unet_channels": int(unet["in_channels"]),
@@ -82,56 +90,30 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
         CheckpointError: Nothing there, the hub cannot be reached, a component or file is missing, only
             pickles are there, or the model is of a kind that is not supported.
     """
-    path = Path(model)
-    if path.is_file():
-        _refuse_file(path)
-    if not path.is_dir():
-        path = _download(model, revision)
-    index = _read_json(path / "model_index.json")
-    _check_kind(path, index)
-    configs = {name: _read_json(path / name / "config.json") for name in SUBFOLDERS}
-    for name in SUBFOLDERS:
-        _check_config(path / name / "config.json", configs[name], CONFIG_KEYS[name])
-        _check_weights(path / name)
-    if not (path / "tokenizer").is_dir():
-        raise CheckpointError(f"{path} has no folder tokenizer/: the checkpoint is incomplete")
-    scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
-    try:
-        schedule = schedule_from_config(scheduler)
-    except UsageError as error:
-        raise CheckpointError(f"{path}/scheduler: {error}") from error
-    checkpoint = Checkpoint(path, model, configs, schedule)
+    with reading(model):
+        checkpoint = _read_checkpoint(find_checkpoint(model, revision), model)
     _check_fit(checkpoint)
     return checkpoint
 
 
-def _refuse_file(path: Path) -> None:
-    if path.suffix in PICKLE_SUFFIXES:
-        raise CheckpointError(
-            f"{path} is a pickle, which can run code when loaded: refused; convert it on a machine you "
-            "can lose: StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER), then "
-            "give FOLDER"
-        )
-    raise CheckpointError(
-        f"{path} is a single file; give a folder in the diffusers format "
-        "(StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER) makes one)"
-    )
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """Fetch the files that an export needs from the hub; never a pickle."""
-    if not HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model!r} is neither a folder nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download  # 0.3 s to import, needed only here
-
+def _read_checkpoint(path: Path, model: str) -> Checkpoint:
+    index = read_json(path / "model_index.json")
+    _check_kind(path, index)
+    configs = {name: read_json(path / name / "config.json") for name in SUBFOLDERS}
+    for name in SUBFOLDERS:
+        _check_config(path / name / "config.json", configs[name], CONFIG_KEYS[name])
+        check_weights(path / name)
+    _check_scaling(path / "vae" / "config.json", configs["vae"])
+    if not (path / "tokenizer").is_dir():
+        raise CheckpointError(f"{path} has no folder tokenizer/: the checkpoint is incomplete")
+    tokenizer = open_tokenizer(path / "tokenizer", configs["text_encoder"]["max_position_embeddings"])
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{model!r} is no folder here, and the hub could not give it ({reason}); "
-            "download the checkpoint on a machine with a network and give the folder"
-        ) from error
+        schedule = schedule_from_config(scheduler)
+    except UsageError as error:
+        raise CheckpointError(f"{path}/scheduler: {error}") from error
+    sampler = DEFAULT_SAMPLERS.get(str(scheduler.get("_class_name")), DEFAULT_SAMPLER)
+    return Checkpoint(path, model, configs, schedule, sampler, tokenizer)
 
 
 def _check_kind(path: Path, index: dict[str, Any]) -> None:
@@ -161,32 +143,28 @@ def _check_config(file: Path, config: Mapping[str, Any], keys: Sequence[str]) ->
             )
 
 
-def _check_weights(folder: Path) -> None:
-    """Refuse pickles, and find a damaged file before minutes are spent on the other networks."""
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or damaged ({error}): download or save it again"
-            ) from error
-    if files:
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has only a pickle ({', '.join(pickles)}), which can run code when loaded: "
-            "refused; convert it: load it once with diffusers where that is safe and call "
-            "save_pretrained(FOLDER, safe_serialization=True)"
-        )
-    raise CheckpointError(f"{folder} has no .safetensors file: the checkpoint is incomplete")
+def _check_scaling(file: Path, config: Mapping[str, Any]) -> None:
+    """The two numbers between the VAE's latents and the sampler's; a VAE need not name them."""
+    factor, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
+    if not _is_finite(factor) or factor <= 0:
+        raise CheckpointError(f"{file}: scaling_factor is {factor!r}; it must be a number above 0")
+    if shift is not None and not _is_finite(shift):
+        raise CheckpointError(f"{file}: shift_factor is {shift!r}; it must be a finite number or null")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
-    """The three networks must agree about the sizes that they hand to each other."""
+    """The parts must agree about the sizes that they hand to each other."""
     sizes = checkpoint.sizes()
+    largest, entries = max(checkpoint.tokenizer.vocabulary.ids.values()), checkpoint.configs["text_encoder"]
+    if largest >= entries["vocab_size"]:
+        raise CheckpointError(
+            f"the tokenizer has ids up to {largest}, the text encoder embeds {entries['vocab_size']}: "
+            "tokenizer and text_encoder are not of one model"
+        )
     if sizes["text_width"] != sizes["cross_width"]:
         raise CheckpointError(
             f"the text encoder gives {sizes['text_width']} features, the U-Net's cross-attention "
@@ -230,81 +208,12 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     return NoiseSchedule(**{**defaults, **given, "steps_offset": 1})
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: the checkpoint is incomplete") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
-    return document
-
-
-def load_module(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
-    """Load one network in float32 on the CPU, in evaluation mode.
-
-    Args:
-        checkpoint: The checked folder.
-        name: ``text_encoder``, ``unet`` or ``vae``.
-
-    Raises:
-        CheckpointError: A tensor is missing, has a wrong shape, or holds NaN or infinity.
-    """
-    folder = checkpoint.path / name
-    try:
-        module, report = _loader(name).from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            ignore_mismatched_sizes=True,  # reported, and refused by name below
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise CheckpointError(f"{folder} cannot be loaded: {first.strip()}") from error
-    _check_report(folder, report)
-    for key, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: the tensor {key} holds NaN or infinity")
-    loaded: torch.nn.Module = module.eval().requires_grad_(False)
-    return loaded
-
-
-def _loader(name: str) -> Any:
-    """The class that reads one subfolder; the imports take seconds, so only what is asked for."""
-    if name == "text_encoder":
-        from transformers import CLIPTextModel
-
-        return CLIPTextModel
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    return UNet2DConditionModel if name == "unet" else AutoencoderKL
-
-
-def _check_report(folder: Path, report: dict[str, Any]) -> None:
-    """Turn a loader's silent re-initialisations into errors."""
-    if mismatched := sorted(report.get("mismatched_keys") or ()):
-        key, given, wanted = mismatched[0]
-        raise CheckpointError(
-            f"{folder}: {key} has the shape {list(given)}, by config.json it is {list(wanted)} "
-            f"({len(mismatched)} of wrong shape in all)"
-        )
-    missing = sorted(key for key in report.get("missing_keys") or () if not str(key).endswith("position_ids"))
-    if missing:
-        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} missing in all)")
-
-
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the names and contents of the weight and configuration files, in hex."""
+    """SHA-256 over the names and contents of the files that an export reads, in hex."""
     digest = hashlib.sha256()
     for folder in (*SUBFOLDERS, "tokenizer", "scheduler"):
-        for file in sorted((checkpoint.path / folder).iterdir()):
-            if file.suffix in (".json", ".txt", ".safetensors"):
-                digest.update(f"{folder}/{file.name}\0".encode())
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        for file in described_files(checkpoint.path / folder):
+            digest.update(f"{folder}/{file.name}\0".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

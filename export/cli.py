@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sdrt.runtime.command import Parser, run_command
+from sdrt.runtime.command import Parser, put, run_command, say
 from sdrt.runtime.components import PRECISIONS
-from sdrt.runtime.errors import SdrtError, UsageError
+from sdrt.runtime.errors import OutputError, SdrtError, UsageError
+from sdrt.runtime.files import explain, writing
 from sdrt.runtime.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("model", metavar="MODEL", help="a diffusers folder, or a hub id owner/name")
-    result.add_argument("out", metavar="OUT", type=Path, help="the bundle's folder, made by this")
+    result.add_argument("out", metavar="OUT", type=_path, help="the bundle's folder, made by this")
     precision = result.add_mutually_exclusive_group()
     precision.add_argument(
         "--dtype", choices=PRECISIONS, default="fp32", help="of weights and arithmetic (fp32)"
@@ -73,17 +77,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = parser().parse_args(argv)
-    return run_command("sd-export", lambda: _export(arguments))
+    return run_command("sd-export", lambda: _export(arguments), quiet=arguments.quiet)
 
 
 def _export(arguments: argparse.Namespace) -> None:
     # What can be said without the seconds that torch takes to import is said first.
     batch = parse_range("--batch", arguments.batch)
     _check_options(arguments, batch)
-    out = arguments.out.resolve()  # through a symbolic link: the link stays, what it names is replaced
+    out = _place(arguments.out, force=arguments.force)
     # One line of an error is for the user; the libraries' own chatter is not.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     try:
@@ -104,13 +108,40 @@ def _export(arguments: argparse.Namespace) -> None:
         opset=arguments.opset,
     )
 
-    def progress(stage: str) -> None:
-        if not arguments.quiet:
-            print(f"[{time.perf_counter() - started:6.1f} s] {stage}", flush=True)  # noqa: T201
+    show = _Lines(quiet=arguments.quiet)
+    report = write_bundle(
+        checkpoint,
+        out,
+        options,
+        overwrite=arguments.force,
+        progress=lambda stage: show(f"[{time.perf_counter() - started:6.1f} s] {stage}"),
+    )
+    for line in _report_lines(report, arguments.out, time.perf_counter() - started):
+        show(line)
 
-    report = write_bundle(checkpoint, out, options, overwrite=arguments.force, progress=progress)
-    if not arguments.quiet:
-        _print_report(report, arguments.out, time.perf_counter() - started)
+
+class _Lines:
+    """Lines on stdout for as long as somebody reads them: an export does not end because `| head` did."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._silent = quiet
+
+    def __call__(self, line: str) -> None:
+        if self._silent:
+            return
+        try:
+            put(line)
+        except BrokenPipeError:
+            self._silent = True
+        except OutputError as error:
+            self._silent = True
+            say("sd-export", f"warning: {error}; the export goes on")
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give the folder to make")
+    return Path(text)
 
 
 def parse_range(option: str, text: str) -> tuple[int, int]:
@@ -136,7 +167,17 @@ def _check_options(arguments: argparse.Namespace, batch: tuple[int, int]) -> Non
         raise UsageError(f"--opset is {arguments.opset}: {MIN_OPSET} to {MAX_OPSET}")
     if arguments.fp16_weights and arguments.dtype != "fp32":
         raise UsageError(f"--fp16-weights goes with --dtype fp32, not with {arguments.dtype}")
-    _check_out(arguments.out, force=arguments.force)
+
+
+def _place(out: Path, *, force: bool) -> Path:
+    """The folder to make. Through a symbolic link: the link stays, what it names is replaced."""
+    with writing(out):
+        try:
+            place = out.resolve()
+        except RuntimeError as error:
+            raise OutputError(f"cannot write {out}: its symbolic links go round in a loop") from error
+        _check_out(out, force=force)
+    return place
 
 
 def _check_out(out: Path, *, force: bool) -> None:
@@ -146,26 +187,26 @@ def _check_out(out: Path, *, force: bool) -> None:
     if out.exists() and not (out.is_dir() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))):
         raise UsageError(f"{out} is not a bundle: --force replaces bundles and empty folders only")
     if not out.absolute().parent.is_dir():
-        raise UsageError(f"the folder {out.absolute().parent} does not exist: make it first")
+        raise OutputError(f"cannot write {out}: {explain(FileNotFoundError(errno.ENOENT, ''))}")
 
 
 def _side(checkpoint: Checkpoint, option: str, text: str | None) -> AxisRange:
     """One side's range in pixels; without the option the size that the model was trained at."""
     from sdrt.export.graph import AxisRange
 
-    native = int(checkpoint.configs["unet"]["sample_size"]) * checkpoint.factor
+    native = checkpoint.native_size
     low, high = (native, native) if text is None else parse_range(option, text)
     # A fixed size only has to be whole latents; a range must halve at every level of the U-Net.
     multiple = checkpoint.factor if low == high else checkpoint.size_multiple
     if low % multiple or high % multiple or high > MAX_SIDE:
         raise UsageError(
-            f"{option} is {text}: multiples of {multiple} up to {MAX_SIDE} "
+            f"{option} is {native if text is None else text}: multiples of {multiple} up to {MAX_SIDE} "
             f"({'a size' if low == high else 'a range'} of this checkpoint)"
         )
     return AxisRange(low, high, multiple)
 
 
-def _print_report(report: ParityReport, out: Path, seconds: float) -> None:
+def _report_lines(report: ParityReport, out: Path, seconds: float) -> list[str]:
     from rich.console import Console
     from rich.table import Table
 
@@ -185,10 +226,11 @@ def _print_report(report: ParityReport, out: Path, seconds: float) -> None:
             f"{figure.relative_max:.1e}",
             f"{figure.tolerance:.1e}",
         )
-    console = Console()
-    console.print(table)
+    text = io.StringIO()
+    Console(file=text, width=shutil.get_terminal_size().columns).print(table)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    console.print(f"{out}: {size / 1e6:.1f} MB in {seconds:.1f} s", highlight=False, soft_wrap=True)
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    return [*lines, f"{out}: {size / 1e6:.1f} MB in {seconds:.1f} s"]
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ class AxisRange:
         """Whether there is only one size, so that the graph can have it as a constant."""
         return self.minimum == self.maximum
 
+    def nearest(self, size: int) -> int:
+        """The largest size of the range up to ``size``; the smallest of all if ``size`` is below it."""
+        return max(self.minimum, min(size, self.maximum) // self.multiple * self.multiple)
+
 
 def onnx_from_module(
     module: nn.Module,

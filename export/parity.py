@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdrt.export.checkpoint import Checkpoint, load_module
+from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.graph import AxisRange
 from sdrt.export.modules import example_inputs
+from sdrt.export.weights import load_module
 from sdrt.runtime.components import COMPONENTS, Precision, TensorSpec
 from sdrt.runtime.errors import NumericsError, ParityError
 from sdrt.runtime.executors import OnnxRuntimeExecutor
@@ -114,7 +115,7 @@ def check_component(
     axes: Mapping[str, AxisRange],
     report: ParityReport,
 ) -> None:
-    """Compare one saved graph with its module at the smallest and at a middle size of every axis.
+    """Compare one saved graph with its module at the sizes that `probe_sizes` gives.
 
     Raises:
         ParityError: An output is over its tolerance.
@@ -123,7 +124,7 @@ def check_component(
     spec = COMPONENTS[name].resolve(checkpoint.sizes(), arithmetic(precision))
     executor = OnnxRuntimeExecutor(model, spec)
     own = {axis for entry in (*spec.inputs, *spec.outputs) for axis in entry.shape}
-    probes = _probe_sizes({axis: extent for axis, extent in axes.items() if axis in own})
+    probes = probe_sizes(checkpoint, {axis: extent for axis, extent in axes.items() if axis in own})
     for index, sizes in enumerate(probes):
         generator = torch.Generator().manual_seed(1000 + index)
         inputs = example_inputs(checkpoint, name, sizes, generator)
@@ -143,11 +144,21 @@ def check_component(
     report.raise_if_over()
 
 
-def _probe_sizes(axes: Mapping[str, AxisRange]) -> list[dict[str, int]]:
-    """Axis sizes to compare at: all smallest; and, where anything is dynamic, one step up."""
-    smallest = {name: extent.minimum for name, extent in axes.items()}
-    larger = {name: min(extent.minimum + extent.multiple, extent.maximum) for name, extent in axes.items()}
-    return [smallest] if larger == smallest else [smallest, larger]
+def probe_sizes(checkpoint: Checkpoint, axes: Mapping[str, AxisRange]) -> list[dict[str, int]]:
+    """Axis sizes to compare at, each once: all smallest, all one step up, one image of the native size."""
+    latent = checkpoint.native_size // checkpoint.factor
+    native = {
+        "height": checkpoint.native_size,
+        "width": checkpoint.native_size,
+        "latent_height": latent,
+        "latent_width": latent,
+    }
+    probes = (
+        {name: extent.minimum for name, extent in axes.items()},
+        {name: min(extent.minimum + extent.multiple, extent.maximum) for name, extent in axes.items()},
+        {name: extent.nearest(native.get(name, extent.minimum)) for name, extent in axes.items()},
+    )
+    return [probe for index, probe in enumerate(probes) if probe not in probes[:index]]
 
 
 def _run(
@@ -226,7 +237,10 @@ def reference_pipeline(checkpoint: Checkpoint) -> Any:
         text_encoder=load_module(checkpoint, "text_encoder"),
         unet=load_module(checkpoint, "unet"),
         vae=load_module(checkpoint, "vae"),
-        tokenizer=CLIPTokenizer.from_pretrained(checkpoint.path / "tokenizer"),
+        tokenizer=CLIPTokenizer.from_pretrained(
+            checkpoint.path / "tokenizer",
+            model_max_length=checkpoint.tokenizer.ids["max_length"],  # the file's may be huge, or missing
+        ),
         scheduler=DDIMScheduler.from_pretrained(checkpoint.path / "scheduler"),
         safety_checker=None,
         feature_extractor=None,

@@ -35,7 +35,7 @@ _SPLIT: Final = (
 )
 
 
-class TokenizerFacts(TypedDict):
+class TokenizerIds(TypedDict):
     """What a manifest says of the tokenizer beside its file: row length, and three token ids."""
 
     max_length: int
@@ -52,6 +52,32 @@ class Vocabulary:
     merges: Sequence[tuple[str, str]]
 
 
+@dataclass(frozen=True, slots=True)
+class ClipTokenizer:
+    """A checked tokenizer: its vocabulary, and what a manifest says of it."""
+
+    vocabulary: Vocabulary
+    ids: TokenizerIds
+
+    def to_json(self) -> bytes:
+        """``tokenizer.json``, whole by itself."""
+        return _tokenizer_json(self.vocabulary, self.ids)
+
+
+def open_tokenizer(folder: Path, max_positions: int = CLIP_LENGTH) -> ClipTokenizer:
+    """Read and check a checkpoint's ``tokenizer`` folder.
+
+    Args:
+        folder: As for `tokenizer_json_from_folder`.
+        max_positions: Position embeddings of the text encoder: ``max_length`` is never more.
+
+    Raises:
+        CheckpointError: As for `tokenizer_json_from_folder`.
+    """
+    vocabulary = vocabulary_from_folder(folder)
+    return ClipTokenizer(vocabulary, _facts(folder, vocabulary, max_positions))
+
+
 def tokenizer_json_from_folder(folder: Path, max_positions: int = CLIP_LENGTH) -> bytes:
     """``tokenizer.json`` from a checkpoint's ``tokenizer`` folder.
 
@@ -65,8 +91,7 @@ def tokenizer_json_from_folder(folder: Path, max_positions: int = CLIP_LENGTH) -
             the vocabulary, a special token is missing, or tokens were added to CLIP's (textual
             inversion).
     """
-    vocabulary = vocabulary_from_folder(folder)
-    return _tokenizer_json(vocabulary, _facts(folder, vocabulary, max_positions))
+    return open_tokenizer(folder, max_positions).to_json()
 
 
 def tokenizer_json_from_vocabulary(num_merges: int | None = None) -> bytes:
@@ -78,7 +103,7 @@ def tokenizer_json_from_vocabulary(num_merges: int | None = None) -> bytes:
     return _tokenizer_json(*_clip(num_merges))
 
 
-def facts_from_folder(folder: Path, max_positions: int = CLIP_LENGTH) -> TokenizerFacts:
+def facts_from_folder(folder: Path, max_positions: int = CLIP_LENGTH) -> TokenizerIds:
     """Length and special ids of the tokenizer in a checkpoint's ``tokenizer`` folder.
 
     Read from ``tokenizer_config.json`` and ``special_tokens_map.json`` with the precedence that
@@ -92,7 +117,7 @@ def facts_from_folder(folder: Path, max_positions: int = CLIP_LENGTH) -> Tokeniz
     Raises:
         CheckpointError: As for `tokenizer_json_from_folder`.
     """
-    return _facts(folder, vocabulary_from_folder(folder), max_positions)
+    return open_tokenizer(folder, max_positions).ids
 
 
 def write_tokenizer_folder(folder: Path, num_merges: int | None = None) -> None:
@@ -167,16 +192,47 @@ def byte_symbols() -> list[str]:
     return [chr(code) for code in (*printable, *range(0x100, 0x200 - len(printable)))]
 
 
-def _clip(num_merges: int | None) -> tuple[Vocabulary, TokenizerFacts]:
+def _clip(num_merges: int | None) -> tuple[Vocabulary, TokenizerIds]:
     vocabulary = vocabulary_from_clip(num_merges)
     bos, eos = vocabulary.ids[BOS], vocabulary.ids[EOS]
-    return vocabulary, TokenizerFacts(max_length=CLIP_LENGTH, bos=bos, eos=eos, pad=eos)
+    return vocabulary, TokenizerIds(max_length=CLIP_LENGTH, bos=bos, eos=eos, pad=eos)
 
 
-def _tokenizer_json(vocabulary: Vocabulary, facts: TokenizerFacts) -> bytes:
+# Without `use_regex` false ByteLevel would split once more, by GPT-2's pattern.
+_BYTE_LEVEL: Final = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+_NORMALIZER: Final = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "NFC"},
+        {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+        {"type": "Lowercase"},
+    ],
+}
+_PRE_TOKENIZER: Final = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Removed", "invert": True},
+        _BYTE_LEVEL,
+    ],
+}
+_DECODER: Final = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": WORD_END}, "content": "Ġ"},  # byte 0x20
+        _BYTE_LEVEL,
+    ],
+}
+
+
+def _tokenizer_json(vocabulary: Vocabulary, facts: TokenizerIds) -> bytes:
+    """The file for the Rust library; the same bytes for the same vocabulary and facts."""
     tokens = {index: token for token, index in vocabulary.ids.items()}
-    bos, eos, pad = facts["bos"], facts["eos"], facts["pad"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    bos, eos = facts["bos"], facts["eos"]
     document = {
         "version": "1.0",
         "truncation": {
@@ -185,65 +241,48 @@ def _tokenizer_json(vocabulary: Vocabulary, facts: TokenizerFacts) -> bytes:
             "strategy": "LongestFirst",
             "stride": 0,
         },
-        "padding": {
-            "strategy": {"Fixed": facts["max_length"]},
-            "direction": "Right",
-            "pad_to_multiple_of": None,
-            "pad_id": pad,
-            "pad_type_id": 0,
-            "pad_token": tokens[pad],
-        },
-        "added_tokens": [
-            {"id": index, "content": tokens[index], **flags, "special": True} for index in sorted({bos, eos})
-        ],
-        "normalizer": _sequence(
-            "normalizers",
-            {"type": "NFC"},
-            {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
-            {"type": "Lowercase"},
-        ),
-        # Without `use_regex` false ByteLevel would split once more, by GPT-2's pattern.
-        "pre_tokenizer": _sequence(
-            "pretokenizers",
-            {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Removed", "invert": True},
-            {
-                "type": "ByteLevel",
-                "add_prefix_space": False,
-                "trim_offsets": True,
-                "use_regex": False,
-            },
-        ),
+        "padding": _padding(facts, tokens[facts["pad"]]),
+        "added_tokens": [_special(index, tokens[index]) for index in sorted({bos, eos})],
+        "normalizer": _NORMALIZER,
+        "pre_tokenizer": _PRE_TOKENIZER,
         "post_processor": _template(tokens[bos], bos, tokens[eos], eos),
-        "decoder": _sequence(
-            "decoders",
-            {"type": "Replace", "pattern": {"String": WORD_END}, "content": "Ġ"},  # byte 0x20
-            {
-                "type": "ByteLevel",
-                "add_prefix_space": False,
-                "trim_offsets": True,
-                "use_regex": False,
-            },
-        ),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": EOS,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": WORD_END,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": dict(sorted(vocabulary.ids.items(), key=lambda item: item[1])),
-            "merges": [" ".join(pair) for pair in vocabulary.merges],
-        },
+        "decoder": _DECODER,
+        "model": _byte_pairs(vocabulary),
     }
     data = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
     tokenizers.Tokenizer.from_buffer(data)  # a file that the library refuses is never handed out
     return data
 
 
-def _sequence(key: str, *steps: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", key: list(steps)}
+def _padding(facts: TokenizerIds, token: str) -> dict[str, Any]:
+    return {
+        "strategy": {"Fixed": facts["max_length"]},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": facts["pad"],
+        "pad_type_id": 0,
+        "pad_token": token,
+    }
+
+
+def _special(index: int, token: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": index, "content": token, **flags, "special": True}
+
+
+def _byte_pairs(vocabulary: Vocabulary) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": EOS,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": WORD_END,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": dict(sorted(vocabulary.ids.items(), key=lambda item: item[1])),
+        "merges": [" ".join(pair) for pair in vocabulary.merges],
+    }
 
 
 def _template(bos: str, bos_id: int, eos: str, eos_id: int) -> dict[str, Any]:
@@ -265,7 +304,7 @@ def _template(bos: str, bos_id: int, eos: str, eos_id: int) -> dict[str, Any]:
     }
 
 
-def _facts(folder: Path, vocabulary: Vocabulary, max_positions: int) -> TokenizerFacts:
+def _facts(folder: Path, vocabulary: Vocabulary, max_positions: int) -> TokenizerIds:
     config = _optional_json(folder / "tokenizer_config.json")
     special = _optional_json(folder / "special_tokens_map.json")
     # transformers reads the map last, and not at all beside a list of added tokens.
@@ -283,7 +322,7 @@ def _facts(folder: Path, vocabulary: Vocabulary, max_positions: int) -> Tokenize
             f"{folder / 'tokenizer_config.json'}: model_max_length is {length!r}, "
             "it must be a number of 2 or more"
         )
-    return TokenizerFacts(
+    return TokenizerIds(
         max_length=int(min(length, max_positions)),
         bos=token_id("bos_token", BOS),
         eos=token_id("eos_token", EOS),

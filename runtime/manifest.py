@@ -310,9 +310,7 @@ def _check_whole(manifest: Manifest) -> None:
         "text_output is an output of the text encoder": manifest.text_output in texts,
         "the text encoder's output fits the unet": texts.get(manifest.text_output) == embeddings.shape[1:],
         "the tokenizer's max_length fits the text encoder and the unet": (
-            parts["text_encoder"].spec.inputs[0].shape[1]
-            == embeddings.shape[1]
-            == manifest.tokenizer.max_length
+            positions == embeddings.shape[1] == manifest.tokenizer.max_length
         ),
         "the unet and the vae_decoder have the latents' channels": all(
             spec.shape[1] == manifest.latents.channels for spec in latents

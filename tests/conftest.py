@@ -12,7 +12,7 @@ import pytest
 # Nothing in the tests may reach a network, and no library may try.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 TINY_MERGES = 200
@@ -22,7 +22,7 @@ TINY_SIZE = 16  # pixels: 8 latents at a VAE factor of 2
 def write_tiny_checkpoint(folder: Path) -> None:
     """A Stable Diffusion 1.x checkpoint of some 50 thousand seeded random weights in fp16."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from sdrt.export.tokenizer_json import write_tokenizer_folder
@@ -62,13 +62,13 @@ def write_tiny_checkpoint(folder: Path) -> None:
     )
     for name, module in (("text_encoder", text), ("unet", unet), ("vae", vae)):
         module.half().save_pretrained(folder / name, safe_serialization=True)
-    DDIMScheduler(
+    PNDMScheduler(  # as Stable Diffusion 1.x comes with
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         steps_offset=1,
         set_alpha_to_one=False,
-        clip_sample=False,
+        skip_prk_steps=True,
     ).save_pretrained(folder / "scheduler")
     (folder / "tokenizer").mkdir()
     write_tokenizer_folder(folder / "tokenizer", TINY_MERGES)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import tolerances
 from sdrt.export import cli
-from sdrt.export.checkpoint import SUBFOLDERS, load_module, open_checkpoint, schedule_from_config
+from sdrt.export.checkpoint import SUBFOLDERS, open_checkpoint, schedule_from_config
+from sdrt.export.weights import check_architectures, load_module
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.solvers import make_table
 
@@ -84,6 +85,14 @@ def configure(path: str, **changes: Any) -> Break:
     return apply
 
 
+def null(path: str, key: str) -> Break:
+    def apply(folder: Path) -> None:
+        document = json.loads((folder / path).read_text())
+        (folder / path).write_text(json.dumps(document | {key: None}))
+
+    return apply
+
+
 def change_tensors(component: str, change: Callable[[Tensors], None]) -> Break:
     def apply(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS[component])
@@ -100,6 +109,10 @@ def shorten_a_matrix(tensors: Tensors) -> None:
 
 def drop_one(tensors: Tensors) -> None:
     del tensors[sorted(tensors)[3]]
+
+
+def add_one(tensors: Tensors) -> None:
+    tensors["text_model.encoder.layers.7.extra.weight"] = torch.zeros(2)
 
 
 def spoil(value: float) -> Callable[[Tensors], None]:
@@ -135,9 +148,9 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
         configure(VAE_CONFIG, block_out_channels=[8, 0]),
         ("block_out_channels is [8, 0]",),
     ),
-    "no unet weights": (remove(WEIGHTS["unet"]), ("unet has no .safetensors file",)),
-    "no text weights": (remove(WEIGHTS["text_encoder"]), ("text_encoder has no .safetensors file",)),
-    "no vae weights": (remove(WEIGHTS["vae"]), ("vae has no .safetensors file",)),
+    "no unet weights": (remove(WEIGHTS["unet"]), ("unet has no diffusion_pytorch_model.safetensors",)),
+    "no text weights": (remove(WEIGHTS["text_encoder"]), ("text_encoder has no model.safetensors",)),
+    "no vae weights": (remove(WEIGHTS["vae"]), ("vae has no diffusion_pytorch_model.safetensors",)),
     "text weights cut": (cut(WEIGHTS["text_encoder"], 0.5), ("model.safetensors is truncated",)),
     "unet weights cut": (cut(WEIGHTS["unet"], 0.99), ("diffusion_pytorch_model.safetensors is truncated",)),
     "vae weights empty": (cut(WEIGHTS["vae"], 0), ("diffusion_pytorch_model.safetensors is truncated",)),
@@ -146,6 +159,18 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
     "widths": (configure(UNET_CONFIG, cross_attention_dim=24), ("gives 16 features", "takes 24")),
     "SDXL": (configure("model_index.json", text_encoder_2=["a", "b"]), ("two text encoders (SDXL)",)),
     "transformer": (configure("model_index.json", transformer=["a", "b"]), ("transformer", "not supported")),
+    "layers that the configuration forgets": (
+        configure(TEXT_CONFIG, num_hidden_layers=1),
+        ("text_encoder: the tensor ", "layers.1.", "has no place in the network"),
+    ),
+    "scaling factor null": (null(VAE_CONFIG, "scaling_factor"), ("scaling_factor is None", "above 0")),
+    "scaling factor 0": (configure(VAE_CONFIG, scaling_factor=0), ("scaling_factor is 0", "above 0")),
+    "scaling factor NaN": (configure(VAE_CONFIG, scaling_factor=float("nan")), ("scaling_factor is nan",)),
+    "shift factor": (
+        configure(VAE_CONFIG, shift_factor="x"),
+        ("shift_factor is 'x'", "finite number or null"),
+    ),
+    "vocabulary": (configure(TEXT_CONFIG, vocab_size=600), ("ids up to 713", "embeds 600")),
     "zero SNR": (configure(SCHEDULER, rescale_betas_zero_snr=True), ("scheduler", "rescale_betas_zero_snr")),
     "thresholding": (configure(SCHEDULER, thresholding=True), ("scheduler", "thresholding is set")),
     "prediction": (configure(SCHEDULER, prediction_type="sample"), ("'sample'", "epsilon, v_prediction")),
@@ -156,6 +181,7 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
         for component in SUBFOLDERS
         for what, change, words in (
             ("wrong shape", shorten_a_matrix, ("has the shape [", "by config.json it is [")),
+            ("tensor too many", add_one, ("the tensor ", "has no place in the network")),
             ("tensor missing", drop_one, ("the tensor ", " is missing")),
             ("NaN", spoil(float("nan")), ("the tensor ", "holds NaN or infinity")),
             ("infinity", spoil(float("inf")), ("the tensor ", "holds NaN or infinity")),
@@ -171,9 +197,117 @@ def test_a_bad_checkpoint_is_refused_in_one_line_that_says_what_is_wrong(
     damage, words = BAD[what]
     damage(checkpoint_copy)
     message = message_of(checkpoint_copy)
-    assert str(checkpoint_copy) in message or "U-Net" in message
+    assert str(checkpoint_copy) in message or "U-Net" in message or "tokenizer" in message
     for word in words:
         assert word in message
+
+
+# What only a network's constructor finds, with what the library's own text does not say.
+SENSELESS: dict[str, tuple[Break, tuple[str, ...]]] = {
+    "zero heads": (configure(UNET_CONFIG, attention_head_dim=0), ("unet", "ZeroDivisionError")),
+    "zero groups": (configure(UNET_CONFIG, norm_num_groups=0), ("unet", "ZeroDivisionError")),
+    "zero groups of the VAE": (configure(VAE_CONFIG, norm_num_groups=0), ("vae", "ZeroDivisionError")),
+    "activation": (configure(TEXT_CONFIG, hidden_act="foo"), ("text_encoder", "KeyError", "foo")),
+    "activation null": (null(TEXT_CONFIG, "hidden_act"), ("text_encoder", "hidden_act")),
+    "layers": (configure(TEXT_CONFIG, num_hidden_layers="x"), ("text_encoder", "num_hidden_layers")),
+    "blocks": (configure(UNET_CONFIG, down_block_types=["A", "B"]), ("unet", "A does not exist")),
+}
+
+
+@pytest.mark.parametrize("what", SENSELESS)
+@pytest.mark.parametrize("early", [True, False])
+def test_a_configuration_that_is_no_network_is_refused(checkpoint_copy: Path, what: str, early: bool) -> None:
+    damage, words = SENSELESS[what]
+    damage(checkpoint_copy)
+    if early:
+        with pytest.raises(CheckpointError) as caught:
+            check_architectures(open_checkpoint(str(checkpoint_copy)))
+        message = str(caught.value)
+        assert "describes no network" in message
+    else:
+        message = message_of(checkpoint_copy)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_tensors_that_real_text_encoders_have_beside_the_network_are_no_fault(checkpoint_copy: Path) -> None:
+    """Stable Diffusion's own file has the positions; a whole CLIP model saved there has the others."""
+
+    def change(tensors: Tensors) -> None:
+        prefix = "text_model." if any(key.startswith("text_model.") for key in tensors) else ""
+        tensors[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+        tensors["text_projection.weight"] = torch.eye(16)
+        tensors["logit_scale"] = torch.tensor(1.0)
+        tensors["vision_model.post_layernorm.weight"] = torch.ones(16)
+        tensors["visual_projection.weight"] = torch.eye(16)
+
+    change_tensors("text_encoder", change)(checkpoint_copy)
+    open_and_load(checkpoint_copy)
+
+
+def test_a_vae_with_the_older_names_of_its_attention_is_accepted(checkpoint_copy: Path) -> None:
+    """Stable Diffusion 1.5's VAE names to_q, to_k, to_v and to_out.0 query, key, value and proj_attn."""
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def change(tensors: Tensors) -> None:
+        for key in [key for key in tensors if ".attentions." in key]:
+            for new, old in older.items():
+                if f".{new}." in key:
+                    tensors[key.replace(f".{new}.", f".{old}.")] = tensors.pop(key)
+
+    before = load_module(open_checkpoint(str(checkpoint_copy)), "vae").state_dict()
+    change_tensors("vae", change)(checkpoint_copy)
+    assert any(".query." in key for key in load_file(checkpoint_copy / WEIGHTS["vae"]))
+    after = load_module(open_checkpoint(str(checkpoint_copy)), "vae").state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler"),
+    [
+        ("DDIMScheduler", "ddim"),
+        ("EulerDiscreteScheduler", "euler"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("PNDMScheduler", "dpmpp_2m"),
+        (None, "dpmpp_2m"),
+    ],
+)
+def test_the_checkpoints_scheduler_chooses_the_default_sampler(
+    checkpoint_copy: Path, scheduler: str | None, sampler: str
+) -> None:
+    configure(SCHEDULER, _class_name=scheduler)(checkpoint_copy)
+    assert open_checkpoint(str(checkpoint_copy)).sampler == sampler
+
+
+@pytest.mark.parametrize("model", ["x" * 300, "a/" * 3000, "loop"])
+def test_a_name_that_the_system_cannot_look_up_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(model)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_folder_whose_files_cannot_be_read_is_one_line(
+    checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without permission; root, whom the tests may run as, has it always."""
+
+    def refuse(_folder: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        open_checkpoint(str(checkpoint_copy))
+
+
+@pytest.mark.parametrize("model", ["", " "])
+def test_an_empty_name_is_called_empty(model: str) -> None:
+    with pytest.raises(CheckpointError, match="MODEL is empty: give a folder"):
+        open_checkpoint(model)
 
 
 def test_the_untouched_checkpoint_is_accepted(tiny_checkpoint: Path) -> None:

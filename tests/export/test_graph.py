@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import tolerances
-from sdrt.export.checkpoint import load_module, open_checkpoint
+from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.graph import AxisRange, onnx_from_module, save_graph
 from sdrt.export.modules import WRAPPERS
 from sdrt.export.parity import compare
+from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import COMPONENTS, DYNAMIC_AXES, ComponentSpec, TensorSpec
 from sdrt.runtime.errors import SdrtError

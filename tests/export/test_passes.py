@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 import tolerances
-from sdrt.export.checkpoint import load_module, open_checkpoint
+from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.graph import AxisRange, onnx_from_module, save_graph
 from sdrt.export.modules import WRAPPERS, UNet
 from sdrt.export.parity import compare
 from sdrt.export.pass_weight_storage import MIN_ELEMENTS, store_weights_in_fp16
 from sdrt.export.pass_widen import widen_bfloat16
+from sdrt.export.weights import load_module
 from sdrt.runtime.components import COMPONENTS
 
 Array = NDArray[Any]

@@ -262,11 +262,11 @@ def test_an_existing_bundle_is_left_alone_without_force(
     assert contents(bundle_copy) == before
 
 
-def test_a_folder_that_is_not_there_is_status_2(
+def test_a_folder_that_is_not_there_is_status_8(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([str(tiny_checkpoint), str(tmp_path / "no" / "out")]) == 2
-    assert f"the folder {tmp_path / 'no'} does not exist" in capsys.readouterr().err
+    assert cli.main([str(tiny_checkpoint), str(tmp_path / "no" / "out")]) == 8
+    assert "the folder does not exist: make it first" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
