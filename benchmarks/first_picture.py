@@ -129,6 +129,16 @@ def measure_process(repeats: int) -> dict[str, float]:
 
 def measure_warm_and_fidelity(repeats: int) -> dict[str, Any]:
     """Seconds per picture inside a warm process, and the PSNR between the two pictures."""
+    draw_ours, draw_theirs = same_picture()
+    decibels = psnr(draw_ours(), draw_theirs())
+    return {"warm": summary(interleaved(draw_ours, draw_theirs, repeats)), "psnr_db": decibels}
+
+
+def same_picture() -> tuple[Callable[[], NDArray[np.uint8]], Callable[[], NDArray[np.uint8]]]:
+    """Two functions that draw one picture from the same latents: ours, and diffusers' own pipeline.
+
+    Both return uint8 [H, W, 3].
+    """
     import torch
 
     from sdrt.export.checkpoint import open_checkpoint
@@ -137,38 +147,21 @@ def measure_warm_and_fidelity(repeats: int) -> dict[str, Any]:
 
     ours = Pipeline.load()
     theirs = reference_pipeline(open_checkpoint(str(CHECKPOINT)))
-    size = _native_size()
-    latents = ours.initial_latents([0], size, size)
-    noise = torch.from_numpy(latents)
+    latents = ours.initial_latents(0)
+    factor = ours.bundle.manifest.latents.factor
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    sides = {"height": latents.shape[2] * factor, "width": latents.shape[3] * factor}
 
     def draw_ours() -> NDArray[np.uint8]:
-        output = ours(
-            PROMPT,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            sampler="ddim",
-            latents=latents,
-            output_type="numpy",
-        )
+        output = ours(PROMPT, sampler="ddim", latents=latents, output_type="numpy", **options)
         drawn: NDArray[np.uint8] = output.images[0]
         return drawn
 
     def draw_theirs() -> NDArray[np.uint8]:
-        output = theirs(
-            PROMPT,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            latents=noise,
-            height=size,
-            width=size,
-        )
+        output = theirs(PROMPT, latents=torch.from_numpy(latents), **sides, **options)
         return np.asarray(output.images[0])
 
-    decibels = psnr(draw_ours(), draw_theirs())
-    return {
-        "warm": summary(interleaved(draw_ours, draw_theirs, repeats)),
-        "psnr_db": decibels,
-    }
+    return draw_ours, draw_theirs
 
 
 def _native_size() -> int:
