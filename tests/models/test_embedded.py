@@ -1,0 +1,57 @@
+"""The embedded checkpoint and its bundle: of one origin, small enough, and equal to diffusers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tolerances
+from sdrt.benchmarks.first_picture import CHECKPOINT, psnr, same_picture
+from sdrt.export.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from sdrt.runtime import Bundle, Pipeline
+
+PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
+MAX_BYTES = 16_000_000
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint(str(CHECKPOINT))
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline.load()
+
+
+def test_the_bundle_was_exported_from_the_checkpoint_beside_it(checkpoint: Checkpoint) -> None:
+    """If this fails, the model was trained anew: `make bundle`."""
+    assert Bundle.open().manifest.provenance["source_sha256"] == fingerprint(checkpoint)
+
+
+def test_the_checkpoint_is_safetensors_in_fp16_and_small() -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    files = [file for part in PARTS for file in (CHECKPOINT / part).iterdir()]
+    assert {file.suffix for file in files} <= {".json", ".txt", ".safetensors"}
+    assert sum(file.stat().st_size for file in files) <= MAX_BYTES
+    for file in files:
+        if file.suffix == ".safetensors":
+            assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+
+
+def test_it_draws_what_diffusers_draws() -> None:
+    draw_ours, draw_theirs = same_picture()
+    assert psnr(draw_ours(), draw_theirs()) >= tolerances.EMBEDDED_PSNR_DB
+
+
+def test_a_red_apple_is_red_and_another_seed_draws_another(pipeline: Pipeline) -> None:
+    apple = pipeline(["a red apple", "a green apple"], seed=[3, 3], output_type="numpy").images
+    red, green = apple[..., 0].astype(int), apple[..., 1].astype(int)
+    inside = (apple.min(axis=-1) < 128).astype(int)  # not the white ground
+    redness = ((red - green) * inside).sum(axis=(1, 2)) / inside.sum(axis=(1, 2))
+    assert redness[0] > 50
+    assert redness[1] < 0
+    other = pipeline("a red apple", seed=4, output_type="numpy").images[0]
+    assert not np.array_equal(apple[0], other)
