@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("out", metavar="OUT", type=_path, help="the bundle's folder, made by this")
     precision = result.add_mutually_exclusive_group()
     precision.add_argument(
-        "--dtype", choices=PRECISIONS, default="fp32", help="of weights and arithmetic (fp32)"
+        "--dtype", choices=PRECISIONS, default="fp32", help="of weights and arithmetic (default: fp32)"
     )
     precision.add_argument(
         "--fp16", action="store_const", const="fp16", dest="dtype", help="the same as --dtype fp16"
@@ -60,14 +60,14 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with fp32 arithmetic: store weights that fp16 holds exactly as fp16, half the file",
     )
-    result.add_argument("--batch", default="1..4", metavar="MIN..MAX", help="images per call (1..4)")
+    result.add_argument("--batch", default="1..4", metavar="MIN..MAX", help="images per call (default: 1..4)")
     for side in ("height", "width"):
         result.add_argument(
             f"--{side}",
             metavar="N|MIN..MAX",
-            help="pixels, fixed or a range (the model's own, fixed)",
+            help="pixels, fixed or a range (default: the model's own, fixed)",
         )
-    result.add_argument("--opset", type=int, default=23, help="ONNX opset, 18 to 23 (23)")
+    result.add_argument("--opset", type=int, default=23, help="ONNX opset, 18 to 23 (default: 23)")
     result.add_argument("--revision", help="branch, tag or commit on the hub")
     result.add_argument("--force", action="store_true", help="replace an older bundle at OUT")
     result.add_argument("--quiet", action="store_true", help="print errors only")

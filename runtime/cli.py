@@ -37,22 +37,51 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("prompt", metavar="PROMPT", help="what to draw")
     add("--negative-prompt", default="", metavar="TEXT", help="what to move away from")
-    add("--bundle", metavar="DIR", help="a folder that sd-export made (the embedded emoji model)")
-    add("--steps", "--num-inference-steps", type=int, metavar="N", help="sampling steps (the bundle's)")
-    add("--guidance-scale", type=float, metavar="W", help="1 or less: no guidance (the bundle's)")
-    add("--seed", type=int, help="of the first picture, the next take the next (random)")
-    add("--num-images", "--num-images-per-prompt", type=int, default=1, metavar="N", help="pictures (1)")
-    add("--height", type=int, metavar="PIXELS", help="(the bundle's)")
-    add("--width", type=int, metavar="PIXELS", help="(the bundle's)")
-    add("--sampler", help="ddim, dpmpp_2m or euler (the bundle's)")
-    add("--karras", action="store_true", help="Karras noise levels (dpmpp_2m and euler)")
-    add("--eta", type=float, default=0.0, help="share of fresh noise per step, 0 to 1 (ddim; 0)")
-    add("--rng", default="philox", help="noise as PyTorch's CUDA (philox) or CPU (cpu) generator gives it")
-    add("--output", "-o", type=Path, metavar="PATH", help="a .png, or a folder (./PROMPT-SEED.png)")
+    add("--bundle", metavar="DIR", help="a folder that sd-export made (default: the embedded emoji model)")
+    add(
+        "--steps",
+        "--num-inference-steps",
+        type=int,
+        metavar="N",
+        help="sampling steps (default: the bundle's)",
+    )
+    add(
+        "--guidance-scale",
+        type=float,
+        metavar="W",
+        help="how far to follow the prompt; 1 or less: no guidance (default: the bundle's)",
+    )
+    add("--seed", type=int, metavar="N", help="of the first picture; the others count up (default: random)")
+    add(
+        "--num-images",
+        "--num-images-per-prompt",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many pictures (default: 1)",
+    )
+    add("--height", type=int, metavar="PIXELS", help="default: the bundle's")
+    add("--width", type=int, metavar="PIXELS", help="default: the bundle's")
+    add("--sampler", metavar="NAME", help="ddim, dpmpp_2m or euler (default: the bundle's)")
+    add("--karras", action="store_true", help="noise levels of Karras et al. 2022 (dpmpp_2m and euler)")
+    add(
+        "--eta",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="fresh noise per step, 0 to 1 (ddim; default: 0)",
+    )
+    add(
+        "--rng",
+        default="philox",
+        metavar="NAME",
+        help="philox or cpu: the noise of PyTorch's CUDA or CPU generator (default: philox)",
+    )
+    add("--output", "-o", type=Path, metavar="PATH", help="a .png, or a folder (default: ./PROMPT-SEED.png)")
     add("--json", action="store_true", help="print one JSON object: paths, seeds, seconds per stage")
     add("--quiet", "-q", action="store_true", help="print errors only")
-    add("--backend", default="onnxruntime-cpu", help="onnxruntime-cpu")
-    add("--threads", type=int, metavar="N", help="threads inside one operator (one per core)")
+    add("--backend", default="onnxruntime-cpu", metavar="NAME", help="onnxruntime-cpu, the only one so far")
+    add("--threads", type=int, metavar="N", help="threads inside one operator (default: one per core)")
     add("--no-verify", action="store_true", help="compare sizes but not hashes of the bundle's files")
     add("--version", action="version", version=f"sdrt {sdrt.__version__}")
     return result
