@@ -125,7 +125,7 @@ class NoiseSchedule:
     @cached_property
     def sigmas(self) -> FloatArray:
         """float64 [num_train_timesteps], rising: ratio of noise to signal; read-only."""
-        with np.errstate(divide="ignore"):  # alphas_cumprod that underflow are refused by name
+        with np.errstate(divide="ignore", over="ignore"):  # alphas_cumprod that underflow are refused by name
             alphas_cumprod = self.alphas_cumprod.astype(np.float32)
             return _read_only(np.sqrt((1 - alphas_cumprod) / alphas_cumprod).astype(np.float64))
 
