@@ -149,7 +149,11 @@ def _check_output(output: Path | None) -> None:
     if target.suffix and target.suffix.lower() != ".png" and not _is_folder(target):
         raise UsageError(f"--output is {target}: a name that ends in .png, or a folder")
     if not _is_folder(folder):
-        raise OutputError(f"cannot write {target}: the folder {folder} does not exist; make it first")
+        exists = os.path.lexists(folder)
+        reason = (
+            f"{folder} is not a folder" if exists else f"the folder {folder} does not exist; make it first"
+        )
+        raise OutputError(f"cannot write {target}: {reason}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {target}: no permission to write in {folder}")
 

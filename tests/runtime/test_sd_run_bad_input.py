@@ -293,8 +293,8 @@ def test_missing_backend(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("missing/a.png", "the folder missing does not exist; make it first"),
         ("missing", "the folder missing does not exist; make it first"),
-        ("file/a.png", "the folder file does not exist"),
-        ("file", "the folder file does not exist"),
+        ("file/a.png", "file is not a folder"),
+        ("file", "file is not a folder"),
         ("x" * 300 + "/a.png", "does not exist"),
         ("x" * 300 + ".png", "the file name is too long"),
         ("/proc/a.png", "cannot write /proc/a.png"),
