@@ -10,8 +10,9 @@ largest reference value, ``max|a − b| / max|b|``.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,11 +29,10 @@ from sdrt.runtime.components import COMPONENTS, Precision, TensorSpec
 from sdrt.runtime.errors import NumericsError, ParityError
 from sdrt.runtime.executors import OnnxRuntimeExecutor
 
-# Relative L2 error allowed per component. A chain of L rounded layers whose errors are independent grows
-# to about √L · c · u, with u the unit round-off and c some 10 for normalisation and softmax; L is about
-# 300 roundings in a full-size U-Net.  fp32: √300 · 10 · 6e-8 = 1e-5.  fp16: √300 · 4.9e-4 = 8e-3 (norm
-# and softmax statistics are float32 there).  bf16: √300 · 3.9e-3 = 7e-2.
-COMPONENT_TOLERANCE: Final[dict[Precision, float]] = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 7e-2}
+# Unit round-offs, and how many roundings to the graph's own precision a full-size U-Net chains (its layers'
+# outputs; sums, norm and softmax statistics are float32 there).
+UNIT_ROUNDOFF: Final[dict[Precision, float]] = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+ROUNDINGS: Final = 300
 # One outlier may be this much worse than the mean error: for ~10⁶ Gaussian errors the largest is 5 σ, and
 # max|b| is about 5 σ of b as well; attention's tails need some room.
 MAX_OVER_L2: Final = 10.0
@@ -42,6 +42,43 @@ MAX_OVER_L2: Final = 10.0
 SAMPLING_STEPS: Final = 4
 SAMPLING_GUIDANCE: Final = 3.0
 SAMPLING_FACTOR: Final = math.sqrt(2) * SAMPLING_GUIDANCE
+
+
+def rounding_tolerance(sum_lengths: Sequence[int], precision: Precision) -> float:
+    """The relative L2 error that rounding explains.
+
+    A sum of K products in float32 errs by about √K·u relative to its own size (independent roundings,
+    Higham 2002, section 2.6), and the layers' errors, independent again, add as squares: √(ΣK)·u over all
+    convolutions and matrix products that ran. Both sides of the comparison err: √2. A narrower precision
+    adds √ROUNDINGS · u of its own, on one side only.
+
+    Args:
+        sum_lengths: K of every layer that ran.
+        precision: Of the graph.
+    """
+    tolerance = math.sqrt(2 * sum(sum_lengths)) * UNIT_ROUNDOFF["fp32"]
+    if precision != "fp32":
+        tolerance += math.sqrt(ROUNDINGS) * UNIT_ROUNDOFF[precision]
+    return tolerance
+
+
+@contextlib.contextmanager
+def _sum_lengths(module: torch.nn.Module) -> Iterator[list[int]]:
+    """Inside, collects the length of the sums of each convolution and linear layer that runs."""
+    lengths: list[int] = []
+
+    def note(layer: torch.nn.Module, _inputs: object, _output: object) -> None:
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        lengths.append(weight[0].numel())  # [out, in/groups, kh, kw] and [out, in] alike
+
+    layers = [part for part in module.modules() if isinstance(part, torch.nn.Conv2d | torch.nn.Linear)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield lengths
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +165,9 @@ def check_component(
     for index, sizes in enumerate(probes):
         generator = torch.Generator().manual_seed(1000 + index)
         inputs = example_inputs(checkpoint, name, sizes, generator)
-        with torch.no_grad():
+        with torch.no_grad(), _sum_lengths(reference) as lengths:
             outputs = reference(*inputs)
+        tolerance = rounding_tolerance(lengths, precision)
         expected = [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
         actual = _run(executor, inputs, sizes)
         label = "x".join(str(size) for size in inputs[0].shape)
@@ -137,7 +175,6 @@ def check_component(
             if not np.isfinite(want).all():
                 raise NumericsError(f"{name}.{entry.name}: the PyTorch reference gives NaN or infinity")
             l2, largest = compare(got, want)
-            tolerance = COMPONENT_TOLERANCE[precision]
             report.figures.append(
                 ParityFigure(name, entry.name, label, l2, largest, tolerance, arithmetic(precision))
             )
@@ -205,7 +242,7 @@ def check_sampling(checkpoint: Checkpoint, folder: Path, precision: Precision, r
             f"{SAMPLING_STEPS} ddim steps",
             l2,
             largest,
-            COMPONENT_TOLERANCE[precision] * SAMPLING_FACTOR,
+            SAMPLING_FACTOR * max(f.tolerance for f in report.figures if f.component == "unet"),
             arithmetic(precision),
         )
     )
