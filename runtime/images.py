@@ -52,7 +52,23 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_A1111_SAMPLERS: Final = {"dpmpp_2m": "DPM++ 2M", "euler": "Euler", "ddim": "DDIM"}
+_A1111_SAMPLERS: Final = {
+    "ddim": "DDIM",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "lcm": "LCM",
+    "lms": "LMS",
+    "pndm": "PLMS",
+    "tcd": "TCD",
+    "unipc": "UniPC",
+}
 # "NV" is its name for Philox on any device.
 _A1111_GENERATORS: Final = {"philox": "NV", "cpu": "CPU"}
 

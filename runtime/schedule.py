@@ -24,7 +24,7 @@ from sdrt.runtime.errors import BundleError, UsageError
 
 FloatArray = NDArray[np.float64]
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 MAX_TRAIN_TIMESTEPS = 100_000  # a damaged manifest must not make us allocate gigabytes
 
@@ -38,11 +38,13 @@ class NoiseSchedule:
     * ``beta_start``, ``beta_end``: variances of the first and the last training step, in (0, 1);
     * ``beta_schedule``: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2`` (ignores both);
     * ``num_train_timesteps``: 2 to ``MAX_TRAIN_TIMESTEPS``;
-    * ``prediction_type``: what the model's output is, ``epsilon`` or ``v_prediction``;
+    * ``prediction_type``: what the model's output is: ``epsilon``, the noise; ``v_prediction`` (Salimans
+      & Ho 2022, appendix D); or ``sample``, the clean latents;
     * ``timestep_spacing``: ``leading``, ``trailing`` or ``linspace`` (Lin et al. 2023, table 2);
     * ``steps_offset``: added to the timesteps of ``leading``;
     * ``set_alpha_to_one``: whether DDIM's last step ends at no noise or at the noise of timestep 0;
-    * ``trained_betas``: all the betas, in place of the first three fields.
+    * ``trained_betas``: all the betas, in place of the first three fields;
+    * ``rescale_betas_zero_snr``: whether the betas are rescaled so that the last timestep has no signal.
 
     Raises ``UsageError`` where a value is of the wrong type, not allowed or out of range.
     """
@@ -56,6 +58,7 @@ class NoiseSchedule:
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
         check_integer("num_train_timesteps", self.num_train_timesteps, 2, MAX_TRAIN_TIMESTEPS)
@@ -63,8 +66,8 @@ class NoiseSchedule:
         _check_choice("beta_schedule", self.beta_schedule, tuple(BETA_SCHEDULES))
         _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
-        if not isinstance(self.set_alpha_to_one, bool):
-            raise UsageError(f"set_alpha_to_one is {self.set_alpha_to_one!r}: allowed are true and false")
+        _check_flag("set_alpha_to_one", self.set_alpha_to_one)
+        _check_flag("rescale_betas_zero_snr", self.rescale_betas_zero_snr)
         _check_beta("beta_start", self.beta_start)
         _check_beta("beta_end", self.beta_end)
         if self.trained_betas is not None:
@@ -81,7 +84,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule in a bundle's manifest: every field by name, ``trained_betas`` optional.
+        """The schedule in a bundle's manifest: every field by name, the last two optional.
 
         Raises ``BundleError`` for a field that is missing, unknown or invalid.
         """
@@ -90,7 +93,7 @@ class NoiseSchedule:
             raise BundleError(
                 f"noise schedule: unknown {', '.join(unknown)}: allowed are {', '.join(sorted(names))}"
             )
-        if missing := sorted(names - {"trained_betas"} - set(data)):
+        if missing := sorted(names - {"trained_betas", "rescale_betas_zero_snr"} - set(data)):
             raise BundleError(f"noise schedule: no {', '.join(missing)}: export it again")
         betas = data.get("trained_betas")
         values = {**data, "trained_betas": tuple(betas) if isinstance(betas, list) else betas}
@@ -102,12 +105,18 @@ class NoiseSchedule:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a manifest; ``from_dict`` gives an equal schedule back."""
         data = dataclasses.asdict(self)
-        betas = data.pop("trained_betas")
-        return data if betas is None else {**data, "trained_betas": list(betas)}
+        if (betas := data.pop("trained_betas")) is not None:
+            data["trained_betas"] = list(betas)
+        if not data["rescale_betas_zero_snr"]:
+            del data["rescale_betas_zero_snr"]
+        return data
 
     @cached_property
     def alphas_cumprod(self) -> FloatArray:
-        """float64 [num_train_timesteps], falling: share of variance that is signal; read-only."""
+        """float64 [num_train_timesteps], falling: share of variance that is signal; read-only.
+
+        With ``rescale_betas_zero_snr`` the last is exactly 0.
+        """
         # Rounded as in training, because the rounding is part of the schedule: 1 - beta in float32
         # is off by up to 2^-25, 3.5e-5 of a noise variance of 0.00085, and sigma by half of that
         # (float64 betas give Stable Diffusion's lowest sigma 1.3e-5 off). So these are the float32
@@ -118,15 +127,24 @@ class NoiseSchedule:
             betas = make_betas(self.beta_start, self.beta_end, self.num_train_timesteps)
         else:
             betas = np.array(self.trained_betas, dtype=np.float32)
+        if self.rescale_betas_zero_snr:
+            betas = zero_terminal_snr(betas)
         alphas = np.float32(1.0) - betas
         cumprod = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
         return _read_only(cumprod.astype(np.float64))
 
     @cached_property
     def sigmas(self) -> FloatArray:
-        """float64 [num_train_timesteps], rising: ratio of noise to signal; read-only."""
+        """float64 [num_train_timesteps], rising: ratio of noise to signal; read-only.
+
+        With ``rescale_betas_zero_snr`` the last, infinite, is sqrt(2^24 - 1), as in diffusers: x of a
+        sampler in sigma must stay finite. Where that is not above the one before, it is as far above
+        as half the signal makes it.
+        """
         with np.errstate(divide="ignore", over="ignore"):  # alphas_cumprod that underflow are refused by name
             alphas_cumprod = self.alphas_cumprod.astype(np.float32)
+            if self.rescale_betas_zero_snr:
+                alphas_cumprod[-1] = min(2.0**-24, alphas_cumprod[-2] / 2)
             return _read_only(np.sqrt((1 - alphas_cumprod) / alphas_cumprod).astype(np.float64))
 
 
@@ -151,6 +169,23 @@ def cosine_betas(num_train_timesteps: int) -> NDArray[np.float32]:
     ]
     betas = [min(1.0 - after / before, 0.999) for before, after in pairwise(alphas_cumprod)]
     return np.array(betas, dtype=np.float32)
+
+
+def zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Betas shifted and scaled so that no signal is left at the end (Lin et al. 2023, algorithm 1).
+
+    Args:
+        betas: float32 [num_train_timesteps].
+
+    Returns:
+        float32 of the same shape; the last is 1.
+    """
+    cumprod = np.cumprod(np.float32(1.0) - betas, dtype=np.float64).astype(np.float32)
+    signal = np.sqrt(cumprod)
+    first, last = signal[0], signal[-1]
+    cumprod = ((signal - last) * (first / (first - last))) ** 2
+    alphas = np.append(cumprod[:1], cumprod[1:] / cumprod[:-1])
+    return np.float32(1.0) - alphas
 
 
 BETA_SCHEDULES: dict[str, Callable[[float, float, int], NDArray[np.float32]]] = {
@@ -207,17 +242,6 @@ def linspace_timesteps(num_train_timesteps: int, num: int) -> FloatArray:
     return np.linspace(0.0, num_train_timesteps - 1, num)[::-1]
 
 
-def karras_sigmas(num: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> FloatArray:
-    """From ``sigma_max`` to ``sigma_min`` (Karras et al. 2022, eq. 5, without its final 0).
-
-    Returns float64 [num], falling.
-    """
-    ramp = np.linspace(0.0, 1.0, num)
-    low, high = float(sigma_min) ** (1.0 / rho), float(sigma_max) ** (1.0 / rho)
-    sigmas: FloatArray = (high + ramp * (low - high)) ** rho
-    return sigmas
-
-
 def sigma_from_timestep(schedule: NoiseSchedule, timesteps: FloatArray) -> FloatArray:
     """Sigma at timesteps that may be fractional: linear between the training timesteps."""
     return np.interp(timesteps, np.arange(schedule.num_train_timesteps), schedule.sigmas)
@@ -241,6 +265,11 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"{name} is {value!r}: allowed are {', '.join(allowed)}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}: allowed are true and false")
 
 
 def _check_beta(name: str, value: object) -> None:

@@ -41,17 +41,14 @@ TORCH_CPU_NORMAL_SMALL = 2 * EPS32
 # 58. Seen over 150 runs: 27. (The cosine schedule has sigma_max = 20,000: only where it starts lower.)
 SAMPLER_RUN = 64 * EPS32
 
-# The same with diffusers' table widened to float64, 2**29 times finer.
-SAMPLER_RUN_FLOAT64 = 64 * 2.0**-53
-
 # Euler's timesteps, absolute. diffusers finds them in a float32 table of log sigma: 1 ulp of sigma and
 # the logarithm's rounding, 2 EPS32 each, over the table's smallest slope, 0.0031; then it rounds them
 # (half a spacing below 1024). Seen: 8.2e-5.
 SAMPLER_TIMESTEPS = 4 * EPS32 / 0.0031 + 2.0**-15
 
-# The error at 50 steps over that at 200, relative to 4**order: what the error's next term leaves, a few
-# times 1/50. Seen: 0.08. A wrong order would be 0.75 or 3 off.
-SAMPLER_ORDER = 0.15
+# The order of convergence seen between 50 steps and 200 (for PLMS 250 and 1000): what the error's next term
+# leaves, a few times 1/50 of the error. Seen: 0.18. A wrong order would be 1 off.
+SAMPLER_ORDER = 0.25
 
 # alphas_cumprod where PyTorch's CPU build has no FMA, relative: a beta of another last bit can round
 # 1 - beta to the neighbouring float32 number (2 EPS32), rarely and either way; the product is rounded.
@@ -72,11 +69,6 @@ STEP_TERM = 8.001 * EPS32
 
 # Guidance u + w (c - u), as a share of |u| + w (|u| + |c|): difference, product and sum 1 EPS32 each.
 GUIDANCE = 3.001 * EPS32
-
-# The bound made of these, over the largest result. A wrong coefficient shifts the result by about itself,
-# so 2**-12 tells one from rounding. Computed for all tables: at most 3,600 EPS32 (DPM++ with Karras
-# sigmas, guided, where large terms cancel).
-STEP_BOUND_IS_TIGHT = 2**12 * EPS32
 
 # One exported graph on ONNX Runtime against PyTorch, both float32, relative L2. Some 300 independent
 # roundings grow as their root, normalisation and softmax multiply each by up to 10: sqrt(300) * 10 = 173
@@ -100,3 +92,79 @@ OTHER_BATCH = 64 * EPS32
 # A whole run of the float32 loop against float64, over the largest latent: as SAMPLER_RUN, about 10
 # roundings a step on numbers up to sigma_max = 14.6 times the result. Seen: 5.5 EPS32.
 LOOP_RUN = 64 * EPS32
+
+# The blend of guided_step, mask x + (1 - mask) (SIGNAL known + NOISE noise), against float64, as a share of
+# its terms' sizes: the coefficient's float32 1 EPS32, its product 1, the inner sum 1, 1 - mask 1, its product
+# 1, the outer sum 1: 6, and what EPS32 squared adds.
+BLEND = 6.001 * EPS32
+
+# One attention on ONNX Runtime against its definition, float32, relative L2. The logits (sums of 16 products,
+# up to 5 in size) err by some 5 sqrt(16) EPS32, which the exponential makes relative: 20; the scale's two
+# factors are rounded (2 EPS32 of logits of 5: 10); normalising and the sum over 5 keys add 5.
+ATTENTION_FP32 = 35 * EPS32
+
+# The same in fp16 with a float32 softmax: scaled queries and keys (2 roundings each, with the factors of the
+# scale) and logits are rounded, each an error of EPS16 relative to logits of up to 5: sqrt(5) * 5 = 11; the
+# weights and the result add 2.
+ATTENTION_FP16 = 13 * EPS16
+
+# The kernel philox_normal on a GPU against NumPy, absolute, of values up to PHILOX_RADIUS. CUDA's double log
+# and sin err by at most 2 of their ulps, so rounded to float32 each is NumPy's number or, next to a tie, its
+# neighbour: 2 EPS32 of the sine, and half as much of the radius through the root of the logarithm, and the
+# roundings of the root and of the product may then differ: 2 EPS32 each.
+PHILOX_ON_GPU = 7 * PHILOX_RADIUS * EPS32
+
+# philox_normal's kernel against NumPy, relative. Both take the logarithm and the sine in float64, each to 2
+# ulps (CUDA guide; libm), and round to float32: the results part where a rounding boundary lies between, 4 of
+# 2**29 float64 numbers for each function, 2**-26 of all; 2**20 are compared, so more than 2 unequal ones are
+# as likely as 2**-20. Such a one is off by 2 EPS32 (halved by the root for the logarithm), and root and
+# product round anew, by 2 EPS32 each.
+PHILOX_KERNEL_UNEQUAL = 2
+PHILOX_KERNEL = 6 * EPS32
+
+# A chain of three fp16 operations against the same with some of them in float32, relative L2: one rounding of
+# each operation's result and one of each input that is cast.
+ISLAND_FP16 = 6 * EPS16
+
+# The tiny VAE's decoder in fp16 against the same graph in float32, relative L2: 60 roundings, each EPS16 of
+# its tensor, which normalisation carries on undamped and which add as squares: sqrt(60) = 8.
+ISLAND_VAE_FP16 = 8 * EPS16
+
+# A tensor's largest magnitude in two runs of one float32 graph that differ in the order of sums, relative to
+# it: as GRAPH_FP32, and an element near the largest errs by as much as the largest.
+RANGE = 2 * GRAPH_FP32
+
+# A component in fp16 before and after the passes, relative L2. Only attentions change; each of the U-Net's
+# eight adds up to 13 EPS16 (ATTENTION_FP16) to a tensor of which it is some tenth, as squares: 1.3 sqrt(8).
+# Seen: 1.2 for the U-Net, 0.8 and less for the others.
+PASSES_FP16 = 4 * EPS16
+
+# The error of one normalisation against its analysis (export/rounding.py), which gives a standard deviation:
+# a single draw is within three of them.
+NORM_DRAW = 3
+
+# Group normalisation of up to 100 numbers of mean 3 and deviation 2 in float32, relative L2: mean and
+# variance err by sqrt(100) EPS32 of numbers up to 1.8 times the deviation, twice; subtraction, root, quotient
+# and the affine part add 6.
+GROUP_NORM = 42 * EPS32
+
+# A whole run of a sampler's table against diffusers with float64 in place of its float32, so formula
+# against formula: as SAMPLER_RUN, in 2**-53, times the 500 by which a rounding error of the largest x
+# (sigma_max = 14.6) counts where it is divided by the lowest sigma (0.029). Seen: 8.7e-13.
+SAMPLER_FORMULAS = 64 * 500 * 2.0**-53
+
+# The quantiles of the beta distribution against SciPy's, which promises 10 units in the last place.
+BETA_QUANTILE = 20 * 2.0**-53
+
+# alphas_cumprod rescaled to zero terminal SNR, absolute: PyTorch's square root is off by 1 ulp at times,
+# which turns up as independent roundings, 2 EPS32, of a thousand factors. Seen: 7e-8.
+ALPHAS_CUMPROD_ZERO_SNR = 1000**0.5 * 2 * EPS32
+
+# The error of the variance that a stochastic sampler leaves with the exact model of a Gaussian: that of 200
+# steps as a share of that of 50. First order is 0.25; seen: 0.29. What does not converge has 1.
+SAMPLER_VARIANCE = 0.4
+
+# SDXL, four guided DDIM steps through the runtime against diffusers' pipeline, over the largest latent. One
+# evaluation of a tiny network is 15 EPS32 from PyTorch's (seen, GRAPH_FP32), guidance of 4 weighs the halves
+# by 4 and 3, and four steps add up: 15 * 7 * 4. Seen: 18. What the arguments change is 380,000 and more.
+SDXL_RUN = 420 * EPS32

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 import tolerances
 from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.schedule import (
     NoiseSchedule,
-    karras_sigmas,
     leading_timesteps,
     linspace_timesteps,
     sigma_from_timestep,
@@ -31,6 +31,7 @@ SCHEDULES = [
     NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
     NoiseSchedule(num_train_timesteps=2),
 ]
+ZERO_SNR = NoiseSchedule(rescale_betas_zero_snr=True, prediction_type="v_prediction")
 
 
 def diffusers_config(schedule: NoiseSchedule) -> dict[str, Any]:
@@ -102,13 +103,22 @@ def test_leading_without_room_is_refused(schedule: NoiseSchedule, steps: int, dr
         spaced_timesteps(schedule, steps, drop_last=drop_last)
 
 
-def test_karras_sigmas_follow_equation_5() -> None:
-    sigmas = karras_sigmas(18, 0.002, 80.0)
-    i, n, rho = np.arange(18), 18, 7
-    expected = (80 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
-    np.testing.assert_allclose(sigmas, expected, rtol=1e-14)
-    assert (sigmas[0], sigmas[-1]) == (pytest.approx(80.0), pytest.approx(0.002))
-    assert karras_sigmas(1, 0.002, 80.0) == pytest.approx([80.0])
+@pytest.mark.parametrize("schedule", SCHEDULES[:4])
+def test_zero_terminal_snr_is_that_of_diffusers(schedule: NoiseSchedule) -> None:
+    """Lin et al. 2023, algorithm 1: the first signal as it was, the last none."""
+    rescaled = replace(schedule, rescale_betas_zero_snr=True)
+    theirs = DDIMScheduler(**diffusers_config(rescaled)).alphas_cumprod.numpy()
+    ours = rescaled.alphas_cumprod
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerances.ALPHAS_CUMPROD_ZERO_SNR)
+    assert ours[-1] == theirs[-1] == 0.0
+    assert ours[0] == pytest.approx(schedule.alphas_cumprod[0], abs=tolerances.ALPHAS_CUMPROD_ZERO_SNR)
+    config = rescaled.to_dict()
+    del config["set_alpha_to_one"]
+    theirs = EulerDiscreteScheduler(**config).sigmas.numpy()
+    if theirs[0] > theirs[1]:
+        assert rescaled.sigmas[-1] == pytest.approx(theirs[0], rel=tolerances.SIGMAS)
+    else:  # where diffusers' table falls at its last timestep, ours rises
+        assert rescaled.sigmas[-1] == pytest.approx(2**0.5 * rescaled.sigmas[-2], rel=1e-3)
 
 
 def test_sigma_and_timestep_are_each_others_inverse() -> None:
@@ -124,7 +134,7 @@ def test_sigma_and_timestep_are_each_others_inverse() -> None:
     assert timestep_from_sigma(schedule, np.array([1e-9, 1e9])).tolist() == [0.0, 999.0]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, ZERO_SNR])
 def test_survives_the_manifest(schedule: NoiseSchedule) -> None:
     assert NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
@@ -134,7 +144,8 @@ def test_survives_the_manifest(schedule: NoiseSchedule) -> None:
     [
         ("beta_schedule", "sigmoid", "'sigmoid': allowed are linear, scaled_linear, squaredcos"),
         ("beta_schedule", ["linear"], "beta_schedule is"),
-        ("prediction_type", "sample", "allowed are epsilon, v_prediction"),
+        ("prediction_type", "flow", "allowed are epsilon, v_prediction, sample"),
+        ("rescale_betas_zero_snr", 1, "rescale_betas_zero_snr is 1: allowed are true and false"),
         ("timestep_spacing", None, "timestep_spacing is None"),
         ("num_train_timesteps", 1, "num_train_timesteps is 1"),
         ("num_train_timesteps", 10**12, "whole numbers from 2 to 100000"),

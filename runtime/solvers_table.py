@@ -1,0 +1,183 @@
+"""What every sampler is made of: its options, the noise levels it visits, and the rows of its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.schedule import TIMESTEP_SPACINGS, FloatArray, NoiseSchedule, check_integer
+from sdrt.runtime.schedule_sigmas import SIGMA_SCHEDULES
+
+SPACINGS = (*TIMESTEP_SPACINGS, "sgm_uniform")  # sgm_uniform is what others call trailing
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerTable:
+    """What a whole sampling run does, as numbers.
+
+    * ``name``: the sampler's name in ``SAMPLERS``;
+    * ``timesteps``: float64 [n], what the model is told; fractional for some samplers;
+    * ``rows``: float64 [n, COLUMNS], one row per model call, laid out by `Column`;
+    * ``init_noise_sigma``: a run from noise alone starts at ``x = init_noise_sigma * noise``.
+
+    ``len(table)`` is n, which is not the number of steps for every sampler. The arrays are read-only.
+    """
+
+    name: str
+    timesteps: FloatArray
+    rows: FloatArray
+    init_noise_sigma: float
+
+    def __post_init__(self) -> None:
+        if self.rows.shape != (len(self.timesteps), COLUMNS):
+            raise UsageError(f"rows are {self.rows.shape}: allowed is {(len(self.timesteps), COLUMNS)}")
+        self.timesteps.setflags(write=False)
+        self.rows.setflags(write=False)
+
+    def __len__(self) -> int:
+        """How often the model is called, each time with both halves under guidance."""
+        return len(self.timesteps)
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether any row adds noise."""
+        return bool(np.any(self.rows[:, Column.C]))
+
+    @property
+    def num_history(self) -> int:
+        """How many earlier d must be kept: 0 (one-step samplers) to ``HISTORY - 1``."""
+        earlier = np.any(self.rows[:, Column.B1 : Column.B0 + HISTORY], axis=0)
+        return int(np.max(np.flatnonzero(earlier) + 1, initial=0))
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """What a user may ask of a sampler; None leaves it to the sampler or the noise schedule.
+
+    * ``spacing``: of the timesteps, in place of the schedule's; ``sgm_uniform`` is ``trailing``;
+    * ``sigma_schedule``: ``karras``, ``exponential`` or ``beta`` in place of the timesteps' sigmas;
+    * ``timesteps``: the training timesteps themselves, falling;
+    * ``sigmas``: the sigmas themselves, falling to a last one of 0: one more than there are steps;
+    * ``eta``: share of fresh noise in [0, 1], 0 for none. By default 0 in ``ddim``, 0.3 in ``tcd``
+      (where it is the paper's gamma) and 1 in the others that have it;
+    * ``solver_order``: of a multistep sampler, from 1;
+    * ``lower_order_final``: lower the order towards the end, as diffusers does, which is steadier
+      for few steps;
+    * ``original_inference_steps``: of ``lcm`` and ``tcd``, how many steps the model was distilled for.
+
+    Of ``sigma_schedule``, ``timesteps`` and ``sigmas`` at most one. Raises ``UsageError`` for a value
+    that is not allowed.
+    """
+
+    spacing: str | None = None
+    sigma_schedule: str | None = None
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    eta: float | None = None
+    solver_order: int | None = None
+    lower_order_final: bool = True
+    original_inference_steps: int = 50
+
+    def __post_init__(self) -> None:
+        _check_choice("spacing", self.spacing, SPACINGS)
+        _check_choice("sigma_schedule", self.sigma_schedule, tuple(SIGMA_SCHEDULES))
+        _check_falling("timesteps", self.timesteps, least=1)
+        _check_falling("sigmas", self.sigmas, least=2)
+        if self.sigmas is not None and self.sigmas[-1] != 0:
+            raise UsageError(f"sigmas end with {self.sigmas[-1]}: the last must be 0, where sampling ends")
+        if self.eta is not None and not 0.0 <= self.eta <= 1.0:  # so written that NaN is refused
+            raise UsageError(f"eta is {self.eta}: allowed are numbers from 0 to 1")
+        if not isinstance(self.lower_order_final, bool):
+            raise UsageError(f"lower_order_final is {self.lower_order_final!r}: allowed are True and False")
+        check_integer("original_inference_steps", self.original_inference_steps, 1, 100_000)
+        levels = [
+            name for name in ("sigma_schedule", "timesteps", "sigmas") if getattr(self, name) is not None
+        ]
+        if len(levels) > 1:
+            raise UsageError(
+                f"{' and '.join(levels)} are given: they contradict each other, give one of them"
+            )
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the fields that are not as they are by default."""
+        return tuple(
+            name for name, field in self.__dataclass_fields__.items() if getattr(self, name) != field.default
+        )
+
+    @property
+    def num_given_steps(self) -> int | None:
+        """How many steps ``timesteps`` or ``sigmas`` ask for; None where neither is given."""
+        if self.timesteps is not None:
+            return len(self.timesteps)
+        return None if self.sigmas is None else len(self.sigmas) - 1
+
+    def applied_to(self, schedule: NoiseSchedule) -> NoiseSchedule:
+        """The schedule with this spacing, or as it is."""
+        if self.spacing is None:
+            return schedule
+        spacing = "trailing" if self.spacing == "sgm_uniform" else self.spacing
+        return replace(schedule, timestep_spacing=spacing)
+
+
+def model_rows(
+    schedule: NoiseSchedule, sigmas: FloatArray, *, predict: str, variance_preserving: bool
+) -> FloatArray:
+    """Rows [n, COLUMNS] with all that does not depend on the solver; the rest is 0.
+
+    x is ``alpha * (x0 + sigma * noise)`` with ``alpha = 1 / sqrt(1 + sigma^2)`` if
+    ``variance_preserving``, else ``x0 + sigma * noise``; the model always sees the former. d is what
+    ``predict`` says: the noise ("epsilon"), the clean latents ("x0") or the model's output ("output").
+    ``sigmas`` are float64 [n], above 0; an infinite one, which is noise alone, is for variance-preserving
+    samplers and for models that do not predict the noise.
+    """
+    alpha = 1 / np.sqrt(1 + sigmas**2)
+    sigma = 1 / np.sqrt(1 + 1 / sigmas**2)  # of the variance-preserving x, so alpha^2 + sigma^2 = 1
+    scale = np.ones_like(alpha) if variance_preserving else alpha
+    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
+    if schedule.prediction_type == "epsilon":
+        x0, epsilon = (scale / alpha, -sigmas), (zero, one)
+    elif schedule.prediction_type == "v_prediction":
+        # v = alpha * noise - sigma * x0 (Salimans & Ho 2022, appendix D)
+        x0, epsilon = (scale * alpha, -sigma), (scale * sigma, alpha)
+    else:
+        x0, epsilon = (zero, one), (scale / sigma, -alpha / sigma)
+    rows = np.zeros((len(sigmas), COLUMNS))
+    rows[:, Column.INPUT_SCALE] = scale
+    rows[:, Column.SIGNAL] = alpha / scale
+    rows[:, Column.NOISE] = sigma / scale
+    rows[:, Column.X0_X], rows[:, Column.X0_M] = x0
+    rows[:, Column.P], rows[:, Column.Q] = {"epsilon": epsilon, "x0": x0, "output": (zero, one)}[predict]
+    return rows
+
+
+def given_timesteps(schedule: NoiseSchedule, timesteps: tuple[float, ...], *, whole: bool) -> FloatArray:
+    """What a user gave, as float64 [n]; ``UsageError`` for one beyond the training range, or not whole."""
+    last = schedule.num_train_timesteps - 1
+    for timestep in timesteps:
+        if timestep > last or (whole and timestep != int(timestep)):
+            kind = "whole numbers" if whole else "numbers"
+            raise UsageError(f"timesteps hold {timestep}: for this sampler they are {kind} from 0 to {last}")
+    return np.array(timesteps, dtype=np.float64)
+
+
+def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise UsageError(f"{name} is {value!r}: allowed are {', '.join(allowed)}")
+
+
+def _check_falling(name: str, values: tuple[float, ...] | None, *, least: int) -> None:
+    if values is None:
+        return
+    if not isinstance(values, tuple) or len(values) < least:
+        raise UsageError(f"{name} are {values!r}: a tuple of at least {least} numbers is wanted")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise UsageError(f"{name} hold {value!r}: allowed are finite numbers from 0")
+    for before, after in pairwise(values):
+        if not after < before:
+            raise UsageError(f"{name} go from {before} to {after}: each must be below the one before it")
