@@ -11,10 +11,10 @@ HISTORY: Final = 4  # how many d a row can read, its own included: PLMS and LMS 
 class Column(IntEnum):
     """Where each number of a row is; a kernel reads the row as ``COLUMNS`` floats in this order.
 
-    The last four do not enter the step. ``X0_X`` and ``X0_M`` give the model's guess of the clean latents,
-    ``x0 = X0_X * x + X0_M * m``. ``SIGNAL`` and ``NOISE`` say what x is when the row begins,
-    ``x = SIGNAL * x0 + NOISE * noise``: an image is brought to that level with them. After the last row
-    there is no such level; x is the result.
+    The last four do not enter the recurrence. ``X0_X`` and ``X0_M`` give the model's guess of the clean
+    latents, ``x0 = X0_X * x + X0_M * m``. ``SIGNAL`` and ``NOISE`` say what x is when the row begins,
+    ``x = SIGNAL * x0 + NOISE * noise``: an image is brought to that level with them before the first row and,
+    where a mask keeps it, after each. After the last row there is no such level; x is the result.
     """
 
     INPUT_SCALE = 0

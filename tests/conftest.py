@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+# What is compiled and measured on the way is not left in the user's own cache.
+_CACHE = tempfile.TemporaryDirectory(prefix="sdrt-tests-")
+os.environ["SDRT_CACHE"] = _CACHE.name
 
 TINY_MERGES = 200
 TINY_SIZE = 16  # pixels: 8 latents at a VAE factor of 2

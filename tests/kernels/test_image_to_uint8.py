@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from sdrt.kernels.image import image_to_uint8
+from sdrt.kernels.image_to_uint8 import image_to_uint8
 
 
 def byte(value: float) -> int:

@@ -1,0 +1,183 @@
+// guided_step: combine the halves, apply a sampler's row, blend, write the U-Net's next input.
+// The reference is guided_step.py; every float32 operation stands here in its order: compile without
+// contraction.
+#pragma once
+#include "portable.cuh"
+
+constexpr int HISTORY = 4;
+constexpr int NO_FAULT = -1;
+
+// sampler_row.py says what they mean.
+enum Column {
+  INPUT_SCALE, P, Q, A, B0, B1, B2, B3, E, C, SAVE, X0_X, X0_M, SIGNAL, NOISE, COLUMNS
+};
+
+// N images, R rows (2 N when guided), E = N C h w elements. guided_step.py says what each buffer is.
+struct GuidedStepParams {
+  const void *noise_pred;        // [R, C, h, w]
+  float *latents;                // [N, C, h, w]
+  float *history;                // [HISTORY, N, C, h, w]
+  float *saved;                  // [N, C, h, w]
+  const float *noise;            // [N, C, h, w]
+  const float *rows;             // [capacity, COLUMNS]
+  const float *timesteps;        // [capacity]
+  const float *guidance_scale;   // [1]
+  int *counter;                  // [1]
+  int *fault;                    // [1]
+  void *sample;                  // [R, C, h, w]
+  float *timestep;               // [1]
+  const float *mask;             // [N, 1, h, w], or null
+  const float *known;            // [N, C, h, w], or null
+  const float *known_noise;      // [N, C, h, w], or null
+  const int *count;              // [1], or null: capacity
+  unsigned *ticket;              // [1], zero between launches
+  unsigned elements;             // N C h w
+  unsigned image_elements;       // C h w
+  unsigned plane;                // h w
+  unsigned guided;               // 0 or 1
+  int capacity;
+};
+
+// The numbers of one step, the same for every element.
+struct StepPlan {
+  int step;
+  bool active;    // false after the last row: nothing happens
+  bool has_next;  // whether there is an input to prepare
+  float p, q, a, b[HISTORY], e, c, save;
+  float input_scale, signal, noise, timestep;  // of the next row
+};
+
+SDRT_BOTH int row_count(const GuidedStepParams &params) {
+  return params.count ? *params.count : params.capacity;
+}
+
+// What both entry points write for the row at `step`.
+SDRT_BOTH void plan_input(const GuidedStepParams &params, int step, StepPlan &plan) {
+  const float *row = params.rows + step * COLUMNS;
+  plan.input_scale = row[INPUT_SCALE];
+  plan.signal = row[SIGNAL];
+  plan.noise = row[NOISE];
+  plan.timestep = params.timesteps[step];
+}
+
+SDRT_BOTH StepPlan plan_step(const GuidedStepParams &params) {
+  StepPlan plan{};
+  const int count = row_count(params);
+  plan.step = *params.counter;
+  plan.active = plan.step < count;
+  if (!plan.active) return plan;
+  const float *row = params.rows + plan.step * COLUMNS;
+  plan.p = row[P];
+  plan.q = row[Q];
+  plan.a = row[A];
+  for (int back = 0; back < HISTORY; ++back) plan.b[back] = row[B0 + back];
+  plan.e = row[E];
+  plan.c = row[C];
+  plan.save = row[SAVE];
+  plan.has_next = plan.step + 1 < count;
+  plan.signal = 1.0f;  // the result has no noise
+  if (plan.has_next) plan_input(params, plan.step + 1, plan);
+  return plan;
+}
+
+// What a step reads whatever the row.
+template <class T, int W>
+struct StepInputs {
+  Pack<T, W> first, conditional;  // the U-Net's output: the unconditional half first, when guided
+  Pack<float, W> x;
+};
+
+template <class T, int W>
+SDRT_BOTH StepInputs<T, W> load_inputs(const GuidedStepParams &params, unsigned i) {
+  const T *prediction = static_cast<const T *>(params.noise_pred);
+  const T *conditional = prediction + (params.guided ? params.elements : 0);  // no branch around a load
+  return {load_pack<W>(prediction + i), load_pack<W>(conditional + i), load_pack<W>(params.latents + i)};
+}
+
+// The terms that only some rows have: d of earlier rows, the saved x, noise.
+constexpr int EXTRA_TERMS = HISTORY + 1;
+
+template <int W>
+struct ExtraTerms {
+  float coefficient[EXTRA_TERMS];
+  Pack<float, W> values[EXTRA_TERMS];
+};
+
+// All loads before the first use. A term of coefficient zero is not read: a NaN there must do no harm.
+template <int W>
+SDRT_BOTH ExtraTerms<W> load_extra_terms(const GuidedStepParams &params, const StepPlan &plan, unsigned i) {
+  ExtraTerms<W> terms{};
+  const float *address[EXTRA_TERMS];
+  for (int back = 1; back < HISTORY; ++back) {
+    const unsigned slot = static_cast<unsigned>(plan.step - back) % HISTORY;
+    terms.coefficient[back - 1] = plan.b[back];
+    address[back - 1] = params.history + slot * params.elements;
+  }
+  terms.coefficient[HISTORY - 1] = plan.e;
+  address[HISTORY - 1] = params.saved;
+  terms.coefficient[HISTORY] = plan.c;
+  address[HISTORY] = params.noise;
+  for (int t = 0; t < EXTRA_TERMS; ++t)
+    if (terms.coefficient[t] != 0.0f) terms.values[t] = load_pack<W>(address[t] + i);
+  return terms;
+}
+
+// x where the mask says so, else the known latents at the noise level of the next row.
+template <int W>
+SDRT_BOTH void blend(const GuidedStepParams &params, const StepPlan &plan, unsigned i, Pack<float, W> &x) {
+  const unsigned image = i / params.image_elements;
+  const Pack<float, W> mask = load_pack<W>(params.mask + image * params.plane + i % params.plane);
+  const Pack<float, W> known = load_pack<W>(params.known + i), noise = load_pack<W>(params.known_noise + i);
+  for (int k = 0; k < W; ++k) {
+    const float kept = plan.signal * known.v[k] + plan.noise * noise.v[k];
+    x.v[k] = mask.v[k] * x.v[k] + (1.0f - mask.v[k]) * kept;
+  }
+}
+
+// The U-Net's input for each half.
+template <class T, int W>
+SDRT_BOTH void write_sample(
+    const GuidedStepParams &params, float scale, unsigned i, const Pack<float, W> &x) {
+  Pack<T, W> scaled;
+  for (int k = 0; k < W; ++k) scaled.v[k] = narrow<T>(x.v[k] * scale);
+  T *sample = static_cast<T *>(params.sample);
+  store_pack(sample + i, scaled);
+  if (params.guided) store_pack(sample + params.elements + i, scaled);
+}
+
+// The step for elements i .. i+W-1, which lie in one plane; false if the prediction is not finite.
+template <class T, int W>
+SDRT_BOTH bool step_elements(
+    const GuidedStepParams &params,
+    const StepPlan &plan,
+    float scale,
+    const StepInputs<T, W> &inputs,
+    unsigned i) {
+  const ExtraTerms<W> terms = load_extra_terms<W>(params, plan, i);
+  Pack<float, W> d, result;
+  bool finite = true;
+  for (int k = 0; k < W; ++k) {
+    float m = widen(inputs.first.v[k]);
+    if (params.guided) m = m + scale * (widen(inputs.conditional.v[k]) - m);
+    finite = finite && is_finite(m);
+    d.v[k] = plan.p * inputs.x.v[k] + plan.q * m;
+    result.v[k] = plan.a * inputs.x.v[k] + plan.b[0] * d.v[k];
+  }
+  for (int t = 0; t < EXTRA_TERMS; ++t) {
+    if (terms.coefficient[t] == 0.0f) continue;
+    for (int k = 0; k < W; ++k) result.v[k] += terms.coefficient[t] * terms.values[t].v[k];
+  }
+  if (params.mask) blend(params, plan, i, result);
+
+  store_pack(params.history + static_cast<unsigned>(plan.step) % HISTORY * params.elements + i, d);
+  if (plan.save != 0.0f) store_pack(params.saved + i, inputs.x);
+  store_pack(params.latents + i, result);
+  if (plan.has_next) write_sample<T>(params, plan.input_scale, i, result);
+  return finite;
+}
+
+// Once per step, after all elements.
+SDRT_BOTH void finish_step(const GuidedStepParams &params, const StepPlan &plan) {
+  *params.counter = plan.step + 1;
+  if (plan.has_next) *params.timestep = plan.timestep;
+}

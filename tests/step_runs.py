@@ -1,0 +1,152 @@
+"""Runs of the step kernel that its tests share: tables, predictions that do not depend on x, buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt.kernels.guided_step import NO_FAULT, StepBuffers, guided_step, prepare_input
+from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
+from sdrt.runtime.schedule import FloatArray, NoiseSchedule
+from sdrt.runtime.solvers import SAMPLERS, SamplerTable, make_table
+
+STEPS = 9  # twice around the ring and one more
+SHAPE = (2, 3, 4, 5)
+SPARE_ROWS = 3  # the loop's table has room for more rows than a run needs
+
+
+@dataclass(frozen=True)
+class Run:
+    """What goes into a run: predictions that do not depend on x, so that rounding errors only add up."""
+
+    table: SamplerTable
+    predictions: NDArray[Any]  # [n, R, C, h, w]
+    start: NDArray[np.float32]
+    noise: NDArray[np.float32]  # [n, N, C, h, w]
+    guidance_scale: float
+
+    @property
+    def guided(self) -> FloatArray:
+        """The predictions after guidance in float64, [n, N, C, h, w]."""
+        exact = self.predictions.astype(np.float64)
+        images = len(self.start)
+        if exact.shape[1] == images:
+            return exact
+        unconditional, conditional = exact[:, :images], exact[:, images:]
+        result: FloatArray = unconditional + self.guidance_scale * (conditional - unconditional)
+        return result
+
+
+def artificial_table(steps: int = STEPS) -> SamplerTable:
+    """A table that uses every column, as no sampler of this version does."""
+    random = np.random.default_rng(5)
+    rows = random.uniform(-0.5, 0.5, (steps, COLUMNS))
+    rows[:, Column.INPUT_SCALE] = random.uniform(0.1, 1.0, steps)
+    rows[:, Column.SAVE] = np.arange(steps) % 3 == 0
+    rows[1::3, Column.E] = 0.0
+    rows[2::4, Column.C] = 0.0
+    return SamplerTable("artificial", np.linspace(990.5, 1.25, steps), rows, 1.0)
+
+
+TABLES = [
+    *(make_table(name, NoiseSchedule(), STEPS) for name in SAMPLERS),
+    make_table("ddim", NoiseSchedule(), STEPS, eta=1.0),
+    make_table("dpmpp_2m", NoiseSchedule(), STEPS, karras=True),
+    make_table("euler", NoiseSchedule(), 1),
+    artificial_table(),
+]
+
+
+def make_run(
+    table: SamplerTable, *, guided: bool, dtype: str, shape: tuple[int, int, int, int] = SHAPE
+) -> Run:
+    """Random numbers for a whole run of N, C, h, w = ``shape``."""
+    random = np.random.default_rng(3)
+    rows = 2 * shape[0] if guided else shape[0]
+    steps = len(table.timesteps)
+    return Run(
+        table,
+        random.standard_normal((steps, rows, *shape[1:])).astype(dtype),
+        (random.standard_normal(shape) * table.init_noise_sigma).astype(np.float32),
+        random.standard_normal((steps, *shape)).astype(np.float32),
+        7.5,
+    )
+
+
+def make_buffers(run: Run, *, inpainting: bool = False, count: bool = True) -> StepBuffers:
+    """Buffers at the start of a run.
+
+    Args:
+        run: Whose.
+        inpainting: With a mask whose values are 0, 1 and between.
+        count: Whether the rows in use are counted; otherwise the spare rows are walked too.
+    """
+    steps = len(run.table.timesteps)
+    rows = np.zeros((steps + SPARE_ROWS, COLUMNS), np.float32)
+    rows[:steps] = run.table.rows
+    timesteps = np.zeros(steps + SPARE_ROWS, np.float32)
+    timesteps[:steps] = run.table.timesteps
+    shape = run.start.shape
+    buffers = StepBuffers(
+        noise_pred=np.zeros_like(run.predictions[0]),
+        latents=run.start.copy(),
+        history=np.zeros((HISTORY, *shape), np.float32),
+        saved=np.zeros(shape, np.float32),
+        noise=np.zeros(shape, np.float32),
+        rows=rows,
+        timesteps=timesteps,
+        guidance_scale=np.array([run.guidance_scale], np.float32),
+        counter=np.zeros(1, np.int32),
+        fault=np.full(1, NO_FAULT, np.int32),
+        sample=np.zeros_like(run.predictions[0]),
+        timestep=np.zeros(1, np.float32),
+        ticket=np.zeros(1, np.uint32),
+        count=np.array([steps], np.int32) if count else None,
+    )
+    if inpainting:
+        random = np.random.default_rng(11)
+        mask = random.uniform(-0.5, 1.5, (shape[0], 1, *shape[2:])).clip(0, 1).astype(np.float32)
+        known, known_noise = random.standard_normal((2, *shape)).astype(np.float32)
+        buffers = dataclasses.replace(buffers, mask=mask, known=known, known_noise=known_noise)
+    return buffers
+
+
+def arrays(buffers: StepBuffers) -> dict[str, NDArray[Any]]:
+    """Name → array of those that are there."""
+    named = {field.name: getattr(buffers, field.name) for field in dataclasses.fields(buffers)}
+    return {name: array for name, array in named.items() if array is not None}
+
+
+def copied(buffers: StepBuffers) -> StepBuffers:
+    """The same numbers in other memory."""
+    return dataclasses.replace(buffers, **{name: array.copy() for name, array in arrays(buffers).items()})
+
+
+def drive(
+    run: Run,
+    buffers: StepBuffers,
+    step: Callable[[StepBuffers], None] = guided_step,
+    prepare: Callable[[StepBuffers], None] = prepare_input,
+) -> None:
+    """All steps, with the U-Net's part played by the run's predictions."""
+    prepare(buffers)
+    for prediction, noise in zip(run.predictions, run.noise, strict=True):
+        buffers.noise_pred[...] = prediction
+        buffers.noise[...] = noise
+        step(buffers)
+
+
+def same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Equal shape, dtype and bits; but any NaN equals any other, since no standard fixes their bits."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.dtype.kind != "f":
+        return bool(np.array_equal(one, other))
+    bits = f"u{one.dtype.itemsize}"
+    equal = one.view(bits) == other.view(bits)
+    return bool(np.all(equal | (np.isnan(one) & np.isnan(other))))
