@@ -1,0 +1,148 @@
+"""The CUDA provider's dialect of attention, run on the CPU provider, which has the operator too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from onnx_runs import run
+
+import tolerances
+from sdrt.export.parity import compare
+from sdrt.export.pass_causal import recognise_causal_masks
+from sdrt.export.pass_onnxruntime_cuda import DOMAIN, to_onnxruntime_cuda
+from sdrt.runtime.errors import SdrtError
+
+Array = NDArray[Any]
+FP32, BOOL = TensorProto.FLOAT, TensorProto.BOOL
+B, H, S, D = 2, 3, 6, 8
+
+
+def load(path: Path) -> ir.Model:
+    model: ir.Model = ir.load(path)
+    ir.external_data.load_to_model(model)
+    return model
+
+
+def counts(model: ir.Model) -> dict[str, int]:
+    operators = [node.op_type for node in model.graph]
+    return {name: operators.count(name) for name in operators}
+
+
+def attention_model(mask: tuple[int, list[int]] | None = None, **attributes: Any) -> ir.Model:
+    """One 4-D attention of graph inputs, with no projections around it."""
+    info = helper.make_tensor_value_info
+    inputs = [info(name, FP32, [B, H, S, D]) for name in "qkv"]
+    if mask:
+        inputs.append(info("mask", *mask))
+    node = helper.make_node("Attention", [value.name for value in inputs], ["y"], "attention", **attributes)
+    graph = helper.make_graph([node], "g", inputs, [info("y", FP32, [B, H, S, D])])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    model: ir.Model = ir.from_proto(proto)
+    return model
+
+
+def feeds_of(model: ir.Model) -> dict[str, Array]:
+    generator = np.random.default_rng(0)
+    feeds: dict[str, Array] = {}
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        shape = [size for size in value.shape if isinstance(size, int)]
+        numbers = generator.standard_normal(shape)
+        feeds[str(value.name)] = (
+            numbers > -1 if value.dtype == ir.DataType.BOOL else numbers.astype(np.float32)
+        )
+    return feeds
+
+
+@pytest.mark.parametrize(
+    "mask", [None, (BOOL, [S, S]), (BOOL, [B, 1, S, S]), (FP32, [H, S, S]), (FP32, [B, H, S, S])]
+)
+@pytest.mark.parametrize("attributes", [{}, {"scale": 0.2}, {"is_causal": 1}])
+def test_the_operator_is_the_same(mask: Any, attributes: dict[str, Any], tmp_path: Path) -> None:
+    model = attention_model(mask, **attributes)
+    feeds = feeds_of(model)
+    before = run(model, feeds, tmp_path)[0]
+    report = to_onnxruntime_cuda(model)
+    assert report.attentions == ("attention",)
+    assert counts(model)["MultiHeadAttention"] == 1
+    assert "Attention" not in counts(model)
+    assert compare(run(model, feeds, tmp_path)[0], before)[0] <= tolerances.ATTENTION_FP32
+
+
+def test_a_whole_unet(tiny_bundle: Path, tmp_path: Path) -> None:
+    model = load(tiny_bundle / "unet" / "model.onnx")
+    generator = np.random.default_rng(1)
+    feeds: dict[str, Array] = {
+        "sample": generator.standard_normal((2, 4, 8, 12)).astype(np.float32),
+        "timestep": np.array([500], np.float32),
+        "encoder_hidden_states": generator.standard_normal((2, 77, 16)).astype(np.float32),
+    }
+    before, operators = run(model, feeds, tmp_path)[0], counts(model)
+    report = to_onnxruntime_cuda(model)
+    assert len(report.attentions) == operators["Attention"] == 8
+    assert model.graph.opset_imports[DOMAIN] == 1
+    # Four Transposes and four Reshapes of each attention are gone, and nothing came instead.
+    assert counts(model)["Transpose"] == operators["Transpose"] - 4 * 8
+    assert counts(model)["Reshape"] == operators["Reshape"] - 4 * 8
+    assert compare(run(model, feeds, tmp_path)[0], before)[0] <= tolerances.GRAPH_FP32
+
+
+def test_a_text_encoder_loses_its_mask(tiny_bundle: Path, tmp_path: Path) -> None:
+    model = load(tiny_bundle / "text_encoder" / "model.onnx")
+    ids = {"input_ids": np.arange(2 * 77).reshape(2, 77)}
+    before = run(model, ids, tmp_path)
+    report = to_onnxruntime_cuda(model)
+    assert (len(report.attentions), report.causal) == (2, 2)
+    assert not {"Expand", "Concat", "Shape"} & set(counts(model))
+    for old, new in zip(before, run(model, ids, tmp_path), strict=True):
+        assert compare(new, old)[0] <= tolerances.GRAPH_FP32
+
+
+def test_a_half_precision_vae(fp16_bundle: Path, tmp_path: Path) -> None:
+    model = load(fp16_bundle / "vae_decoder" / "model.onnx")
+    latents = {"latents": np.random.default_rng(2).standard_normal((1, 4, 9, 8)).astype(np.float16)}
+    before = run(model, latents, tmp_path)[0]
+    assert len(to_onnxruntime_cuda(model).attentions) == 1
+    after = run(model, latents, tmp_path)[0]
+    assert after.dtype == np.float16
+    assert compare(after, before)[0] <= tolerances.ISLAND_VAE_FP16
+
+
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "fp16_bundle"])
+def test_a_recognised_causal_mask_gives_the_same_bits(
+    bundle: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = load(request.getfixturevalue(bundle) / "text_encoder" / "model.onnx")
+    ids = {"input_ids": np.arange(77).reshape(1, 77)}
+    before = run(model, ids, tmp_path)
+    assert recognise_causal_masks(model) == 2
+    assert recognise_causal_masks(model) == 0
+    for old, new in zip(before, run(model, ids, tmp_path), strict=True):
+        assert old.tobytes() == new.tobytes()
+
+
+@pytest.mark.parametrize("changed", ["upper", "hole", "float", "input"])
+def test_another_mask_is_not_taken_for_a_causal_one(changed: str) -> None:
+    triangle = np.tril(np.ones((S, S), bool))
+    if changed == "upper":
+        triangle = triangle.T.copy()
+    if changed == "hole":
+        triangle[4, 2] = False
+    kind = FP32 if changed == "float" else BOOL
+    model = attention_model((kind, [S, S]))
+    if changed != "input":
+        mask = model.graph.inputs.pop()
+        mask.const_value = ir.tensor(triangle.astype(np.float32 if changed == "float" else bool), name="mask")
+        model.graph.register_initializer(mask)
+    assert recognise_causal_masks(model) == 0
+
+
+def test_what_the_operator_lacks_is_an_error() -> None:
+    with pytest.raises(SdrtError, match="softcap"):
+        to_onnxruntime_cuda(attention_model(softcap=2.0))

@@ -1,0 +1,25 @@
+"""Runs an onnx_ir graph as it stands on ONNX Runtime's CPU provider, for tests of the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from sdrt.export.graph import save_graph
+
+
+def run(model: ir.Model, feeds: Mapping[str, NDArray[Any]], folder: Path) -> list[NDArray[Any]]:
+    """Save, check and run a model without ONNX Runtime's own graph changes; all outputs in order."""
+    path = save_graph(model, folder / "model.onnx")[0]
+    onnx.checker.check_model(str(path))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [np.asarray(result) for result in session.run(None, dict(feeds))]
