@@ -3,49 +3,60 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import gc
-import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import onnx_ir as ir
 import torch
 
-import sdrt
-from sdrt.export.checkpoint import Checkpoint, fingerprint
+from sdrt.export.bundle_manifest import (
+    TOKENIZER_FILES,
+    check_manifest,
+    compared_small,
+    gate_size,
+    graph_axes,
+    manifest_of,
+    of_small_pictures,
+    with_figures,
+)
+from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.frugal_executor import give_memory_back
 from sdrt.export.graph import TORCH_DTYPES, AxisRange, onnx_from_module, save_graph
-from sdrt.export.modules import WRAPPERS, example_inputs
-from sdrt.export.parity import ParityReport, check_component, check_sampling
+from sdrt.export.modules import example_inputs, wrapped
+from sdrt.export.parity import (
+    ParityReport,
+    Probe,
+    SamplingProbe,
+    arithmetic,
+    check_component,
+    check_sampling,
+    feeds,
+    is_large,
+    reference_embeddings,
+    reference_probes,
+    sampling_probe,
+)
 from sdrt.export.pass_weight_storage import store_weights_in_fp16
 from sdrt.export.pass_widen import widen_bfloat16
-from sdrt.export.weights import check_architectures, load_module
+from sdrt.export.range_audit import audit_ranges
+from sdrt.export.weights import check_architectures, release_weights
 from sdrt.runtime.bundle import sha256
-from sdrt.runtime.components import COMPONENTS, ComponentSpec, Precision
-from sdrt.runtime.errors import BundleError, CheckpointError
+from sdrt.runtime.components import ComponentSpec, Precision, components_of
 from sdrt.runtime.files import new_folder, writing
 from sdrt.runtime.manifest import (
     MANIFEST_NAME,
     Component,
-    Defaults,
     FileEntry,
-    LatentGeometry,
-    Limits,
     Manifest,
-    SizeLimit,
     TokenizerFacts,
-    from_json,
     to_json,
 )
 
 SEED: Final = 20240229  # of the random inputs that components are compared on
-DEFAULT_STEPS: Final = 20
-TOOLS: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,7 @@ class ExportOptions:
         height: Pixels.
         width: Pixels.
         opset: ONNX opset.
+        full_parity: Compare a large model at its own size too: minutes longer.
     """
 
     precision: Precision
@@ -67,6 +79,7 @@ class ExportOptions:
     height: AxisRange
     width: AxisRange
     opset: int
+    full_parity: bool = False
 
 
 Progress = Callable[[str], None]
@@ -100,14 +113,16 @@ def write_bundle(
     check_architectures(checkpoint)
     with new_folder(out, replace=overwrite) as folder, _runnable(folder, options) as runnable:
         job = _Job(checkpoint, options, out, folder, runnable, report, progress)
-        tokenizer = _write_tokenizer(job)
-        components = {name: _write_component(job, name) for name in COMPONENTS}
-        manifest = _manifest(checkpoint, options, components, tokenizer)
+        tokenizers = _write_tokenizers(job)
+        components = {name: _write_component(job, name) for name in components_of(checkpoint.family)}
+        manifest = replace(manifest_of(checkpoint, options, components, tokenizers), ranges=job.ranges)
         progress("sampling run")
         _write_runnable(job, manifest)
-        check_sampling(checkpoint, runnable, options.precision, report)
+        check_sampling(checkpoint, runnable, job.sampling[0], options.precision, report)
         report.raise_if_over()
-        final = _with_figures(manifest, report, checkpoint, time.perf_counter() - started)
+        for comparison in report.left_out:
+            progress(f"not compared: {comparison}")
+        final = with_figures(manifest, report, checkpoint, time.perf_counter() - started)
         with writing(out):
             (folder / MANIFEST_NAME).write_text(to_json(final), encoding="utf-8")
     return report
@@ -115,7 +130,11 @@ def write_bundle(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One export while it runs. ``runnable`` is where the parity gate finds graphs that can run here."""
+    """One export while it runs. ``runnable`` is where the parity gate finds graphs that can run here.
+
+    ``ranges`` collects the range audit of each component of an fp16 bundle, ``sampling`` the reference's
+    sampling run.
+    """
 
     checkpoint: Checkpoint
     options: ExportOptions
@@ -124,28 +143,8 @@ class _Job:
     runnable: Path
     report: ParityReport
     progress: Progress
-
-
-def check_manifest(checkpoint: Checkpoint, options: ExportOptions) -> None:
-    """Put the manifest together before the first graph is there: nothing in it may fail after minutes.
-
-    Raises:
-        CheckpointError: A rule of the manifest is broken.
-    """
-    sizes, precision = checkpoint.sizes(), options.precision
-    components = {
-        name: Component(f"{name}/model.onnx", (_placeholder(f"{name}/model.onnx"),), precision, spec)
-        for name, spec in ((name, row.resolve(sizes, precision)) for name, row in COMPONENTS.items())
-    }
-    tokenizer = TokenizerFacts(file=_placeholder("tokenizer.json"), **checkpoint.tokenizer.ids)
-    try:
-        from_json(to_json(_manifest(checkpoint, options, components, tokenizer)))
-    except BundleError as error:
-        raise CheckpointError(f"{checkpoint.path} cannot be made a bundle: {error}") from error
-
-
-def _placeholder(path: str) -> FileEntry:
-    return FileEntry(path, 0, "0" * 64)
+    ranges: dict[str, Any] = field(default_factory=dict)
+    sampling: list[SamplingProbe] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -165,19 +164,21 @@ def _runnable(folder: Path, options: ExportOptions) -> Iterator[Path]:
 
 
 def _write_component(job: _Job, name: str) -> Component:
-    """Export one component, save it, and compare the saved file with the float32 reference."""
+    """Export one component, save it, and compare the saved file with the float32 reference.
+
+    PyTorch's network and ONNX Runtime's are never in memory together.
+    """
     checkpoint, options = job.checkpoint, job.options
-    subfolder, wrapper = WRAPPERS[name]
-    spec = COMPONENTS[name].resolve(checkpoint.sizes(), options.precision)
+    spec = components_of(checkpoint.family)[name].resolve(checkpoint.sizes(), options.precision)
     axes = graph_axes(checkpoint, options)
-    job.progress(f"{name}: load")
-    reference = wrapper(load_module(checkpoint, subfolder)).eval()
-    job.progress(f"{name}: export")
     dtype = TORCH_DTYPES[options.precision]
-    # A copy: the reference of the comparison keeps the checkpoint's own weights, not rounded ones.
-    traced = reference if dtype is torch.float32 else copy.deepcopy(reference).to(dtype)
-    model = onnx_from_module(traced, _traced_inputs(job, spec, axes), spec, axes, options.opset)
-    del traced
+    job.progress(f"{name}: load")
+    # Before the largest network is there, so that the text encoders are not in memory beside it.
+    embeddings = reference_embeddings(checkpoint) if name == "unet" else {}
+    give_memory_back()
+    module = wrapped(checkpoint, name, dtype)
+    job.progress(f"{name}: export")
+    model = onnx_from_module(module, _traced_inputs(job, spec, axes), spec, axes, options.opset)
     if options.fp16_weights:
         store_weights_in_fp16(model)
     files = _save(job, model, job.folder / name)
@@ -186,15 +187,44 @@ def _write_component(job: _Job, name: str) -> Component:
         widen_bfloat16(model)
         runs = _save(job, model, job.runnable / name)[0]
     del model
-    gc.collect()
     job.progress(f"{name}: compare")
-    check_component(checkpoint, name, reference, runs, options.precision, axes, job.report)
+    if dtype is not torch.float32 and checkpoint.random_seed is None:
+        # The reference has the checkpoint's own weights, not rounded ones.
+        release_weights(module)
+        give_memory_back()
+        module = wrapped(checkpoint, name)
+    module.float()  # random weights are fp16 numbers: nothing was rounded
+    give_memory_back()
+    small = compared_small(checkpoint, options)
+    probes = reference_probes(checkpoint, name, module, axes, small=small)
+    if name == "unet":
+        job.sampling.append(_sample(job, module, embeddings))
+    release_weights(module)
+    give_memory_back()
+    check_component(checkpoint, name, probes, runs, options.precision, job.report)
+    give_memory_back()
+    if options.precision == "fp16":
+        _audit(job, runs, spec, probes[-1:] if is_large(checkpoint) else probes)
     return Component(
         model=f"{name}/model.onnx",
         files=tuple(_entry(job.folder, file) for file in files),
         precision=options.precision,
         spec=spec,
     )
+
+
+def _sample(job: _Job, unet: torch.nn.Module, embeddings: Mapping[str, torch.Tensor]) -> SamplingProbe:
+    """The reference's sampling run, made while its U-Net is in memory."""
+    size = gate_size(job.checkpoint, job.options)
+    return sampling_probe(job.checkpoint, size, embeddings, unet.get_submodule("model"))
+
+
+def _audit(job: _Job, model: Path, spec: ComponentSpec, probes: Sequence[Probe]) -> None:
+    """Record the largest magnitudes inside of an fp16 graph."""
+    audit = audit_ranges(model, [feeds(spec, probe) for probe in probes])
+    job.ranges[spec.name] = audit.to_dict()
+    for line in audit.lines(count=1):
+        job.progress(f"{spec.name}: {line.strip()}")
 
 
 def _save(job: _Job, model: ir.Model, folder: Path) -> tuple[Path, ...]:
@@ -204,23 +234,28 @@ def _save(job: _Job, model: ir.Model, folder: Path) -> tuple[Path, ...]:
 
 
 def _write_runnable(job: _Job, manifest: Manifest) -> None:
-    """Give the folder of the parity gate a manifest, so that the runtime can open it."""
-    if job.runnable == job.folder:
-        with writing(job.out):
-            (job.folder / MANIFEST_NAME).write_text(to_json(manifest), encoding="utf-8")
-        return
-    widened = {
-        name: replace(
-            part,
-            precision="fp32",
-            spec=COMPONENTS[name].resolve(job.checkpoint.sizes(), "fp32"),
-            files=tuple(_entry(job.runnable, file) for file in sorted((job.runnable / name).iterdir())),
-        )
-        for name, part in manifest.components.items()
-    }
-    text = to_json(replace(manifest, components=widened))
+    """Give the folder of the parity gate a manifest, so that the runtime can open it and draw in time."""
+    checkpoint, components = job.checkpoint, manifest.components
+    if compared_small(checkpoint, job.options):
+        manifest, left_out = of_small_pictures(checkpoint, job.options, manifest)
+        job.report.left_out += left_out
+    if job.runnable != job.folder:
+        runs_in = arithmetic(job.options.precision)
+        table = components_of(checkpoint.family)
+        components = {
+            name: replace(
+                part,
+                precision=runs_in,
+                spec=table[name].resolve(checkpoint.sizes(), runs_in),
+                files=tuple(_entry(job.runnable, file) for file in sorted((job.runnable / name).iterdir())),
+            )
+            for name, part in components.items()
+        }
     with writing(job.out):
-        shutil.copy(job.folder / manifest.tokenizer.file.path, job.runnable)
+        if job.runnable != job.folder:
+            for facts in manifest.tokenizers:
+                shutil.copy(job.folder / facts.file.path, job.runnable)
+        text = to_json(replace(manifest, components=components))
         (job.runnable / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
@@ -241,95 +276,15 @@ def _middle(extent: AxisRange) -> int:
     return min(max(extent.minimum, 2 * extent.multiple), extent.maximum)
 
 
-def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, AxisRange]:
-    """The range of every dynamic axis of the components table."""
-    factor = checkpoint.factor
-
-    def latent(side: AxisRange) -> AxisRange:
-        multiple = 1 if side.fixed else side.multiple // factor
-        return AxisRange(side.minimum // factor, side.maximum // factor, multiple)
-
-    return {
-        "batch": options.batch,
-        # One row an image without guidance, two with it.
-        "rows": AxisRange(options.batch.minimum, 2 * options.batch.maximum),
-        "height": options.height,
-        "width": options.width,
-        "latent_height": latent(options.height),
-        "latent_width": latent(options.width),
-    }
-
-
-def _write_tokenizer(job: _Job) -> TokenizerFacts:
-    tokenizer, target = job.checkpoint.tokenizer, job.folder / "tokenizer.json"
-    with writing(job.out):
-        target.write_bytes(tokenizer.to_json())
-    return TokenizerFacts(file=_entry(job.folder, target), **tokenizer.ids)
+def _write_tokenizers(job: _Job) -> list[TokenizerFacts]:
+    facts = []
+    for name, tokenizer in zip(TOKENIZER_FILES, job.checkpoint.tokenizers, strict=False):
+        target = job.folder / name
+        with writing(job.out):
+            target.write_bytes(tokenizer.to_json())
+        facts.append(TokenizerFacts(file=_entry(job.folder, target), **tokenizer.ids))
+    return facts
 
 
 def _entry(folder: Path, file: Path) -> FileEntry:
     return FileEntry(file.relative_to(folder).as_posix(), file.stat().st_size, sha256(file))
-
-
-def _manifest(
-    checkpoint: Checkpoint,
-    options: ExportOptions,
-    components: Mapping[str, Component],
-    tokenizer: TokenizerFacts,
-) -> Manifest:
-    height, width = default_size(checkpoint, options)
-    steps = min(DEFAULT_STEPS, checkpoint.schedule.num_train_timesteps)
-    return Manifest(
-        family="sd",
-        components=components,
-        latents=LatentGeometry(checkpoint.sizes()["latent_channels"], checkpoint.factor),
-        schedule=checkpoint.schedule,
-        tokenizer=tokenizer,
-        text_output="last_hidden_state",
-        defaults=Defaults(height, width, steps, 7.5, checkpoint.sampler),
-        limits=Limits(
-            options.batch.minimum,
-            options.batch.maximum,
-            SizeLimit(options.height.minimum, options.height.maximum, options.height.multiple),
-            SizeLimit(options.width.minimum, options.width.maximum, options.width.multiple),
-        ),
-    )
-
-
-def default_size(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, int]:
-    """The size the model was trained at, brought inside the exported ranges."""
-    native = checkpoint.native_size
-    return options.height.nearest(native), options.width.nearest(native)
-
-
-def _with_figures(
-    manifest: Manifest, report: ParityReport, checkpoint: Checkpoint, seconds: float
-) -> Manifest:
-    provenance: dict[str, Any] = {
-        "source": _source(checkpoint),
-        "source_sha256": fingerprint(checkpoint),
-        "licence": _licence(checkpoint),
-        "sdrt": sdrt.__version__,
-        "python": platform.python_version(),
-        "versions": {tool: version(tool) for tool in TOOLS},
-        "export_seconds": round(seconds, 1),
-    }
-    return replace(manifest, provenance=provenance, parity=report.to_dict())
-
-
-def _source(checkpoint: Checkpoint) -> str:
-    """The folder's own name, not where it lay; or the hub id."""
-    given = Path(checkpoint.source)
-    return given.resolve().name if given.exists() else checkpoint.source
-
-
-def _licence(checkpoint: Checkpoint) -> str:
-    """The licence that the model card's front matter names, or ``unknown``."""
-    card = checkpoint.path / "README.md"
-    if not card.is_file():
-        return "unknown"
-    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]:
-        key, _, value = line.partition(":")
-        if key.strip().lower() in ("license", "licence") and value.strip():
-            return value.strip()
-    return "unknown"

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.export.checkpoint_files import check_weights, described_files, find_checkpoint, read_json, reading
-from sdrt.export.tokenizer_json import ClipTokenizer, open_tokenizer
+from sdrt.export.random_weights import SCHEME
+from sdrt.export.tokenizer_json import ClipTokenizer, open_tokenizer, vocabulary_from_clip
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.schedule import NoiseSchedule
 
-SUBFOLDERS: Final = ("text_encoder", "unet", "vae")
+SUBFOLDERS: Final = ("text_encoder", "unet", "vae")  # of Stable Diffusion 1.x and 2.x
+SDXL_SUBFOLDERS: Final = ("text_encoder", "text_encoder_2", "unet", "vae")
+TOKENIZERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # What an export reads of each config.json.
 CONFIG_KEYS: Final = {
     "text_encoder": ("hidden_size", "max_position_embeddings", "vocab_size"),
+    "text_encoder_2": ("hidden_size", "max_position_embeddings", "projection_dim", "vocab_size"),
     "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels", "sample_size"),
     "vae": ("block_out_channels", "latent_channels"),
 }
@@ -34,23 +38,34 @@ DEFAULT_SAMPLER: Final = "dpmpp_2m"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checked diffusers folder.
+    """A checked diffusers folder, or the configurations of one and a seed in place of its weights.
 
     Attributes:
         path: The folder.
-        source: What the user named: the folder, or the hub id.
-        configs: ``config.json`` of each of text_encoder, unet, vae.
+        source: What the user named: the folder, the hub id, or the architecture.
+        family: ``sd`` or ``sdxl``.
+        configs: ``config.json`` of each network: text_encoder, (text_encoder_2,) unet, vae.
         schedule: The scheduler's configuration as a noise schedule.
         sampler: Our sampler that is nearest to the scheduler's.
-        tokenizer: Its vocabulary, length and special ids.
+        tokenizers: One for each text encoder: vocabulary, length and special ids.
+        force_zeros_for_empty_prompt: See `sdrt.runtime.manifest.Manifest`.
+        random_seed: Of random weights; None where the folder holds weights.
     """
 
     path: Path
     source: str
+    family: str
     configs: dict[str, dict[str, Any]]
     schedule: NoiseSchedule
     sampler: str
-    tokenizer: ClipTokenizer
+    tokenizers: tuple[ClipTokenizer, ...]
+    force_zeros_for_empty_prompt: bool = False
+    random_seed: int | None = None
+
+    @property
+    def tokenizer(self) -> ClipTokenizer:
+        """Of the (first) text encoder."""
+        return self.tokenizers[0]
 
     @property
     def factor(self) -> int:
@@ -70,13 +85,17 @@ class Checkpoint:
     def sizes(self) -> dict[str, int]:
         """The checkpoint's entries for the axes that `sdrt.runtime.components` leaves open."""
         text, unet, vae = (self.configs[name] for name in SUBFOLDERS)
-        return {
+        sizes = {
             "tokens": self.tokenizer.ids["max_length"],
             "text_width": int(text["hidden_size"]),
             "cross_width": int(unet["cross_attention_dim"]),
             "unet_channels": int(unet["in_channels"]),
             "latent_channels": int(vae["latent_channels"]),
         }
+        if second := self.configs.get("text_encoder_2"):
+            sizes["text_width_2"] = int(second["hidden_size"])
+            sizes["projection_width"] = int(second["projection_dim"])
+        return sizes
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
@@ -91,43 +110,79 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
             pickles are there, or the model is of a kind that is not supported.
     """
     with reading(model):
-        checkpoint = _read_checkpoint(find_checkpoint(model, revision), model)
-    _check_fit(checkpoint)
+        checkpoint = read_checkpoint(find_checkpoint(model, revision), model)
+    check_fit(checkpoint)
     return checkpoint
 
 
-def _read_checkpoint(path: Path, model: str) -> Checkpoint:
+def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> Checkpoint:
+    """Read and check everything but the weights.
+
+    Args:
+        path: A folder in the diffusers format.
+        source: What the user named.
+        random_seed: With it the folder needs neither weights nor a vocabulary: CLIP's is taken.
+
+    Raises:
+        CheckpointError: As for `open_checkpoint`.
+    """
     index = read_json(path / "model_index.json")
-    _check_kind(path, index)
-    configs = {name: read_json(path / name / "config.json") for name in SUBFOLDERS}
-    for name in SUBFOLDERS:
+    family = _family(path, index)
+    subfolders = SDXL_SUBFOLDERS if family == "sdxl" else SUBFOLDERS
+    _check_folders(path, subfolders)
+    configs = {name: read_json(path / name / "config.json") for name in subfolders}
+    for name in subfolders:
         _check_config(path / name / "config.json", configs[name], CONFIG_KEYS[name])
-        check_weights(path / name)
+        if random_seed is None:
+            check_weights(path / name)
     _check_scaling(path / "vae" / "config.json", configs["vae"])
-    if not (path / "tokenizer").is_dir():
-        raise CheckpointError(f"{path} has no folder tokenizer/: the checkpoint is incomplete")
-    tokenizer = open_tokenizer(path / "tokenizer", configs["text_encoder"]["max_position_embeddings"])
+    tokenizers = tuple(
+        _read_tokenizer(path / TOKENIZERS[name], configs[name], ships_with_weights=random_seed is None)
+        for name in subfolders
+        if name in TOKENIZERS
+    )
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     try:
-        schedule = schedule_from_config(scheduler)
+        schedule = schedule_from_config(scheduler, family)
     except UsageError as error:
         raise CheckpointError(f"{path}/scheduler: {error}") from error
-    sampler = DEFAULT_SAMPLERS.get(str(scheduler.get("_class_name")), DEFAULT_SAMPLER)
-    return Checkpoint(path, model, configs, schedule, sampler, tokenizer)
+    return Checkpoint(
+        path=path,
+        source=source,
+        family=family,
+        configs=configs,
+        schedule=schedule,
+        sampler=DEFAULT_SAMPLERS.get(str(scheduler.get("_class_name")), DEFAULT_SAMPLER),
+        tokenizers=tokenizers,
+        # StableDiffusionXLPipeline's default is true; the pipelines of the other family have no such thing.
+        force_zeros_for_empty_prompt=family == "sdxl"
+        and index.get("force_zeros_for_empty_prompt", True) is not False,
+        random_seed=random_seed,
+    )
 
 
-def _check_kind(path: Path, index: dict[str, Any]) -> None:
-    if "text_encoder_2" in index or (path / "text_encoder_2").is_dir():
-        raise CheckpointError(
-            f"{path} has two text encoders (SDXL); this version exports Stable Diffusion 1.x and 2.x"
-        )
+def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weights: bool) -> ClipTokenizer:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder.parent} has no folder {folder.name}/: the checkpoint is incomplete")
+    positions = config["max_position_embeddings"]
+    return open_tokenizer(folder, positions, None if ships_with_weights else vocabulary_from_clip())
+
+
+def _family(path: Path, index: dict[str, Any]) -> str:
     if "transformer" in index:
         raise CheckpointError(f"{path} has a transformer in place of a U-Net: not supported")
-    for name in SUBFOLDERS:
+    named = "StableDiffusionXL" in str(index.get("_class_name"))
+    second = "text_encoder_2" in index or (path / "text_encoder_2").is_dir()
+    return "sdxl" if named or second else "sd"
+
+
+def _check_folders(path: Path, subfolders: Sequence[str]) -> None:
+    tokenizers = [TOKENIZERS[name] for name in subfolders if name in TOKENIZERS]
+    for name in subfolders:
         if not (path / name).is_dir():
             raise CheckpointError(
                 f"{path} has no folder {name}/; a checkpoint has "
-                "text_encoder, tokenizer, unet, vae and scheduler"
+                f"{', '.join((*subfolders, *tokenizers))} and scheduler"
             )
 
 
@@ -156,19 +211,26 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_fit(checkpoint: Checkpoint) -> None:
-    """The parts must agree about the sizes that they hand to each other."""
+def check_fit(checkpoint: Checkpoint) -> None:
+    """The parts must agree about the sizes that they hand to each other.
+
+    Raises:
+        CheckpointError: Two of them do not, or the U-Net is of a kind that is not supported.
+    """
     sizes = checkpoint.sizes()
-    largest, entries = max(checkpoint.tokenizer.vocabulary.ids.values()), checkpoint.configs["text_encoder"]
-    if largest >= entries["vocab_size"]:
+    encoders = [name for name in checkpoint.configs if name in TOKENIZERS]
+    for name, tokenizer in zip(encoders, checkpoint.tokenizers, strict=True):
+        largest, entries = max(tokenizer.vocabulary.ids.values()), checkpoint.configs[name]["vocab_size"]
+        if largest >= entries:
+            raise CheckpointError(
+                f"the {TOKENIZERS[name]} has ids up to {largest}, {name} embeds "
+                f"{entries}: {TOKENIZERS[name]} and {name} are not of one model"
+            )
+    given = sizes["text_width"] + sizes.get("text_width_2", 0)
+    if given != sizes["cross_width"]:
         raise CheckpointError(
-            f"the tokenizer has ids up to {largest}, the text encoder embeds {entries['vocab_size']}: "
-            "tokenizer and text_encoder are not of one model"
-        )
-    if sizes["text_width"] != sizes["cross_width"]:
-        raise CheckpointError(
-            f"the text encoder gives {sizes['text_width']} features, the U-Net's cross-attention "
-            f"takes {sizes['cross_width']}: text_encoder and unet are not of one model"
+            f"the text encoder{'s give' if len(encoders) > 1 else ' gives'} {given} features, the U-Net's "
+            f"cross-attention takes {sizes['cross_width']}: text_encoder and unet are not of one model"
         )
     out_channels = int(checkpoint.configs["unet"]["out_channels"])
     if not out_channels == sizes["latent_channels"] == sizes["unet_channels"]:
@@ -176,12 +238,36 @@ def _check_fit(checkpoint: Checkpoint) -> None:
             f"the U-Net takes {sizes['unet_channels']} and gives {out_channels} channels, the VAE has "
             f"{sizes['latent_channels']}: only plain text-to-image checkpoints are supported"
         )
+    if checkpoint.family == "sdxl":
+        _check_sdxl_fit(checkpoint, sizes)
 
 
-def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+def _check_sdxl_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+    """SDXL's U-Net takes the pooled text and six numbers, each as a sinusoidal embedding."""
+    unet = checkpoint.configs["unet"]
+    if unet.get("addition_embed_type") != "text_time":
+        raise CheckpointError(
+            f"the U-Net's addition_embed_type is {unet.get('addition_embed_type')!r}; of the models with two "
+            "text encoders only SDXL's, with text_time, is supported"
+        )
+    takes, width = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    gives = sizes["projection_width"] + 6 * (width if isinstance(width, int) else 0)
+    if takes != gives:
+        raise CheckpointError(
+            f"the U-Net's projection_class_embeddings_input_dim is {takes}, text_encoder_2 and six time ids "
+            f"give {gives}: text_encoder_2 and unet are not of one model (or it is a refiner)"
+        )
+    lengths = [tokenizer.ids["max_length"] for tokenizer in checkpoint.tokenizers]
+    if len(set(lengths)) > 1:
+        raise CheckpointError(
+            f"the tokenizers give {lengths[0]} and {lengths[1]} tokens; the U-Net reads them side by side"
+        )
+
+
+def schedule_from_config(config: Mapping[str, Any], family: str = "sd") -> NoiseSchedule:
     """A diffusers scheduler's configuration as a noise schedule.
 
-    It is read as diffusers' StableDiffusionPipeline with a DDIMScheduler reads it, whatever class wrote it:
+    It is read as diffusers' pipeline of the family with a DDIMScheduler reads it, whatever class wrote it:
     what is missing has DDIMScheduler's default.
 
     Raises:
@@ -200,19 +286,27 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
         "prediction_type": "epsilon",
         "timestep_spacing": "leading",
         "set_alpha_to_one": True,
+        "steps_offset": 0,
     }
     given = {key: value for key, value in config.items() if key in names and value is not None}
     if isinstance(given.get("trained_betas"), list):
         given["trained_betas"] = tuple(given["trained_betas"])
-    # StableDiffusionPipeline sets the offset to 1 whatever the file says.
-    return NoiseSchedule(**{**defaults, **given, "steps_offset": 1})
+    # StableDiffusionPipeline sets the offset to 1 whatever the file says; StableDiffusionXLPipeline does not.
+    forced = {"steps_offset": 1} if family == "sd" else {}
+    return NoiseSchedule(**{**defaults, **given, **forced})
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the names and contents of the files that an export reads, in hex."""
+    """SHA-256 over the names and contents of the files that an export reads, in hex.
+
+    Random weights are known by their seed and the scheme that makes them.
+    """
     digest = hashlib.sha256()
-    for folder in (*SUBFOLDERS, "tokenizer", "scheduler"):
-        for file in described_files(checkpoint.path / folder):
+    if checkpoint.random_seed is not None:
+        digest.update(f"random weights, scheme {SCHEME}, seed {checkpoint.random_seed}\0".encode())
+    tokenizers = [TOKENIZERS[name] for name in checkpoint.configs if name in TOKENIZERS]
+    for folder in (*checkpoint.configs, *tokenizers, "scheduler"):
+        for file in described_files(checkpoint.path / folder, weights=checkpoint.random_seed is None):
             digest.update(f"{folder}/{file.name}\0".encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -21,6 +21,7 @@ PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Subfolder → the name of its weights without ``.safetensors``.
 WEIGHT_NAMES: Final = {
     "text_encoder": "model",
+    "text_encoder_2": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
@@ -33,6 +34,8 @@ HUB_PATTERNS: Final = (
     "scheduler/scheduler_config.json",
     "tokenizer/*.json",
     "tokenizer/*.txt",
+    "tokenizer_2/*.json",
+    "tokenizer_2/*.txt",
     *(
         f"{folder}/{file}"
         for folder, name in WEIGHT_NAMES.items()
@@ -119,7 +122,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """The files that a loader takes the weights of one network from: one file, or an index and its shards.
 
     Args:
-        folder: ``text_encoder``, ``unet`` or ``vae`` of a checkpoint.
+        folder: ``text_encoder``, ``text_encoder_2``, ``unet`` or ``vae`` of a checkpoint.
 
     Raises:
         CheckpointError: There is none: only a variant (``.fp16.``, ``.non_ema.``), only a pickle, or nothing.
@@ -127,7 +130,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     name = f"{WEIGHT_NAMES[folder.name]}.safetensors"
     whole, index = folder / name, folder / f"{name}.index.json"
     # Where both are there, diffusers takes the shards and transformers the whole file.
-    if whole.is_file() and (folder.name == "text_encoder" or not index.is_file()):
+    if whole.is_file() and (folder.name.startswith("text_encoder") or not index.is_file()):
         return (whole,)
     if index.is_file():
         return (index, *_shards(index))
@@ -187,10 +190,10 @@ def check_weights(folder: Path) -> None:
             ) from error
 
 
-def described_files(folder: Path) -> Iterator[Path]:
-    """What an export reads of one subfolder, by name: configuration, vocabulary, weights."""
-    weights = weight_files(folder) if folder.name in WEIGHT_NAMES else ()
+def described_files(folder: Path, *, weights: bool = True) -> Iterator[Path]:
+    """What an export reads of one subfolder, by name: configuration, vocabulary and, if wanted, weights."""
+    loaded = weight_files(folder) if weights and folder.name in WEIGHT_NAMES else ()
     for file in sorted(folder.iterdir()):
         text = file.suffix in (".json", ".txt") and not file.name.endswith(".index.json")
-        if file in weights or (text and not file.name.startswith("._")):
+        if file in loaded or (text and not file.name.startswith("._")):
             yield file

@@ -1,17 +1,20 @@
 """The networks as the components table describes them: plain modules, one tensor per input and output.
 
 Each wrapper turns a diffusers or transformers module into a function of tensors whose arguments and
-results stand in the order of `sdrt.runtime.components.COMPONENTS`.
+results stand in the order of `sdrt.runtime.components.components_of`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.weights import load_module
+from sdrt.runtime.components import TensorSpec, components_of
 
 
 class TextEncoder(nn.Module):
@@ -29,6 +32,21 @@ class TextEncoder(nn.Module):
         return output.last_hidden_state, output.hidden_states[-2]
 
 
+class TextEncoder2(nn.Module):
+    """Token ids → penultimate hidden state and the pooled, projected embedding (SDXL's second encoder).
+
+    Shapes: ``input_ids`` int64 [batch, tokens]; [batch, tokens, text_width_2], [batch, projection_width].
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(input_ids=input_ids, output_hidden_states=True)
+        return output.hidden_states[-2], output.text_embeds
+
+
 class UNet(nn.Module):
     """Noisy latents, timestep and text embeddings → noise prediction.
 
@@ -42,6 +60,44 @@ class UNet(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         noise_pred: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        return noise_pred
+
+
+class _TimeIdEmbedding(nn.Module):
+    """Sinusoidal embeddings in the precision of the numbers.
+
+    diffusers leaves them in float32 and concatenates them with fp16 ``text_embeds``; PyTorch widens those and
+    rounds the whole, an ONNX Concat has one type. Rounded before or after, the numbers are the same.
+    """
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.projection = projection
+
+    def forward(self, time_ids: Tensor) -> Tensor:
+        embedding: Tensor = self.projection(time_ids).to(time_ids.dtype)
+        return embedding
+
+
+class SdxlUNet(UNet):
+    """The same with SDXL's two further inputs: ``text_embeds`` [rows, width] and ``time_ids`` [rows, 6]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        model.add_time_proj = _TimeIdEmbedding(model.add_time_proj)
+
+    def forward(  # type: ignore[override]
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+    ) -> Tensor:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        noise_pred: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )[0]
         return noise_pred
 
 
@@ -83,36 +139,58 @@ class VaeEncoder(nn.Module):
 # Component → the subfolder it is loaded from and the wrapper around it.
 WRAPPERS: dict[str, tuple[str, type[nn.Module]]] = {
     "text_encoder": ("text_encoder", TextEncoder),
+    "text_encoder_2": ("text_encoder_2", TextEncoder2),
     "unet": ("unet", UNet),
     "vae_decoder": ("vae", VaeDecoder),
     "vae_encoder": ("vae", VaeEncoder),
 }
 
 
+def wrapped(checkpoint: Checkpoint, component: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load the network of one component and wrap it.
+
+    Raises:
+        CheckpointError: As for `sdrt.export.weights.load_module`.
+    """
+    subfolder, wrapper = WRAPPERS[component]
+    if component == "unet" and checkpoint.family == "sdxl":
+        wrapper = SdxlUNet
+    return wrapper(load_module(checkpoint, subfolder, dtype)).eval()
+
+
 def example_inputs(
-    checkpoint: Checkpoint, component: str, axes: dict[str, int], generator: torch.Generator
+    checkpoint: Checkpoint, component: str, axes: Mapping[str, int], generator: torch.Generator
 ) -> tuple[Tensor, ...]:
     """Random float32 (or int64) inputs of the given sizes, in the distribution of real use.
 
     Args:
         checkpoint: Gives the sizes that are not dynamic.
-        component: A name in the components table.
+        component: A name in the family's components table.
         axes: A size for each dynamic axis.
         generator: The source of randomness, on the CPU.
     """
-    from sdrt.runtime.components import COMPONENTS
+    spec = components_of(checkpoint.family)[component].resolve(checkpoint.sizes(), "fp32")
+    return tuple(_example(checkpoint, component, entry, axes, generator) for entry in spec.inputs)
 
-    spec = COMPONENTS[component].resolve(checkpoint.sizes(), "fp32")
-    vocabulary = int(checkpoint.configs["text_encoder"]["vocab_size"])
-    tensors = []
-    for entry in spec.inputs:
-        shape = entry.concrete(axes)
-        if entry.name == "input_ids":
-            tensors.append(torch.randint(0, vocabulary, shape, generator=generator))
-        elif entry.name == "timestep":
-            tensors.append(torch.rand(shape, generator=generator) * 999)
-        elif entry.name == "image":
-            tensors.append(torch.rand(shape, generator=generator) * 2 - 1)
-        else:
-            tensors.append(torch.randn(shape, generator=generator))
-    return tuple(tensors)
+
+def _example(
+    checkpoint: Checkpoint,
+    component: str,
+    entry: TensorSpec,
+    axes: Mapping[str, int],
+    generator: torch.Generator,
+) -> Tensor:
+    shape = entry.concrete(axes)
+    match entry.name:
+        case "input_ids":
+            vocabulary = int(checkpoint.configs[component]["vocab_size"])
+            return torch.randint(0, vocabulary, shape, generator=generator)
+        case "timestep":
+            return torch.rand(shape, generator=generator) * 999
+        case "image":
+            return torch.rand(shape, generator=generator) * 2 - 1
+        case "time_ids":  # a whole picture of the native size, not cropped
+            side = float(checkpoint.native_size)
+            return torch.tensor([side, side, 0.0, 0.0, side, side]).repeat(shape[0], 1)
+        case _:
+            return torch.randn(shape, generator=generator)

@@ -64,17 +64,20 @@ class ClipTokenizer:
         return _tokenizer_json(self.vocabulary, self.ids)
 
 
-def open_tokenizer(folder: Path, max_positions: int = CLIP_LENGTH) -> ClipTokenizer:
+def open_tokenizer(
+    folder: Path, max_positions: int = CLIP_LENGTH, vocabulary: Vocabulary | None = None
+) -> ClipTokenizer:
     """Read and check a checkpoint's ``tokenizer`` folder.
 
     Args:
         folder: As for `tokenizer_json_from_folder`.
         max_positions: Position embeddings of the text encoder: ``max_length`` is never more.
+        vocabulary: For a folder that holds configuration files only.
 
     Raises:
         CheckpointError: As for `tokenizer_json_from_folder`.
     """
-    vocabulary = vocabulary_from_folder(folder)
+    vocabulary = vocabulary or vocabulary_from_folder(folder)
     return ClipTokenizer(vocabulary, _facts(folder, vocabulary, max_positions))
 
 
@@ -120,18 +123,18 @@ def facts_from_folder(folder: Path, max_positions: int = CLIP_LENGTH) -> Tokeniz
     return open_tokenizer(folder, max_positions).ids
 
 
-def write_tokenizer_folder(folder: Path, num_merges: int | None = None) -> None:
+def write_tokenizer_folder(folder: Path, num_merges: int | None = None, pad: str = EOS) -> None:
     """Write OpenAI's vocabulary as a ``tokenizer`` folder that transformers' CLIPTokenizer loads.
 
     ``vocab.json``, ``merges.txt``, ``tokenizer_config.json`` and ``special_tokens_map.json``; with
-    the first ``num_merges`` merges only, if given.
+    the first ``num_merges`` merges only, if given. ``pad`` is the token that fills a row up.
 
     Raises:
         UsageError: ``num_merges`` is not within 0 … 48,894.
         OSError: The folder cannot be written.
     """
     vocabulary, facts = _clip(num_merges)
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": pad, "unk_token": EOS}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": facts["max_length"]}
     merges = ["#version: 0.2", *(" ".join(pair) for pair in vocabulary.merges)]
     files = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from sdrt.export.checkpoint import SUBFOLDERS, Checkpoint
+from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.random_weights import fill_with_random_weights, network_from_config
 from sdrt.runtime.errors import CheckpointError
 
 # Tensors beside a text encoder's that leave the picture as it is: the positions 0, 1, … that older
@@ -16,6 +19,7 @@ from sdrt.runtime.errors import CheckpointError
 SPARE: Final = re.compile(
     r"(.*\.)?position_ids|text_projection\.weight|logit_scale|(vision_model|visual_projection)\..*"
 )
+SPARE_POSITIONS: Final = re.compile(r"(.*\.)?position_ids")  # of the one with a projection of its own
 # Errors whose text alone says what is wrong; of the others ('foo', "division by zero") the type is told.
 _SPEAKING: Final = (OSError, ValueError, RuntimeError)
 
@@ -26,33 +30,49 @@ def check_architectures(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: A configuration describes no network.
     """
-    for name in SUBFOLDERS:
-        folder = checkpoint.path / name
+    for name in checkpoint.configs:
         try:
-            with torch.device("meta"):
-                _build(name, folder)
+            meta_module(checkpoint, name)
         except Exception as error:  # whatever a wrong value leads to, deep inside of the libraries
-            raise CheckpointError(
-                f"{folder / 'config.json'} describes no network: {_words(error)}"
-            ) from error
+            file = checkpoint.path / name / "config.json"
+            raise CheckpointError(f"{file} describes no network: {_words(error)}") from error
 
 
-def load_module(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
-    """Load one network in float32 on the CPU, in evaluation mode.
+def meta_module(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
+    """One network without memory for its weights."""
+    with torch.device("meta"):
+        return network_from_config(_loader(name), checkpoint.configs[name])
+
+
+@lru_cache(maxsize=8)
+def parameter_count(name: str, config: str) -> int:
+    """The parameters of one network, from its ``config.json`` as text."""
+    with torch.device("meta"):
+        module = network_from_config(_loader(name), json.loads(config))
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def load_module(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Load one network on the CPU, in evaluation mode.
 
     Args:
         checkpoint: The checked folder.
-        name: ``text_encoder``, ``unet`` or ``vae``.
+        name: ``text_encoder``, ``text_encoder_2``, ``unet`` or ``vae``.
+        dtype: Of the weights, which are rounded to it.
 
     Raises:
         CheckpointError: A tensor is missing, not known to the network, of a wrong shape, or holds NaN or
             infinity; or the configuration describes no network.
     """
+    if checkpoint.random_seed is not None:
+        module = meta_module(checkpoint, name)
+        fill_with_random_weights(module, dtype, checkpoint.random_seed, name)
+        return module.eval().requires_grad_(False)
     folder = checkpoint.path / name
     try:
         module, report = _loader(name).from_pretrained(
             folder,
-            torch_dtype=torch.float32,
+            torch_dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -69,23 +89,25 @@ def load_module(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
     return loaded
 
 
+def release_weights(module: torch.nn.Module) -> None:
+    """Free a network's weights, whoever still holds the network: the tracer keeps what it has traced."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+
 def _loader(name: str) -> Any:
     """The class that reads one subfolder; the imports take seconds, so only what is asked for."""
     if name == "text_encoder":
         from transformers import CLIPTextModel
 
         return CLIPTextModel
+    if name == "text_encoder_2":
+        from transformers import CLIPTextModelWithProjection
+
+        return CLIPTextModelWithProjection
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     return UNet2DConditionModel if name == "unet" else AutoencoderKL
-
-
-def _build(name: str, folder: Path) -> None:
-    kind = _loader(name)
-    if name == "text_encoder":
-        kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-    else:
-        kind.from_config(kind.load_config(folder, local_files_only=True))
 
 
 def _words(error: Exception) -> str:
@@ -106,7 +128,7 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
     missing = sorted(key for key in report.get("missing_keys") or () if not str(key).endswith("position_ids"))
     if missing:
         raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    spare = SPARE if folder.name == "text_encoder" else None
+    spare = {"text_encoder": SPARE, "text_encoder_2": SPARE_POSITIONS}.get(folder.name)
     extra = sorted(key for key in report.get("unexpected_keys") or () if not (spare and spare.fullmatch(key)))
     if extra:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The components of a bundle as one table: what each takes, what it gives, which axes are dynamic.
+"""The components of a bundle as one table per family: what each takes, what it gives, which axes are dynamic.
 
 The exporter names graph inputs and outputs after this table, the manifest records it with the sizes of
 one checkpoint filled in, and the runtime allocates its buffers from the manifest. Nothing else in the
@@ -74,11 +74,33 @@ class ComponentSpec:
         )
 
 
+_INPUT_IDS: Final = TensorSpec("input_ids", "int64", ("batch", "tokens"), "token ids")
 # `rows` is the U-Net's batch: twice the images under guidance, the unconditional half first.
+_UNET_INPUTS: Final = (
+    TensorSpec(
+        "sample",
+        FLOAT,
+        ("rows", "unet_channels", "latent_height", "latent_width"),
+        "noisy latents, scaled as the sampler says",
+    ),
+    # float32 in every precision: a fractional timestep must not be rounded to fp16.
+    TensorSpec("timestep", "float32", (1,), "0 … num_train_timesteps − 1, may be fractional"),
+    TensorSpec("encoder_hidden_states", FLOAT, ("rows", "tokens", "cross_width"), "text embeddings"),
+)
+_UNET_OUTPUTS: Final = (
+    TensorSpec(
+        "noise_pred",
+        FLOAT,
+        ("rows", "latent_channels", "latent_height", "latent_width"),
+        "epsilon or v, as the schedule's prediction_type says",
+    ),
+)
+
+# Stable Diffusion 1.x and 2.x.
 COMPONENTS: Final[dict[str, ComponentSpec]] = {
     "text_encoder": ComponentSpec(
         "text_encoder",
-        (TensorSpec("input_ids", "int64", ("batch", "tokens"), "token ids"),),
+        (_INPUT_IDS,),
         (
             TensorSpec("last_hidden_state", FLOAT, ("batch", "tokens", "text_width"), "normalised"),
             TensorSpec(
@@ -89,28 +111,7 @@ COMPONENTS: Final[dict[str, ComponentSpec]] = {
             ),
         ),
     ),
-    "unet": ComponentSpec(
-        "unet",
-        (
-            TensorSpec(
-                "sample",
-                FLOAT,
-                ("rows", "unet_channels", "latent_height", "latent_width"),
-                "noisy latents, scaled as the sampler says",
-            ),
-            # float32 in every precision: a fractional timestep must not be rounded to fp16.
-            TensorSpec("timestep", "float32", (1,), "0 … num_train_timesteps − 1, may be fractional"),
-            TensorSpec("encoder_hidden_states", FLOAT, ("rows", "tokens", "cross_width"), "text embeddings"),
-        ),
-        (
-            TensorSpec(
-                "noise_pred",
-                FLOAT,
-                ("rows", "latent_channels", "latent_height", "latent_width"),
-                "epsilon or v, as the schedule's prediction_type says",
-            ),
-        ),
-    ),
+    "unet": ComponentSpec("unet", _UNET_INPUTS, _UNET_OUTPUTS),
     "vae_decoder": ComponentSpec(
         "vae_decoder",
         (
@@ -142,3 +143,61 @@ COMPONENTS: Final[dict[str, ComponentSpec]] = {
         ),
     ),
 }
+
+# SDXL: `encoder_hidden_states` is the penultimate states of both text encoders side by side.
+_SDXL_COMPONENTS: Final[dict[str, ComponentSpec]] = {
+    "text_encoder": COMPONENTS["text_encoder"],
+    "text_encoder_2": ComponentSpec(
+        "text_encoder_2",
+        (_INPUT_IDS,),
+        (
+            TensorSpec(
+                "penultimate_hidden_state",
+                FLOAT,
+                ("batch", "tokens", "text_width_2"),
+                "output of the last layer but one, not normalised",
+            ),
+            TensorSpec("text_embeds", FLOAT, ("batch", "projection_width"), "pooled and projected"),
+        ),
+    ),
+    "unet": ComponentSpec(
+        "unet",
+        (
+            *_UNET_INPUTS,
+            TensorSpec("text_embeds", FLOAT, ("rows", "projection_width"), "text_encoder_2's text_embeds"),
+            TensorSpec(
+                "time_ids",
+                FLOAT,
+                ("rows", 6),
+                "original height and width, top and left of the crop, target height and width; pixels",
+            ),
+        ),
+        _UNET_OUTPUTS,
+    ),
+    "vae_decoder": COMPONENTS["vae_decoder"],
+    "vae_encoder": COMPONENTS["vae_encoder"],
+}
+
+_BY_FAMILY: Final = {"sd": COMPONENTS, "sdxl": _SDXL_COMPONENTS}
+FAMILIES: Final = tuple(_BY_FAMILY)
+
+
+def components_of(family: str) -> dict[str, ComponentSpec]:
+    """The components table of one family, in the order in which they are exported.
+
+    Args:
+        family: ``sd`` (Stable Diffusion 1.x and 2.x) or ``sdxl``.
+
+    Raises:
+        KeyError: No such family.
+    """
+    return _BY_FAMILY[family]
+
+
+def required_components(family: str) -> tuple[str, ...]:
+    """Without one of these nothing can be drawn; the VAE's encoder is for image-to-image alone.
+
+    Raises:
+        KeyError: No such family.
+    """
+    return tuple(name for name in components_of(family) if name != "vae_encoder")

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final, TypeVar, get_type_hints
 
 from sdrt.runtime.components import (
-    COMPONENTS,
     DYNAMIC_AXES,
+    FAMILIES,
     PRECISIONS,
     ComponentSpec,
     Precision,
     TensorSpec,
+    components_of,
+    required_components,
 )
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.schedule import NoiseSchedule
 from sdrt.runtime.solvers import SAMPLERS
 
 FORMAT: Final = "sdrt-bundle"
-FORMAT_VERSION: Final = 1
+# Version 2 added the family sdxl with `tokenizer_2` and `force_zeros_for_empty_prompt`, and `ranges`.
+FORMAT_VERSION: Final = 2
 MANIFEST_NAME: Final = "manifest.json"
-FAMILIES: Final = ("sd",)  # Stable Diffusion 1.x and 2.x
-# Without one of these nothing can be drawn; the encoder is for image-to-image alone.
-REQUIRED_COMPONENTS: Final = ("text_encoder", "unet", "vae_decoder")
 
 _Record = TypeVar("_Record")
 
@@ -114,7 +114,24 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The parsed manifest. ``text_output`` names the text encoder's output that the U-Net was trained on."""
+    """The parsed manifest.
+
+    Attributes:
+        family: ``sd`` or ``sdxl``: which table of `sdrt.runtime.components` the components are of.
+        components: By name.
+        latents: Their geometry.
+        schedule: The noise schedule the model was trained on.
+        tokenizer: Of the (first) text encoder.
+        text_output: The text encoder's output that the U-Net was trained on.
+        defaults: Of a request.
+        limits: Of a request.
+        provenance: Where the bundle comes from.
+        parity: What was compared with PyTorch, the figures, and what was left out.
+        tokenizer_2: Of SDXL's second text encoder; None in other families.
+        force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
+            zeros in place of the empty text's (SDXL base).
+        ranges: Component → its range audit: the largest magnitudes on a calibration run of an fp16 graph.
+    """
 
     family: str
     components: Mapping[str, Component]
@@ -126,11 +143,24 @@ class Manifest:
     limits: Limits
     provenance: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_2: TokenizerFacts | None = None
+    force_zeros_for_empty_prompt: bool = False
+    ranges: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def required_components(self) -> tuple[str, ...]:
+        """The components that a drawing needs."""
+        return required_components(self.family)
+
+    @property
+    def tokenizers(self) -> tuple[TokenizerFacts, ...]:
+        """The tokenizer, and the second one where there is one."""
+        return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
 
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the bundle except the manifest itself."""
         entries = [entry for part in self.components.values() for entry in part.files]
-        return (*entries, self.tokenizer.file)
+        return (*entries, *(facts.file for facts in self.tokenizers))
 
 
 def to_json(manifest: Manifest) -> str:
@@ -150,11 +180,15 @@ def to_json(manifest: Manifest) -> str:
     document["latents"] = asdict(manifest.latents)
     document["schedule"] = manifest.schedule.to_dict()
     document["tokenizer"] = asdict(manifest.tokenizer)
+    if manifest.tokenizer_2 is not None:
+        document["tokenizer_2"] = asdict(manifest.tokenizer_2)
+        document["force_zeros_for_empty_prompt"] = manifest.force_zeros_for_empty_prompt
     document["text_output"] = manifest.text_output
     document["defaults"] = asdict(manifest.defaults)
     document["limits"] = asdict(manifest.limits)
     document["provenance"] = dict(manifest.provenance)
     document["parity"] = dict(manifest.parity)
+    document["ranges"] = dict(manifest.ranges)
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -190,12 +224,15 @@ def from_json(text: str) -> Manifest:
 
 
 def _manifest(document: Mapping[str, Any]) -> Manifest:
-    parts = {name: _component(name, part) for name, part in document["components"].items()}
-    missing = [name for name in REQUIRED_COMPONENTS if name not in parts]
+    family = _family(document)
+    table = components_of(family)
+    parts = {name: _component(name, part, table) for name, part in document["components"].items()}
+    missing = [name for name in required_components(family) if name not in parts]
     if missing:
         raise BundleError(f"{MANIFEST_NAME} lacks the component {', '.join(missing)}")
+    second = document["tokenizer_2"] if family == "sdxl" else None
     return Manifest(
-        family=_value(str, document["family"], "family"),
+        family=family,
         components=parts,
         latents=_value(LatentGeometry, document["latents"], "latents"),
         schedule=NoiseSchedule.from_dict(_value(dict, document["schedule"], "schedule")),
@@ -205,7 +242,27 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
         limits=_value(Limits, document["limits"], "limits"),
         provenance=_value(dict, document.get("provenance", {}), "provenance"),
         parity=_value(dict, document.get("parity", {}), "parity"),
+        tokenizer_2=None if second is None else _value(TokenizerFacts, second, "tokenizer_2"),
+        force_zeros_for_empty_prompt=family == "sdxl" and _flag(document, "force_zeros_for_empty_prompt"),
+        ranges=_value(dict, document.get("ranges", {}), "ranges"),
     )
+
+
+def _family(document: Mapping[str, Any]) -> str:
+    """The family, if this version knows it: what else stands in the manifest depends on it."""
+    family = _value(str, document["family"], "family")
+    if family not in FAMILIES:
+        raise BundleError(
+            f"the bundle is of the family {family!r}, this sdrt draws {', '.join(FAMILIES)}: upgrade sdrt"
+        )
+    return family
+
+
+def _flag(document: Mapping[str, Any], name: str) -> bool:
+    value = document[name]
+    if not isinstance(value, bool):
+        raise BundleError(f"{MANIFEST_NAME}: {name} is {str(value)[:40]!r}, not true or false")
+    return value
 
 
 def _value(kind: type[_Record], value: Any, where: str) -> _Record:
@@ -214,7 +271,7 @@ def _value(kind: type[_Record], value: Any, where: str) -> _Record:
         fields = get_type_hints(kind)
         given = _value(dict, value, where)
         if unknown := sorted(set(given) - set(fields)):
-            raise BundleError(f"{MANIFEST_NAME}: {where} has the unknown field {', '.join(unknown)}")
+            raise BundleError(f"{MANIFEST_NAME}: {where} has the unknown field {_shown(unknown)}")
         record = kind(**{name: _value(hint, given[name], f"{where}.{name}") for name, hint in fields.items()})
         if isinstance(record, FileEntry):
             _check_path(record.path)
@@ -231,13 +288,18 @@ def _value(kind: type[_Record], value: Any, where: str) -> _Record:
 _KINDS: Final = {int: "a whole number", float: "a finite number", str: "a text", dict: "an object"}
 
 
-def _component(name: str, part: Mapping[str, Any]) -> Component:
-    if name not in COMPONENTS:
+def _shown(names: Sequence[str]) -> str:
+    """Names as anybody may have written them, fit for a line."""
+    return ", ".join(map(repr, names))[:100]
+
+
+def _component(name: str, part: Mapping[str, Any], family: Mapping[str, ComponentSpec]) -> Component:
+    if name not in family:
         raise BundleError(f"{MANIFEST_NAME} names an unknown component {name!r}")
     precision = part["precision"]
     if precision not in PRECISIONS:
         raise BundleError(f"component {name} has the unknown precision {precision!r}")
-    table = COMPONENTS[name]
+    table = family[name]
     spec = ComponentSpec(
         name,
         _tensors(f"the inputs of {name}", part["inputs"], table.inputs, precision),
@@ -267,8 +329,8 @@ def _tensors(
 
 
 def _axis_fits(want: int | str, given: object) -> bool:
-    if given == want and isinstance(want, str):
-        return want in DYNAMIC_AXES
+    if want in DYNAMIC_AXES:
+        return given == want
     return type(given) is int and given > 0 and (given == want or isinstance(want, str))
 
 
@@ -279,20 +341,22 @@ def _check_path(path: str) -> None:
 
 
 def _check_whole(manifest: Manifest) -> None:
-    """Refuse a family that this version does not know, and numbers that make no sense, alone or together."""
-    if manifest.family not in FAMILIES:
-        raise BundleError(
-            f"the bundle is of the family {manifest.family!r}, this sdrt draws {', '.join(FAMILIES)}: "
-            "upgrade sdrt"
-        )
-    limits, defaults, factor = manifest.limits, manifest.defaults, manifest.latents.factor
-    parts = manifest.components
-    texts = {spec.name: spec.shape[1:] for spec in parts["text_encoder"].spec.outputs}
-    positions = parts["text_encoder"].spec.inputs[0].shape[1]
-    sample, _, embeddings = parts["unet"].spec.inputs
-    latents = (sample, *parts["unet"].spec.outputs, *parts["vae_decoder"].spec.inputs)
+    """Refuse numbers that make no sense, alone or together."""
+    for rule, holds in {**_number_rules(manifest), **_fit_rules(manifest)}.items():
+        if not holds:
+            raise BundleError(f"{MANIFEST_NAME} breaks a rule: {rule}; export the bundle again")
+    limits, defaults = manifest.limits, manifest.defaults
     sides = (limits.height, limits.width)
-    rules = {
+    for name, side, size in zip(("height", "width"), sides, (defaults.height, defaults.width), strict=True):
+        if not side.admits(size):
+            raise BundleError(f"{MANIFEST_NAME}: the default {name} is {size}, the limits are {side}")
+
+
+def _number_rules(manifest: Manifest) -> dict[str, bool]:
+    """Rule → whether it holds: limits, defaults and latents."""
+    limits, defaults, factor = manifest.limits, manifest.defaults, manifest.latents.factor
+    sides = (limits.height, limits.width)
+    return {
         "latents: channels and factor are at least 1": min(factor, manifest.latents.channels) >= 1,
         "limits: 1 ≤ min_batch ≤ max_batch": 1 <= limits.min_batch <= limits.max_batch,
         "limits: 1 ≤ minimum ≤ maximum, and multiple is at least 1": all(
@@ -307,18 +371,36 @@ def _check_whole(manifest: Manifest) -> None:
         ),
         "defaults: guidance_scale is not negative": defaults.guidance_scale >= 0,
         "defaults: a known sampler": defaults.sampler in SAMPLERS,
-        "text_output is an output of the text encoder": manifest.text_output in texts,
-        "the text encoder's output fits the unet": texts.get(manifest.text_output) == embeddings.shape[1:],
-        "the tokenizer's max_length fits the text encoder and the unet": (
-            positions == embeddings.shape[1] == manifest.tokenizer.max_length
+    }
+
+
+def _fit_rules(manifest: Manifest) -> dict[str, bool]:
+    """Rule → whether it holds: what one component gives is what the next one takes."""
+    parts = manifest.components
+    texts = {spec.name: spec.shape[1:] for spec in parts["text_encoder"].spec.outputs}
+    sample, _, embeddings, *added = parts["unet"].spec.inputs
+    latents = (sample, *parts["unet"].spec.outputs, *parts["vae_decoder"].spec.inputs)
+    encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+    given = texts.get(manifest.text_output)
+    rules = {"text_output is an output of the text encoder": given is not None}
+    if manifest.tokenizer_2 is not None:
+        hidden, pooled = parts["text_encoder_2"].spec.outputs
+        given = None if given is None else (given[0], _sum(given[1], hidden.shape[2]))
+        rules["text_encoder_2's text_embeds fit the unet"] = pooled.shape[1:] == added[0].shape[1:]
+    return rules | {
+        "the text encoder's output fits the unet": given == embeddings.shape[1:],
+        "the tokenizer's max_length fits the text encoder and the unet": all(
+            part.spec.inputs[0].shape[1] == embeddings.shape[1] == facts.max_length
+            for part, facts in zip(encoders, manifest.tokenizers, strict=True)
         ),
         "the unet and the vae_decoder have the latents' channels": all(
             spec.shape[1] == manifest.latents.channels for spec in latents
         ),
     }
-    for rule, holds in rules.items():
-        if not holds:
-            raise BundleError(f"{MANIFEST_NAME} breaks a rule: {rule}; export the bundle again")
-    for name, side, size in zip(("height", "width"), sides, (defaults.height, defaults.width), strict=True):
-        if not side.admits(size):
-            raise BundleError(f"{MANIFEST_NAME}: the default {name} is {size}, the limits are {side}")
+
+
+def _sum(left: int | str, right: int | str) -> int:
+    """Of two widths, which are numbers in every manifest that passed `_tensors`."""
+    assert isinstance(left, int)
+    assert isinstance(right, int)
+    return left + right

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from tiny_sdxl import write_tiny_sdxl_checkpoint
 
 from sdrt.export import bundle_writer, cli
 from sdrt.runtime.components import ComponentSpec
@@ -41,4 +42,26 @@ def fp16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("fp16") / "bundle"
     sizes = ["--height", "18", "--width", "16", "--batch", "1"]
     assert cli.main([str(tiny_checkpoint), str(out), "--fp16", "--quiet", *sizes]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def sdxl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of the family sdxl; read only."""
+    folder = tmp_path_factory.mktemp("sdxl_checkpoint") / "tiny-xl"
+    folder.mkdir()
+    write_tiny_sdxl_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl_bundle(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle: fp32, one size, batches of 1 to 2. Read only.
+
+    While working on tests, ``SDRT_TINY_SDXL_BUNDLE`` may name one that was made before.
+    """
+    if made_before := os.environ.get("SDRT_TINY_SDXL_BUNDLE"):
+        return Path(made_before)
+    out = tmp_path_factory.mktemp("sdxl") / "bundle"
+    assert cli.main([str(sdxl_checkpoint), str(out), "--quiet", "--batch", "1..2"]) == 0
     return out

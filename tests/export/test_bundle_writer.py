@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,11 +16,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sdrt.export import bundle_writer, cli
-from sdrt.export.bundle_writer import ExportOptions, check_manifest, default_size
+from sdrt.export import bundle_manifest, bundle_writer, cli
+from sdrt.export.architectures import open_architecture
+from sdrt.export.bundle_manifest import check_manifest, default_size, gate_size, graph_axes
+from sdrt.export.bundle_writer import ExportOptions
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.graph import AxisRange, save_graph
-from sdrt.export.parity import probe_sizes, reference_latents
+from sdrt.export.parity import probe_sizes, reference_embeddings, reference_latents
+from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import CheckpointError
 
@@ -62,7 +66,10 @@ def test_graphs_manifest_and_reference_have_one_number_of_tokens(
     check_manifest(checkpoint, options(AxisRange(16, 16), AxisRange(16, 16)))
     # The end of an export: diffusers' own pipeline, which pads to what the tokenizer says.
     latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
-    assert reference_latents(checkpoint, latents).shape == latents.shape
+    embeddings = reference_embeddings(checkpoint)
+    assert embeddings["prompt_embeds"].shape[1] == length
+    unet = load_module(checkpoint, "unet")
+    assert reference_latents(checkpoint, latents, embeddings, unet).shape == latents.shape
 
 
 @pytest.mark.parametrize(
@@ -130,12 +137,40 @@ def test_the_native_size_is_compared_too(checkpoint_copy: Path) -> None:
     assert len(probe_sizes(checkpoint, {"batch": AxisRange(1, 2)})) == 2
 
 
+def test_a_large_model_is_compared_small_on_graphs_that_serve_its_own_size() -> None:
+    checkpoint = open_architecture("sd15")
+    asked = options(AxisRange(512, 512, 8), AxisRange(320, 640, 64))
+    axes = graph_axes(checkpoint, asked)
+    assert axes["height"] == AxisRange(128, 512, 64)
+    assert axes["latent_height"] == AxisRange(16, 64, 8)
+    assert axes["width"] == AxisRange(128, 640, 64)
+    assert gate_size(checkpoint, asked) == (128, 128)
+    assert probe_sizes(checkpoint, axes, small=True) == [
+        {
+            "batch": 1,
+            "rows": 2,
+            "height": 128,
+            "width": 128,
+            "latent_height": 16,
+            "latent_width": 16,
+        }
+    ]
+    full = replace(asked, full_parity=True)
+    assert graph_axes(checkpoint, full)["height"] == asked.height
+    assert gate_size(checkpoint, full) == (512, 512)
+    # Sizes that the smaller graphs cannot reach stay as they were asked for.
+    asked = options(AxisRange(520, 520, 8), AxisRange(64, 64, 8))
+    axes = graph_axes(checkpoint, asked)
+    assert (axes["height"], axes["width"]) == (asked.height, asked.width)
+    assert gate_size(checkpoint, asked) == (520, 64)
+
+
 @pytest.mark.parametrize("source", [".", "../checkpoint", "../checkpoint/"])
 def test_the_source_is_the_folders_own_name(
     checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     monkeypatch.chdir(checkpoint_copy)
-    assert bundle_writer._source(open_checkpoint(source)) == "checkpoint"
+    assert bundle_manifest._source(open_checkpoint(source)) == "checkpoint"
 
 
 # --- where OUT cannot be ---
@@ -160,9 +195,8 @@ def test_a_place_that_cannot_be_is_status_8(
 
 
 def test_an_empty_out_is_called_empty(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["checkpoint", ""])
-    assert "it is empty: give the folder to make" in capsys.readouterr().err
+    assert cli.main(["checkpoint", ""]) == 2
+    assert "OUT is empty: give a name" in capsys.readouterr().err
 
 
 # --- what is printed ---

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import tolerances
 from sdrt.export import cli
 from sdrt.export.checkpoint import SUBFOLDERS, open_checkpoint, schedule_from_config
-from sdrt.export.weights import check_architectures, load_module
+from sdrt.export.weights import check_architectures, load_module, release_weights
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.solvers import make_table
 
@@ -157,7 +157,7 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
     "weights not safetensors": (write(WEIGHTS["unet"], b"PK\x03\x04" * 99), ("truncated or damaged",)),
     "9 channels": (configure(UNET_CONFIG, in_channels=9), ("takes 9", "only plain text-to-image")),
     "widths": (configure(UNET_CONFIG, cross_attention_dim=24), ("gives 16 features", "takes 24")),
-    "SDXL": (configure("model_index.json", text_encoder_2=["a", "b"]), ("two text encoders (SDXL)",)),
+    "SDXL": (configure("model_index.json", text_encoder_2=["a", "b"]), ("no folder text_encoder_2/",)),
     "transformer": (configure("model_index.json", transformer=["a", "b"]), ("transformer", "not supported")),
     "layers that the configuration forgets": (
         configure(TEXT_CONFIG, num_hidden_layers=1),
@@ -173,7 +173,7 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
     "vocabulary": (configure(TEXT_CONFIG, vocab_size=600), ("ids up to 713", "embeds 600")),
     "zero SNR": (configure(SCHEDULER, rescale_betas_zero_snr=True), ("scheduler", "rescale_betas_zero_snr")),
     "thresholding": (configure(SCHEDULER, thresholding=True), ("scheduler", "thresholding is set")),
-    "prediction": (configure(SCHEDULER, prediction_type="sample"), ("'sample'", "epsilon, v_prediction")),
+    "prediction": (configure(SCHEDULER, prediction_type="flow"), ("'flow'", "epsilon, v_prediction")),
     "beta schedule": (configure(SCHEDULER, beta_schedule="wavy"), ("'wavy'", "scaled_linear")),
     "beta": (configure(SCHEDULER, beta_end="0.012"), ("beta_end is '0.012'",)),
     **{
@@ -448,3 +448,11 @@ def test_a_scheduler_is_read_as_diffusers_pipeline_with_ddim_reads_it(
 def test_an_option_that_would_change_the_picture_is_refused() -> None:
     with pytest.raises(UsageError, match="rescale_betas_zero_snr is set: not supported"):
         schedule_from_config({"rescale_betas_zero_snr": True})
+
+
+def test_released_weights_hold_no_memory(tiny_checkpoint: Path) -> None:
+    module = load_module(open_checkpoint(str(tiny_checkpoint)), "vae")
+    held = list(module.parameters())  # as a tracer's cache holds them
+    assert sum(tensor.numel() for tensor in held) > 0
+    release_weights(module)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0

@@ -12,7 +12,7 @@ import pytest
 
 from sdrt.runtime.bundle import EMBEDDED, Bundle, sha256
 from sdrt.runtime.errors import BundleError
-from sdrt.runtime.manifest import FileEntry
+from sdrt.runtime.manifest import FORMAT_VERSION, FileEntry
 
 WEIGHTS = "unet/model.onnx.data"
 
@@ -107,9 +107,9 @@ def test_truncated_manifest(bundle_copy: Path, cut: int) -> None:
 
 
 def test_newer_format(bundle_copy: Path) -> None:
-    edit_manifest(bundle_copy, lambda document: document.update(format_version=2))
+    edit_manifest(bundle_copy, lambda document: document.update(format_version=FORMAT_VERSION + 1))
     message = refused(bundle_copy)
-    assert "format version 2" in message
+    assert f"format version {FORMAT_VERSION + 1}" in message
     assert "upgrade sdrt" in message
 
 

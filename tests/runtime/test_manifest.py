@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrt.runtime.bundle import Bundle
-from sdrt.runtime.components import COMPONENTS, PRECISIONS
+from sdrt.runtime.bundle import EMBEDDED, Bundle
+from sdrt.runtime.components import COMPONENTS, PRECISIONS, components_of, required_components
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.manifest import (
     FORMAT_VERSION,
@@ -38,6 +38,7 @@ SIZES = {
     "unet_channels": 4,
     "latent_channels": 4,
 }
+SDXL_SIZES = {**SIZES, "text_width_2": 24, "cross_width": 40, "projection_width": 12}
 KeyPath = tuple[str | int, ...]
 
 
@@ -66,12 +67,32 @@ def example(**changes: Any) -> Manifest:
     return replace(manifest, **changes)
 
 
+def sdxl(**changes: Any) -> Manifest:
+    """The example's counterpart with two text encoders."""
+    components = {
+        name: Component(
+            f"{name}/model.onnx", (entry(f"{name}/model.onnx"),), "fp16", spec.resolve(SDXL_SIZES, "fp16")
+        )
+        for name, spec in components_of("sdxl").items()
+    }
+    manifest = example(
+        family="sdxl",
+        components=components,
+        text_output="penultimate_hidden_state",
+        tokenizer_2=TokenizerFacts(entry("tokenizer_2.json"), 77, 1, 2, 0),
+        force_zeros_for_empty_prompt=True,
+        ranges={"vae_decoder": {"largest": 1e5}},
+    )
+    return replace(manifest, **changes)
+
+
 DOCUMENT: dict[str, Any] = json.loads(to_json(example()))
+SDXL: dict[str, Any] = json.loads(to_json(sdxl()))
 
 
-def changed(path: KeyPath, value: Any) -> dict[str, Any]:
-    """The example's document with the value at ``path`` replaced."""
-    document = copy.deepcopy(DOCUMENT)
+def changed(path: KeyPath, value: Any, document: dict[str, Any] = DOCUMENT) -> dict[str, Any]:
+    """A document, by default the example's, with the value at ``path`` replaced."""
+    document = copy.deepcopy(document)
     holder: Any = document
     for key in path[:-1]:
         holder = holder[key]
@@ -79,9 +100,9 @@ def changed(path: KeyPath, value: Any) -> dict[str, Any]:
     return document
 
 
-def without(path: KeyPath) -> dict[str, Any]:
-    """The example's document without what is at ``path``."""
-    document = copy.deepcopy(DOCUMENT)
+def without(path: KeyPath, document: dict[str, Any] = DOCUMENT) -> dict[str, Any]:
+    """A document, by default the example's, without what is at ``path``."""
+    document = copy.deepcopy(document)
     holder: Any = document
     for key in path[:-1]:
         holder = holder[key]
@@ -124,6 +145,9 @@ def refused(document: Any) -> str:
             defaults=Defaults(64, 64, 3, 7.5, "euler"),
         ),
         example(text_output="penultimate_hidden_state"),
+        example(ranges={"unet": {"largest": 7.0}}),
+        sdxl(),
+        sdxl(force_zeros_for_empty_prompt=False),
     ],
 )
 def test_round_trip(manifest: Manifest) -> None:
@@ -202,8 +226,50 @@ def test_newer_format_is_refused_before_anything_else_is_read(version: int) -> N
     assert "upgrade sdrt" in message
 
 
+def test_version_1_is_still_read() -> None:
+    document = without(("ranges",))
+    document["format_version"] = 1
+    assert from_json(json.dumps(document)) == example()
+    assert Bundle.open(EMBEDDED).manifest.family == "sd"
+
+
+def test_sdxl_has_two_text_encoders_and_tokenizers() -> None:
+    manifest = from_json(json.dumps(SDXL))
+    assert (
+        manifest.required_components
+        == required_components("sdxl")
+        == tuple(name for name in components_of("sdxl") if name != "vae_encoder")
+    )
+    assert [facts.pad for facts in manifest.tokenizers] == [2, 0]
+    assert [file.path for file in manifest.files()][-2:] == ["tokenizer.json", "tokenizer_2.json"]
+    assert example().required_components == ("text_encoder", "unet", "vae_decoder")
+    assert len(example().tokenizers) == 1
+
+
+@pytest.mark.parametrize("path", [("components", "text_encoder_2"), ("tokenizer_2",)], ids=str)
+def test_sdxl_without_its_second_encoder(path: KeyPath) -> None:
+    assert str(path[-1]) in refused(without(path, SDXL))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("family",), "sd", "names an unknown component 'text_encoder_2'"),
+        (("force_zeros_for_empty_prompt",), 1, "'1', not true or false"),
+        (("tokenizer_2", "max_length"), 64, "max_length fits"),
+        (("components", "text_encoder_2", "outputs", 0, "shape", 2), 16, "output fits the unet"),
+        (("components", "text_encoder_2", "outputs", 1, "shape", 1), 16, "text_embeds fit the unet"),
+        (("components", "unet", "inputs", 4, "shape", 1), 5, "time_ids is float16['rows', 5]"),
+        (("text_output",), "text_embeds", "text_output is an output of the text encoder"),
+    ],
+    ids=str,
+)
+def test_wrong_value_in_sdxl(path: KeyPath, value: Any, words: str) -> None:
+    assert words in refused(changed(path, value, SDXL))
+
+
 # The encoder may be left out, the rest of the table has defaults in the dataclasses of the runtime.
-OPTIONAL = {("provenance",), ("parity",), ("components", "vae_encoder")}
+OPTIONAL = {("provenance",), ("parity",), ("ranges",), ("components", "vae_encoder")}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +301,8 @@ def test_missing_component(missing: str) -> None:
         (("components", "unet", "inputs", 0, "shape"), ["rows", 4], "['rows', 4]"),
         (("components", "unet", "inputs", 0, "shape", 1), "unet_channels", "unet_channels"),
         (("components", "unet", "inputs", 0, "shape", 0), "height", "height"),
+        (("components", "unet", "inputs", 0, "shape", 0), 2, "sample is float32[2, 4"),
+        (("components", "text_encoder", "inputs", 0, "shape", 0), 1, "input_ids is int64[1, "),
         (("components", "unet", "inputs", 0, "shape", 1), 0, "sample"),
         (("components", "unet", "inputs", 0, "shape", 1), 4.0, "sample"),
         (("components", "unet", "inputs", 0, "shape", 1), 9, "channels"),
@@ -246,7 +314,8 @@ def test_missing_component(missing: str) -> None:
         (("latents", "factor"), True, "not a whole number"),
         (("latents", "factor"), 0, "at least 1"),
         (("latents", "channels"), -4, "at least 1"),
-        (("latents", "depth"), 3, "unknown field depth"),
+        (("latents", "two\nlines"), 3, "unknown field 'two\\nlines'"),
+        (("latents", "depth"), 3, "unknown field 'depth'"),
         (("latents",), [4, 8], "latents is '[4, 8]', not an object"),
         (("schedule", "beta_schedule"), "cosine!", "beta_schedule"),
         (("schedule",), None, "schedule is 'None', not an object"),
@@ -258,7 +327,9 @@ def test_missing_component(missing: str) -> None:
         (("defaults", "guidance_scale"), float("nan"), "not a finite number"),
         (("defaults", "guidance_scale"), float("inf"), "not a finite number"),
         (("defaults", "guidance_scale"), 10**400, "malformed"),
-        (("family",), "sdxl", "family 'sdxl', this sdrt draws sd: upgrade"),
+        (("family",), "sdxl", "text_embeds, time_ids"),
+        (("family",), "flux", "family 'flux', this sdrt draws sd, sdxl: upgrade"),
+        (("ranges",), [1], "ranges is '[1]', not an object"),
         (("defaults", "sampler"), "new_one", "a known sampler"),
         (("defaults", "guidance_scale"), -3.0, "guidance_scale is not negative"),
         (("defaults", "num_inference_steps"), 1001, "1 to num_train_timesteps steps"),

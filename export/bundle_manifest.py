@@ -1,0 +1,204 @@
+"""The manifest of an export: what it says before the first graph is there, and the sizes of the graphs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import sdrt
+from sdrt.export.checkpoint import Checkpoint, fingerprint
+from sdrt.export.graph import AxisRange
+from sdrt.export.parity import LARGE_PARAMETERS, ParityReport, is_large, large_side
+from sdrt.runtime.components import components_of
+from sdrt.runtime.errors import BundleError, CheckpointError
+from sdrt.runtime.manifest import (
+    Component,
+    Defaults,
+    FileEntry,
+    LatentGeometry,
+    Limits,
+    Manifest,
+    SizeLimit,
+    TokenizerFacts,
+    from_json,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    from sdrt.export.bundle_writer import ExportOptions
+
+DEFAULT_STEPS: Final = 20
+DEFAULT_GUIDANCE: Final = {"sd": 7.5, "sdxl": 5.0}  # of diffusers' pipelines
+TEXT_OUTPUTS: Final = {"sd": "last_hidden_state", "sdxl": "penultimate_hidden_state"}
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_2.json")
+TOOLS: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+def check_manifest(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """Put the manifest together before the first graph is there: nothing in it may fail after minutes.
+
+    Raises:
+        CheckpointError: A rule of the manifest is broken.
+    """
+    sizes, precision = checkpoint.sizes(), options.precision
+    components = {
+        name: Component(f"{name}/model.onnx", (_placeholder(f"{name}/model.onnx"),), precision, spec)
+        for name, spec in (
+            (name, row.resolve(sizes, precision)) for name, row in components_of(checkpoint.family).items()
+        )
+    }
+    tokenizers = [
+        TokenizerFacts(file=_placeholder(name), **tokenizer.ids)
+        for name, tokenizer in zip(TOKENIZER_FILES, checkpoint.tokenizers, strict=False)
+    ]
+    try:
+        from_json(to_json(manifest_of(checkpoint, options, components, tokenizers)))
+    except BundleError as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be made a bundle: {error}") from error
+
+
+def _placeholder(path: str) -> FileEntry:
+    return FileEntry(path, 0, "0" * 64)
+
+
+def compared_small(checkpoint: Checkpoint, options: ExportOptions) -> bool:
+    """Whether the parity gate draws small pictures only, since the model is large."""
+    return is_large(checkpoint) and not options.full_parity
+
+
+def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, AxisRange]:
+    """The range of every dynamic axis of the components table.
+
+    Graphs that are compared small admit smaller pictures than were asked for; the manifest keeps the limits
+    that were asked for.
+    """
+    factor = checkpoint.factor
+    height, width = options.height, options.width
+    if compared_small(checkpoint, options):
+        height, width = (_traced_side(checkpoint, side) for side in (height, width))
+
+    def latent(side: AxisRange) -> AxisRange:
+        multiple = 1 if side.fixed else side.multiple // factor
+        return AxisRange(side.minimum // factor, side.maximum // factor, multiple)
+
+    return {
+        "batch": options.batch,
+        # One row an image without guidance, two with it.
+        "rows": AxisRange(options.batch.minimum, 2 * options.batch.maximum),
+        "height": height,
+        "width": width,
+        "latent_height": latent(height),
+        "latent_width": latent(width),
+    }
+
+
+def _traced_side(checkpoint: Checkpoint, side: AxisRange) -> AxisRange:
+    """One side of a large model from the compared size on, where all levels can halve what was asked for."""
+    multiple, small = checkpoint.size_multiple, large_side(checkpoint)
+    if side.minimum % multiple or side.minimum <= small:
+        return side
+    return AxisRange(small, side.maximum, multiple)
+
+
+def of_small_pictures(
+    checkpoint: Checkpoint, options: ExportOptions, manifest: Manifest
+) -> tuple[Manifest, list[str]]:
+    """The same manifest with the sizes that the gate draws of a large model, and what is left out by it."""
+    axes = graph_axes(checkpoint, options)
+    height, width = gate_size(checkpoint, options)
+    left_out = []
+    defaults, sides = manifest.defaults, [axes[name] for name in ("height", "width")]
+    if (height, width) != (defaults.height, defaults.width):
+        left_out.append(
+            f"pictures of {defaults.height} x {defaults.width} pixels: the U-Net has more than "
+            f"{LARGE_PARAMETERS / 1e6:.0f} million parameters, so only {height} x {width} was compared, on "
+            "the same graphs (--full-parity compares both)"
+        )
+    small = replace(
+        manifest,
+        limits=replace(
+            manifest.limits,
+            height=SizeLimit(sides[0].minimum, sides[0].maximum, sides[0].multiple),
+            width=SizeLimit(sides[1].minimum, sides[1].maximum, sides[1].multiple),
+        ),
+        defaults=replace(defaults, height=height, width=width),
+    )
+    return small, left_out
+
+
+def manifest_of(
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    components: Mapping[str, Component],
+    tokenizers: Sequence[TokenizerFacts],
+) -> Manifest:
+    height, width = default_size(checkpoint, options)
+    steps = min(DEFAULT_STEPS, checkpoint.schedule.num_train_timesteps)
+    return Manifest(
+        family=checkpoint.family,
+        components=components,
+        latents=LatentGeometry(checkpoint.sizes()["latent_channels"], checkpoint.factor),
+        schedule=checkpoint.schedule,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
+        force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
+        text_output=TEXT_OUTPUTS[checkpoint.family],
+        defaults=Defaults(height, width, steps, DEFAULT_GUIDANCE[checkpoint.family], checkpoint.sampler),
+        limits=Limits(
+            options.batch.minimum,
+            options.batch.maximum,
+            SizeLimit(options.height.minimum, options.height.maximum, options.height.multiple),
+            SizeLimit(options.width.minimum, options.width.maximum, options.width.multiple),
+        ),
+    )
+
+
+def default_size(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, int]:
+    """The size the model was trained at, brought inside the exported ranges."""
+    native = checkpoint.native_size
+    return options.height.nearest(native), options.width.nearest(native)
+
+
+def gate_size(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, int]:
+    """The size in pixels of the parity gate's sampling run: the default one, of a large model a small one."""
+    if not compared_small(checkpoint, options):
+        return default_size(checkpoint, options)
+    axes, small = graph_axes(checkpoint, options), large_side(checkpoint)
+    return axes["height"].nearest(small), axes["width"].nearest(small)
+
+
+def with_figures(
+    manifest: Manifest, report: ParityReport, checkpoint: Checkpoint, seconds: float
+) -> Manifest:
+    provenance: dict[str, Any] = {
+        "source": _source(checkpoint),
+        "source_sha256": fingerprint(checkpoint),
+        "licence": _licence(checkpoint),
+        "sdrt": sdrt.__version__,
+        "python": platform.python_version(),
+        "versions": {tool: version(tool) for tool in TOOLS},
+        "export_seconds": round(seconds, 1),
+    }
+    return replace(manifest, provenance=provenance, parity=report.to_dict())
+
+
+def _source(checkpoint: Checkpoint) -> str:
+    """The folder's own name, not where it lay; or the hub id."""
+    given = Path(checkpoint.source)
+    return given.resolve().name if given.exists() else checkpoint.source
+
+
+def _licence(checkpoint: Checkpoint) -> str:
+    """The licence that the model card's front matter names, or ``unknown``."""
+    card = checkpoint.path / "README.md"
+    if not card.is_file():
+        return "unknown"
+    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]:
+        key, _, value = line.partition(":")
+        if key.strip().lower() in ("license", "licence") and value.strip():
+            return value.strip()
+    return "unknown"
