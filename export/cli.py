@@ -1,4 +1,4 @@
-"""``sd-export MODEL OUT``: a checkpoint becomes a bundle."""
+"""``sd-export``: a checkpoint becomes a bundle, a bundle gets engines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import errno
 import io
 import os
-import re
 import shutil
 import sys
 import time
@@ -14,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sdrt.runtime.command import Parser, put, run_command, say
-from sdrt.runtime.components import PRECISIONS
+from sdrt.export.cli_options import DEFAULT_BATCH, parse
+from sdrt.export.engine_flavours import check_flavour
+from sdrt.export.engine_options import parse_extent
+from sdrt.runtime.command import put, run_command, say
 from sdrt.runtime.errors import OutputError, SdrtError, UsageError
 from sdrt.runtime.files import explain, writing
 from sdrt.runtime.manifest import MANIFEST_NAME
@@ -25,65 +26,32 @@ if TYPE_CHECKING:
     from sdrt.export.graph import AxisRange
     from sdrt.export.parity import ParityReport
 
-RANGE: Final = re.compile(r"(\d+)(?:\.\.(\d+))?")
-MAX_BATCH: Final = 64
 MAX_SIDE: Final = 4096
-MIN_OPSET: Final = 18
-MAX_OPSET: Final = 23
-
-EPILOG: Final = """exit status: 0 done; 2 usage; 4 the checkpoint cannot be used; 5 over the parity tolerance;
-6 NaN or infinity; 7 a backend is missing; 8 OUT cannot be written; 130 interrupted; 1 anything else.
-Unless the status is 0 nothing is written, and an older bundle at OUT is kept."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of ``sd-export``."""
-    result = Parser(
-        prog="sd-export",
-        description="Export a Stable Diffusion checkpoint to a bundle of ONNX graphs, each compared "
-        "with PyTorch before it ships.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    result.add_argument("model", metavar="MODEL", help="a diffusers folder, or a hub id owner/name")
-    result.add_argument("out", metavar="OUT", type=_path, help="the bundle's folder, made by this")
-    precision = result.add_mutually_exclusive_group()
-    precision.add_argument(
-        "--dtype", choices=PRECISIONS, default="fp32", help="of weights and arithmetic (default: fp32)"
-    )
-    precision.add_argument(
-        "--fp16", action="store_const", const="fp16", dest="dtype", help="the same as --dtype fp16"
-    )
-    result.add_argument(
-        "--fp16-weights",
-        action="store_true",
-        help="with fp32 arithmetic: store weights that fp16 holds exactly as fp16, half the file",
-    )
-    result.add_argument("--batch", default="1..4", metavar="MIN..MAX", help="images per call (default: 1..4)")
-    for side in ("height", "width"):
-        result.add_argument(
-            f"--{side}",
-            metavar="N|MIN..MAX",
-            help="pixels, fixed or a range (default: the model's own, fixed)",
-        )
-    result.add_argument("--opset", type=int, default=23, help="ONNX opset, 18 to 23 (default: 23)")
-    result.add_argument("--revision", help="branch, tag or commit on the hub")
-    result.add_argument("--force", action="store_true", help="replace an older bundle at OUT")
-    result.add_argument("--quiet", action="store_true", help="print errors only")
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    arguments = parser().parse_args(argv)
-    return run_command("sd-export", lambda: _export(arguments), quiet=arguments.quiet)
+    try:
+        arguments = parse(argv)
+    except UsageError as error:
+        say("sd-export", str(error))
+        return error.exit_status
+    return run_command("sd-export", lambda: _run(arguments), quiet=arguments.quiet)
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    show = _Lines(quiet=arguments.quiet)
+    bundle = Path(arguments.model) if arguments.mode == "engines" else arguments.out
+    for options in arguments.engines:
+        check_flavour(options)  # before the minutes of an export
+    if arguments.mode == "export":
+        _export(arguments, show, started)
+    _build_engines(arguments, bundle, show, started)
+
+
+def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None:
     # What can be said without the seconds that torch takes to import is said first.
-    batch = parse_range("--batch", arguments.batch)
-    _check_options(arguments, batch)
     out = _place(arguments.out, force=arguments.force)
     # One line of an error is for the user; the libraries' own chatter is not.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -92,23 +60,21 @@ def _export(arguments: argparse.Namespace) -> None:
 
     try:
         from sdrt.export.bundle_writer import ExportOptions, write_bundle
-        from sdrt.export.checkpoint import open_checkpoint
         from sdrt.export.graph import AxisRange
     except ImportError as error:
         raise SdrtError(f"{error}: pip install 'sdrt[export]'") from error
 
-    started = time.perf_counter()
-    checkpoint = open_checkpoint(arguments.model, revision=arguments.revision)
+    checkpoint = _checkpoint(arguments)
+    batch = arguments.sizes.get("batch") or parse_extent("--batch", DEFAULT_BATCH)
     options = ExportOptions(
         precision=arguments.dtype,
         fp16_weights=arguments.fp16_weights,
-        batch=AxisRange(*batch),
-        height=_side(checkpoint, "--height", arguments.height),
-        width=_side(checkpoint, "--width", arguments.width),
+        batch=AxisRange(batch.minimum, batch.maximum),
+        height=_side(checkpoint, "height", arguments),
+        width=_side(checkpoint, "width", arguments),
         opset=arguments.opset,
+        full_parity=arguments.full_parity,
     )
-
-    show = _Lines(quiet=arguments.quiet)
     report = write_bundle(
         checkpoint,
         out,
@@ -118,6 +84,36 @@ def _export(arguments: argparse.Namespace) -> None:
     )
     for line in _report_lines(report, arguments.out, time.perf_counter() - started):
         show(line)
+
+
+def _checkpoint(arguments: argparse.Namespace) -> Checkpoint:
+    if arguments.architecture is not None:
+        from sdrt.export.architectures import open_architecture
+
+        return open_architecture(arguments.architecture, seed=arguments.weights_seed)
+    from sdrt.export.checkpoint import open_checkpoint
+
+    return open_checkpoint(arguments.model, revision=arguments.revision)
+
+
+def _build_engines(arguments: argparse.Namespace, bundle: Path, show: _Lines, started: float) -> None:
+    """Add the engines of every flavour that was asked for to a bundle that is there."""
+    if not arguments.engines:
+        return
+    try:
+        from sdrt.export.engine_report import build_bar, report_lines
+        from sdrt.export.engine_writer import Listener, add_engines
+    except ImportError as error:
+        raise SdrtError(f"{error}: pip install 'sdrt[export]'") from error
+
+    for options in arguments.engines:
+        with build_bar(show=not arguments.quiet and sys.stdout.isatty()) as bar:
+            listener = Listener(
+                stage=lambda stage: show(f"[{time.perf_counter() - started:6.1f} s] {stage}"), phase=bar
+            )
+            reports = add_engines(bundle, options, replace=arguments.force, listener=listener)
+        for line in report_lines(reports):
+            show(line)
 
 
 class _Lines:
@@ -136,37 +132,6 @@ class _Lines:
         except OutputError as error:
             self._silent = True
             say("sd-export", f"warning: {error}; the export goes on")
-
-
-def _path(text: str) -> Path:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty: give the folder to make")
-    return Path(text)
-
-
-def parse_range(option: str, text: str) -> tuple[int, int]:
-    """``N`` or ``MIN..MAX`` as two numbers.
-
-    Raises:
-        UsageError: Not of that form, zero, or MIN above MAX.
-    """
-    match = RANGE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"{option} is {text!r}: a number or MIN..MAX, such as 512 or 256..768")
-    low = int(match[1])
-    high = int(match[2]) if match[2] else low
-    if not 1 <= low <= high:
-        raise UsageError(f"{option} is {text!r}: MIN must be at least 1 and at most MAX")
-    return low, high
-
-
-def _check_options(arguments: argparse.Namespace, batch: tuple[int, int]) -> None:
-    if batch[1] > MAX_BATCH:
-        raise UsageError(f"--batch is {arguments.batch!r}: at most {MAX_BATCH}")
-    if not MIN_OPSET <= arguments.opset <= MAX_OPSET:
-        raise UsageError(f"--opset is {arguments.opset}: {MIN_OPSET} to {MAX_OPSET}")
-    if arguments.fp16_weights and arguments.dtype != "fp32":
-        raise UsageError(f"--fp16-weights goes with --dtype fp32, not with {arguments.dtype}")
 
 
 def _place(out: Path, *, force: bool) -> Path:
@@ -190,18 +155,18 @@ def _check_out(out: Path, *, force: bool) -> None:
         raise OutputError(f"cannot write {out}: {explain(FileNotFoundError(errno.ENOENT, ''))}")
 
 
-def _side(checkpoint: Checkpoint, option: str, text: str | None) -> AxisRange:
+def _side(checkpoint: Checkpoint, name: str, arguments: argparse.Namespace) -> AxisRange:
     """One side's range in pixels; without the option the size that the model was trained at."""
     from sdrt.export.graph import AxisRange
 
-    native = checkpoint.native_size
-    low, high = (native, native) if text is None else parse_range(option, text)
+    native, given = checkpoint.native_size, arguments.sizes.get(name)
+    low, high = (native, native) if given is None else (given.minimum, given.maximum)
     # A fixed size only has to be whole latents; a range must halve at every level of the U-Net.
     multiple = checkpoint.factor if low == high else checkpoint.size_multiple
     if low % multiple or high % multiple or high > MAX_SIDE:
         raise UsageError(
-            f"{option} is {native if text is None else text}: multiples of {multiple} up to {MAX_SIDE} "
-            f"({'a size' if low == high else 'a range'} of this checkpoint)"
+            f"--{name} is {native if given is None else getattr(arguments, name)}: multiples of {multiple} "
+            f"up to {MAX_SIDE} ({'a size' if low == high else 'a range'} of this checkpoint)"
         )
     return AxisRange(low, high, multiple)
 

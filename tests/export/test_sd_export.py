@@ -20,6 +20,7 @@ import pytest
 
 import sdrt
 from sdrt.export import bundle_writer, cli
+from sdrt.export.bundle_manifest import TOOLS
 from sdrt.runtime.bundle import Bundle, sha256
 from sdrt.runtime.components import COMPONENTS
 from sdrt.runtime.pipeline import Pipeline
@@ -30,6 +31,7 @@ QUICK = """
 import resource, sys, onnx_ir
 from pathlib import Path
 from sdrt.export import bundle_writer, cli
+from sdrt.export.bundle_manifest import TOOLS
 bundle, limit, *arguments = sys.argv[1:]
 traced = lambda spec: onnx_ir.load(Path(bundle) / spec.name / "model.onnx")
 bundle_writer.onnx_from_module = lambda _module, _args, spec, *_: traced(spec)
@@ -89,7 +91,7 @@ def test_every_file_is_named_with_its_size_and_hash(tiny_bundle: Path) -> None:
 def test_the_manifest_describes_the_checkpoint(tiny_bundle: Path) -> None:
     manifest = manifest_of(tiny_bundle)
     assert manifest["format"] == "sdrt-bundle"
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["family"] == "sd"
     assert list(manifest["components"]) == list(COMPONENTS)
     assert manifest["latents"] == {"channels": 4, "factor": 2}
@@ -123,7 +125,7 @@ def test_the_manifest_says_where_the_bundle_comes_from(tiny_bundle: Path) -> Non
     assert re.fullmatch(r"[0-9a-f]{64}", provenance["source_sha256"])
     assert provenance["licence"] == "unknown"
     assert provenance["sdrt"] == sdrt.__version__
-    assert set(provenance["versions"]) == set(bundle_writer.TOOLS)
+    assert set(provenance["versions"]) == set(TOOLS)
     assert all(provenance["versions"].values())
     assert provenance["export_seconds"] > 0
 
@@ -186,9 +188,9 @@ def test_source_and_licence_follow_the_checkpoint(
 BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--batch", "0"], "--batch is '0'"),
     (["--batch", "5..2"], "--batch is '5..2': MIN must be at least 1 and at most MAX"),
-    (["--batch", "abc"], "a number or MIN..MAX"),
+    (["--batch", "abc"], "a number, MIN..MAX or MIN..OPT..MAX"),
     (["--batch", "-1"], "--batch"),
-    (["--batch", "1..2..3"], "a number or MIN..MAX"),
+    (["--batch", "1..2..3"], "OPT is for engines, give --engine too"),
     (["--batch", "100"], "at most 64"),
     (["--height", "17"], "--height is 17: multiples of 2 up to 4096 (a size of this checkpoint)"),
     (["--width", "17"], "--width is 17"),
@@ -196,7 +198,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--height", "99999"], "up to 4096"),
     (["--height", "16..18"], "--height is 16..18: multiples of 4 up to 4096 (a range of this checkpoint)"),
     (["--width", "18..32"], "multiples of 4"),
-    (["--height", "16.5"], "a number or MIN..MAX"),
+    (["--height", "16.5"], "a number, MIN..MAX or MIN..OPT..MAX"),
     (["--opset", "5"], "--opset is 5: 18 to 23"),
     (["--opset", "99"], "--opset is 99: 18 to 23"),
     (["--opset", "new"], "--opset"),
