@@ -9,6 +9,7 @@
     ├── ParityError           5   an exported component differs from the PyTorch reference
     ├── NumericsError         6   a component gave NaN or infinity
     ├── BackendError          7   an engine library or a device is missing or cannot run this
+    │   └── DeviceMemoryError 7   the device has too little free memory; it stays usable
     └── OutputError           8   a result could not be written
 
 A message says what was given, what is allowed, and what to do.
@@ -59,6 +60,10 @@ class BackendError(SdrtError):
     """A backend that was asked for is not installed or cannot run this bundle."""
 
     exit_status = 7
+
+
+class DeviceMemoryError(BackendError):
+    """The device has too little free memory; the message says how much was needed and how much is free."""
 
 
 class OutputError(SdrtError):

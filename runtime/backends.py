@@ -1,0 +1,316 @@
+"""Backends: which engine libraries can run a bundle here, which one is taken, and why.
+
+Asking costs little where there is no GPU: nothing is imported before the driver's library is found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+
+from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.components import required_components
+from sdrt.runtime.devices import Device, HostDevice
+from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.executors import Executor
+
+if TYPE_CHECKING:
+    from sdrt.runtime.cuda_device import CudaDevice
+    from sdrt.runtime.engine_search import Capability
+
+AUTO: Final = "auto"
+DEFAULT_BACKEND: Final = AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """What a call will ask of the engines.
+
+    Attributes:
+        images: Pictures drawn together.
+        height: Pixels.
+        width: Pixels.
+        guided: Whether the U-Net runs on two rows for each picture.
+    """
+
+    images: int
+    height: int
+    width: int
+    guided: bool = True
+
+    def axes(self, factor: int) -> dict[str, int]:
+        """The named axes of the components; ``factor`` is pixels per latent."""
+        return {
+            "rows": self.images * (2 if self.guided else 1),
+            "batch": self.images,
+            "height": self.height,
+            "width": self.width,
+            "latent_height": self.height // factor,
+            "latent_width": self.width // factor,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that is there: its number, its name and its compute capability."""
+
+    index: int
+    name: str
+    capability: Capability
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend that was taken.
+
+    Attributes:
+        name: A name in `BACKENDS`.
+        reasons: What speaks for it, and before that what speaks against each backend that comes before it.
+        gpu: The GPU it runs on; None on the CPU.
+    """
+
+    name: str
+    reasons: tuple[str, ...]
+    gpu: Gpu | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to run a bundle.
+
+    Attributes:
+        needs_gpu: Whether it runs on an NVIDIA GPU.
+        probe: ``(bundle, gpu, shape) → what it would run``; raises BackendError with the reason if it cannot.
+        load: ``(bundle, component, device, threads, verify) → executor``.
+    """
+
+    needs_gpu: bool
+    probe: Callable[[Bundle, Gpu | None, RequestShape | None], str]
+    load: Callable[[Bundle, str, Device, int | None, bool], Executor]
+
+
+def choose_backend(
+    bundle: Bundle, name: str = AUTO, request_shape: RequestShape | None = None, *, device: int = 0
+) -> Choice:
+    """The backend to use: the one that was asked for, or the first of `BACKENDS` that can run the bundle.
+
+    Args:
+        bundle: Opened.
+        name: A name in `BACKENDS`, or ``auto``.
+        request_shape: What will be asked for; engines must admit it. By default any engine will do.
+        device: Number of the GPU.
+
+    Raises:
+        UsageError: No backend of that name.
+        BackendError: It cannot run here (with ``auto``: none can); the message says why and what to do.
+    """
+    if name != AUTO and name not in BACKENDS:
+        raise UsageError(f"unknown backend {name!r}; there is {AUTO}, {', '.join(BACKENDS)}")
+    wanted = list(BACKENDS) if name == AUTO else [name]
+    gpu, no_gpu = _find_gpu(device) if any(BACKENDS[entry].needs_gpu for entry in wanted) else (None, "")
+    against: list[str] = []
+    if no_gpu:
+        left_out = [entry for entry in wanted if BACKENDS[entry].needs_gpu]
+        against.append(f"{', '.join(left_out)}: {no_gpu}")
+        wanted = [entry for entry in wanted if entry not in left_out]
+    for entry in wanted:
+        backend = BACKENDS[entry]
+        try:
+            reason = backend.probe(bundle, gpu if backend.needs_gpu else None, request_shape)
+        except BackendError as error:
+            against.append(f"{entry}: {error}")
+        else:
+            return Choice(entry, (*against, f"{entry}: {reason}"), gpu if backend.needs_gpu else None)
+    if name != AUTO:
+        raise BackendError(f"the backend {name} cannot run here: {against[0].removeprefix(f'{name}: ')}")
+    raise BackendError(f"no backend can run this bundle here: {' | '.join(against)}")
+
+
+def open_device(choice: Choice, stream: Any = None) -> Device:
+    """The device that a backend's executors run on.
+
+    Args:
+        choice: From `choose_backend`.
+        stream: A caller's CUDA stream to work in: an object with ``__cuda_stream__``, or a handle; by default
+            a private one.
+
+    Raises:
+        UsageError: A stream for a backend that runs on the CPU.
+        BackendError: The GPU cannot be used.
+    """
+    if choice.gpu is None:
+        if stream is not None:
+            raise UsageError(f"the backend {choice.name} runs on the CPU and takes no CUDA stream")
+        return HostDevice()
+    from sdrt.runtime.cuda_device import CudaDevice
+
+    return CudaDevice(choice.gpu.index if stream is None else None, stream=stream)
+
+
+def load_executor(
+    bundle: Bundle,
+    component: str,
+    *,
+    backend: str,
+    device: Device,
+    threads: int | None = None,
+    verify: bool = True,
+) -> Executor:
+    """Load one component of a bundle on a backend.
+
+    Args:
+        bundle: Opened.
+        component: Its name.
+        backend: A name in `BACKENDS`, as `choose_backend` gives it.
+        device: From `open_device`.
+        threads: On the CPU, threads inside one operator; by default one per usable core.
+        verify: Compare the SHA-256 of an engine's plan with its manifest; otherwise only the size.
+
+    Raises:
+        UsageError: No backend of that name.
+        BackendError: It is not installed, or cannot run this component.
+        BundleError: An engine that was chosen is damaged.
+    """
+    try:
+        load = BACKENDS[backend].load
+    except KeyError:
+        raise UsageError(f"unknown backend {backend!r}; there is {', '.join(BACKENDS)}") from None
+    return load(bundle, component, device, threads, verify)
+
+
+def find_gpu(index: int = 0) -> Gpu:
+    """The GPU that would be used, without opening it.
+
+    Raises:
+        BackendError: No driver, a driver too old, or no GPU.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BackendError(
+            f"no NVIDIA driver: {error}; install the driver, or give the container the GPU "
+            "(docker run --gpus all)"
+        ) from None
+    from sdrt.runtime.cuda_bindings import load_bindings
+
+    api = load_bindings()
+    attribute = api.CUdevice_attribute
+    major = attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    minor = attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+    results = []
+    for function, arguments in (
+        ("cuDeviceGet", (index,)),
+        ("cuDeviceGetName", (256, index)),
+        ("cuDeviceGetAttribute", (major, index)),
+        ("cuDeviceGetAttribute", (minor, index)),
+    ):
+        status, result = getattr(api, function)(*arguments)
+        if status:
+            raise BackendError(f"no NVIDIA GPU number {index} can be used: {function} says {status.name}")
+        results.append(result)
+    return Gpu(index, results[1].split(b"\0")[0].decode(), (int(results[2]), int(results[3])))
+
+
+def _find_gpu(index: int) -> tuple[Gpu | None, str]:
+    try:
+        return find_gpu(index), ""
+    except BackendError as error:
+        return None, str(error)
+
+
+def _probe_onnxruntime_cpu(bundle: Bundle, _gpu: Gpu | None, _shape: RequestShape | None) -> str:
+    if find_spec("onnxruntime") is None:
+        raise BackendError("the package onnxruntime is not installed: pip install 'sdrt[cpu]'")
+    for name in required_components(bundle.manifest.family):
+        _refuse_bfloat16(bundle, name)
+    return "onnxruntime is installed"
+
+
+def _refuse_bfloat16(bundle: Bundle, component: str) -> None:
+    if bundle.component(component).precision == "bf16":
+        raise BackendError(
+            "ONNX Runtime has no bfloat16 arithmetic on the CPU; export with --dtype fp32 to draw here"
+        )
+
+
+def _load_onnxruntime_cpu(
+    bundle: Bundle, component: str, _device: Device, threads: int | None, _verify: bool
+) -> Executor:
+    from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
+
+    _refuse_bfloat16(bundle, component)
+    part = bundle.component(component)
+    entry = next(entry for entry in part.files if entry.path == part.model)
+    return OnnxRuntimeExecutor(bundle.file(entry), part.spec, threads=threads)
+
+
+def _probe_tensorrt(flavour: str) -> Callable[[Bundle, Gpu | None, RequestShape | None], str]:
+    def probe(bundle: Bundle, gpu: Gpu | None, shape: RequestShape | None) -> str:
+        from sdrt.runtime.engine_search import find_engine  # 10 ms that a CPU need not spend
+        from sdrt.runtime.executor_tensorrt import import_tensorrt
+
+        assert gpu is not None
+        version = import_tensorrt(flavour).__version__
+        axes = shape.axes(bundle.manifest.latents.factor) if shape else {}
+        for name in required_components(bundle.manifest.family):
+            find_engine(bundle, name, flavour, version, gpu.capability, _axes_of(name, axes))
+        return f"{flavour} {version} has an engine of every component for {gpu}"
+
+    return probe
+
+
+def _axes_of(component: str, axes: Mapping[str, int]) -> Mapping[str, int]:
+    """A text encoder works on one text after the other, whatever the number of pictures."""
+    return {} if component.startswith("text_encoder") else axes
+
+
+def _probe_onnxruntime_cuda(bundle: Bundle, gpu: Gpu | None, shape: RequestShape | None) -> str:
+    from sdrt.runtime.executor_onnxruntime_cuda import find_graph, import_with_cuda
+
+    version = import_with_cuda().__version__
+    axes = shape.axes(bundle.manifest.latents.factor) if shape else {}
+    graphs = [
+        find_graph(bundle, name, version, _axes_of(name, axes))[1]
+        for name in required_components(bundle.manifest.family)
+    ]
+    return f"onnxruntime {version} runs on {gpu}: {'; '.join(graphs)}"
+
+
+def _load_tensorrt(flavour: str) -> Callable[[Bundle, str, Device, int | None, bool], Executor]:
+    def load(bundle: Bundle, component: str, device: Device, _threads: int | None, verify: bool) -> Executor:
+        from sdrt.runtime.executor_tensorrt import TensorRTExecutor
+
+        return TensorRTExecutor(bundle, component, _cuda(device, flavour), flavour, verify=verify)
+
+    return load
+
+
+def _load_onnxruntime_cuda(
+    bundle: Bundle, component: str, device: Device, _threads: int | None, verify: bool
+) -> Executor:
+    from sdrt.runtime.executor_onnxruntime_cuda import BACKEND, OnnxRuntimeCudaExecutor
+
+    return OnnxRuntimeCudaExecutor(bundle, component, _cuda(device, BACKEND), verify=verify)
+
+
+def _cuda(device: Device, backend: str) -> CudaDevice:
+    from sdrt.runtime.cuda_device import CudaDevice
+
+    if not isinstance(device, CudaDevice):
+        raise UsageError(f"the backend {backend} runs on a CUDA device, given {device.name}: see open_device")
+    return device
+
+
+# In the order in which `auto` tries them.
+BACKENDS: Final[Mapping[str, Backend]] = {
+    "tensorrt": Backend(True, _probe_tensorrt("tensorrt"), _load_tensorrt("tensorrt")),
+    "tensorrt-rtx": Backend(True, _probe_tensorrt("tensorrt-rtx"), _load_tensorrt("tensorrt-rtx")),
+    "onnxruntime-cuda": Backend(True, _probe_onnxruntime_cuda, _load_onnxruntime_cuda),
+    "onnxruntime-cpu": Backend(False, _probe_onnxruntime_cpu, _load_onnxruntime_cpu),
+}
