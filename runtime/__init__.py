@@ -21,24 +21,27 @@ if TYPE_CHECKING:
     from sdrt.runtime.errors import (
         BackendError,
         BundleError,
+        DeviceMemoryError,
         NumericsError,
         OutputError,
         SdrtError,
         UsageError,
     )
     from sdrt.runtime.images import save_png
-    from sdrt.runtime.pipeline import BlackImageWarning, Pipeline, PipelineOutput
+    from sdrt.runtime.output import BlackImageWarning, PipelineOutput
+    from sdrt.runtime.pipeline import Pipeline
     from sdrt.runtime.prompts import PromptTruncatedWarning
 
 _HOME = {
     "BackendError": "errors",
-    "BlackImageWarning": "pipeline",
+    "BlackImageWarning": "output",
     "Bundle": "bundle",
     "BundleError": "errors",
+    "DeviceMemoryError": "errors",
     "NumericsError": "errors",
     "OutputError": "errors",
     "Pipeline": "pipeline",
-    "PipelineOutput": "pipeline",
+    "PipelineOutput": "output",
     "PromptTruncatedWarning": "prompts",
     "SdrtError": "errors",
     "UsageError": "errors",
@@ -50,6 +53,7 @@ __all__ = [
     "BlackImageWarning",
     "Bundle",
     "BundleError",
+    "DeviceMemoryError",
     "NumericsError",
     "OutputError",
     "Pipeline",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sdrt
 from sdrt.runtime.command import Parser, put, run_command, say
-from sdrt.runtime.errors import OutputError, UsageError
+from sdrt.runtime.saving import BASE64, check_output, save
 
 if TYPE_CHECKING:
+    from sdrt.runtime.bundle import Bundle
     from sdrt.runtime.pipeline import Pipeline, PipelineOutput
+    from sdrt.runtime.request import Request
 
 EPILOG: Final = """exit status: 0 done; 2 usage; 3 the bundle cannot be used; 6 NaN or infinity;
 7 the backend is missing or fails; 8 the picture cannot be written; 130 interrupted; 1 anything else.
@@ -35,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = result.add_argument
-    add("prompt", metavar="PROMPT", help="what to draw")
-    add("--negative-prompt", default="", metavar="TEXT", help="what to move away from")
+    add("prompt", metavar="PROMPT", nargs="?", help="what to draw")
+    add("--negative-prompt", metavar="TEXT", help="what to move away from")
     add("--bundle", metavar="DIR", help="a folder that sd-export made (default: the embedded emoji model)")
     add(
         "--steps",
@@ -62,14 +62,18 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--height", type=int, metavar="PIXELS", help="default: the bundle's")
     add("--width", type=int, metavar="PIXELS", help="default: the bundle's")
-    add("--sampler", metavar="NAME", help="ddim, dpmpp_2m or euler (default: the bundle's)")
-    add("--karras", action="store_true", help="noise levels of Karras et al. 2022 (dpmpp_2m and euler)")
+    add(
+        "--sampler",
+        metavar="NAME",
+        help="such as ddim, dpmpp_2m or euler; an unknown name lists all (default: the bundle's)",
+    )
+    add("--karras", action="store_true", help="noise levels of Karras et al. 2022 (if the sampler has them)")
     add(
         "--eta",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="fresh noise per step, 0 to 1 (ddim; default: 0)",
+        help="fresh noise per step, 0 to 1 (if the sampler has it; default: 0)",
     )
     add(
         "--rng",
@@ -77,11 +81,37 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="philox or cpu: the noise of PyTorch's CUDA or CPU generator (default: philox)",
     )
-    add("--output", "-o", type=Path, metavar="PATH", help="a .png, or a folder (default: ./PROMPT-SEED.png)")
+    add(
+        "--output",
+        "-o",
+        type=Path,
+        metavar="PATH",
+        help="a .png, or a folder (default: ./PROMPT-SEED.png); "
+        "with --interactive also base64: pictures come in the results",
+    )
     add("--json", action="store_true", help="print one JSON object: paths, seeds, seconds per stage")
     add("--quiet", "-q", action="store_true", help="print errors only")
-    add("--backend", default="onnxruntime-cpu", metavar="NAME", help="onnxruntime-cpu, the only one so far")
-    add("--threads", type=int, metavar="N", help="threads inside one operator (default: one per core)")
+    add(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu (default: auto, the first of these "
+        "that can run the bundle here)",
+    )
+    add("--device", type=int, metavar="N", help="number of the GPU (default: 0)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="on the CPU, threads inside one operator (default: one per core)",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="stay loaded: one JSON request a line on standard input, one result a line on standard output; "
+        "the options given here are the requests' defaults",
+    )
+    add("--warm-up", action="store_true", help="with --interactive: draw a picture before the first request")
     add("--no-verify", action="store_true", help="compare sizes but not hashes of the bundle's files")
     add("--version", action="version", version=f"sdrt {sdrt.__version__}")
     return result
@@ -89,40 +119,70 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    arguments = parser().parse_args(argv)
+    commands = parser()
+    arguments = commands.parse_args(argv)
+    if arguments.interactive and arguments.prompt is not None:
+        commands.error("--interactive takes its prompts from standard input: leave PROMPT out")
+    if not arguments.interactive and arguments.prompt is None:
+        commands.error("the following arguments are required: PROMPT")
+    if arguments.warm_up and not arguments.interactive:
+        commands.error("--warm-up goes with --interactive")
     return run_command("sd-run", lambda: _run(arguments), quiet=arguments.quiet)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
-    _check_output(arguments.output)
+    if not (arguments.interactive and arguments.output == Path(BASE64)):
+        check_output(arguments.output)
     # NumPy and the rest only now: what argparse refuses need not wait for them.
     from sdrt.runtime.bundle import Bundle
-    from sdrt.runtime.pipeline import Pipeline
     from sdrt.runtime.request import build_request
 
     bundle = Bundle.open(arguments.bundle, verify=False)
     options = _options(arguments)
-    request = build_request(bundle.manifest, arguments.prompt, **options)  # refused before anything is loaded
+    request = build_request(bundle.manifest, arguments.prompt or "", **options)  # before anything is loaded
     if arguments.negative_prompt and not request.guided and not arguments.quiet:
         say("sd-run", "warning: at a guidance scale of 1 or less the negative prompt is not used")
-    pipeline = Pipeline.load(
-        bundle, backend=arguments.backend, threads=arguments.threads, verify=not arguments.no_verify
-    )
-    loaded = time.perf_counter() - started
-    batches = -(-arguments.num_images // bundle.manifest.limits.max_batch)
-    with _progress(arguments, len(request.table.timesteps) * batches) as on_step:
-        output = pipeline(
-            arguments.prompt,
-            **options,
-            callback_on_step_end=on_step,
-            callback_on_step_end_tensor_inputs=(),
-        )
-    saving = time.perf_counter()
-    paths = _save(arguments, output)
-    ended = time.perf_counter()
+    with _load(arguments, bundle, request) as pipeline:
+        loaded = time.perf_counter() - started
+        if arguments.interactive:
+            from sdrt.runtime.interactive import serve
+
+            serve(pipeline, options, arguments.output, load_seconds=loaded, warm_up=arguments.warm_up)
+            return
+        batches = -(-arguments.num_images // bundle.manifest.limits.max_batch)
+        with _progress(arguments, len(request.table.timesteps) * batches) as on_step:
+            output = pipeline(
+                arguments.prompt,
+                **options,
+                callback_on_step_end=on_step,
+                callback_on_step_end_tensor_inputs=(),
+            )
+        saving = time.perf_counter()
+        paths = save(output, arguments.output)
+        ended = time.perf_counter()
     seconds = {"load": loaded, **output.timings, "save": ended - saving, "command": ended - started}
     _report(arguments, paths, output, seconds)
+
+
+def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request) -> Pipeline:
+    """The pipeline on a backend that admits the request; says which one, where that was left to us."""
+    from sdrt.runtime.backends import AUTO, RequestShape
+    from sdrt.runtime.pipeline import Pipeline
+
+    limits = bundle.manifest.limits
+    images = max(limits.min_batch, min(len(request.prompts), limits.max_batch))
+    pipeline = Pipeline.load(
+        bundle,
+        backend=arguments.backend,
+        device=arguments.device,
+        threads=arguments.threads,
+        verify=not arguments.no_verify,
+        request_shape=RequestShape(images, request.height, request.width, request.guided),
+    )
+    if arguments.backend == AUTO and not arguments.quiet:
+        say("sd-run", f"backend {pipeline.backend} ({'; '.join(pipeline.backend_reasons)})")
+    return pipeline
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -140,55 +200,6 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "karras": arguments.karras,
         "eta": arguments.eta,
     }
-
-
-def _check_output(output: Path | None) -> None:
-    """Refuse a place that cannot be written before anything is drawn."""
-    target = Path() if output is None else output
-    folder = target.parent if target.suffix.lower() == ".png" else target
-    if target.suffix and target.suffix.lower() != ".png" and not _is_folder(target):
-        raise UsageError(f"--output is {target}: a name that ends in .png, or a folder")
-    if not _is_folder(folder):
-        exists = os.path.lexists(folder)
-        reason = (
-            f"{folder} is not a folder" if exists else f"the folder {folder} does not exist; make it first"
-        )
-        raise OutputError(f"cannot write {target}: {reason}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {target}: no permission to write in {folder}")
-
-
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-
-
-def _save(arguments: argparse.Namespace, output: PipelineOutput) -> list[Path]:
-    from sdrt.runtime.files import write_all_atomically
-    from sdrt.runtime.images import png_bytes
-
-    paths = _paths(arguments, [recipe["seed"] for recipe in output.recipes])
-    pictures = zip(paths, output.images, output.recipes, strict=True)
-    write_all_atomically({path: png_bytes(image, recipe) for path, image, recipe in pictures})
-    return paths
-
-
-def _paths(arguments: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
-    """One file per picture; several pictures for one name get ``-1``, ``-2`` … before the suffix."""
-    from sdrt.runtime.images import slug
-
-    output: Path | None = arguments.output
-    if output is None or output.suffix.lower() != ".png" or _is_folder(output):
-        folder = Path() if output is None else output
-        return [_free_name(folder / f"{slug(arguments.prompt)}-{seed}.png") for seed in seeds]
-    if len(seeds) == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{index}") for index in range(1, len(seeds) + 1)]
-
-
-def _free_name(path: Path) -> Path:
-    """A name that we chose ourselves never replaces an older picture: ``-2``, ``-3`` … is added."""
-    candidates = (path.with_stem(f"{path.stem}-{count}") for count in itertools.count(2))
-    return next(name for name in itertools.chain([path], candidates) if not os.path.lexists(name))
 
 
 @contextmanager

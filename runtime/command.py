@@ -113,8 +113,11 @@ def _signals_as_interrupts() -> Iterator[None]:
 def _one_line_warnings(name: str, *, quiet: bool) -> Iterator[None]:
     """Show sdrt's own warnings as a person would want them; leave the libraries' to Python's rules."""
 
+    shown: set[str] = set()  # each batch of a call says it again
+
     def show(message: Warning | str, category: type[Warning], *_where: object) -> None:
-        if category.__module__.startswith("sdrt") and not quiet:
+        if category.__module__.startswith("sdrt") and not quiet and str(message) not in shown:
+            shown.add(str(message))
             say(name, f"warning: {message}")
 
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 import tolerances
-from sdrt.kernels.guided_step import StepBuffers
 from sdrt.runtime.components import COMPONENTS
 from sdrt.runtime.denoise import DenoiseLoop
 from sdrt.runtime.devices import HostDevice
-from sdrt.runtime.errors import NumericsError
+from sdrt.runtime.errors import NumericsError, UsageError
+from sdrt.runtime.noise import noise_source
 from sdrt.runtime.schedule import FloatArray, NoiseSchedule
 from sdrt.runtime.solvers import SAMPLERS, SamplerTable, make_table, run_table
 
@@ -27,6 +28,8 @@ Array = NDArray[Any]
 
 class FakeUNet:
     """Linear in its input and its text, so that the two halves can be told apart and errors stay small."""
+
+    capturable = False
 
     def __init__(self) -> None:
         self.spec = COMPONENTS["unet"].resolve(SIZES, "fp32")
@@ -41,6 +44,9 @@ class FakeUNet:
 
         return evaluate
 
+    def close(self) -> None:
+        """There is nothing to give back."""
+
 
 def predict(sample: Array, timestep: float, text: Array) -> Array:
     result: Array = 0.25 * sample + timestep / 4000 + text.mean(axis=(1, 2))[:, None, None, None]
@@ -48,26 +54,15 @@ def predict(sample: Array, timestep: float, text: Array) -> Array:
 
 
 class CountingDevice(HostDevice):
-    """Counts what a real device would be asked for."""
+    """Counts every method that is called."""
 
     def __init__(self) -> None:
-        self.calls = {"zeros": 0, "upload": 0, "download": 0, "guided_step": 0}
+        self.calls: Counter[str] = Counter()
 
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Any:
-        self.calls["zeros"] += 1
-        return super().zeros(shape, dtype)
-
-    def upload(self, array: NDArray[Any], buffer: Any) -> None:
-        self.calls["upload"] += 1
-        super().upload(array, buffer)
-
-    def download(self, buffer: Any) -> NDArray[Any]:
-        self.calls["download"] += 1
-        return super().download(buffer)
-
-    def guided_step(self, buffers: StepBuffers) -> None:
-        self.calls["guided_step"] += 1
-        super().guided_step(buffers)
+    def __getattribute__(self, name: str) -> Any:
+        if name != "calls" and not name.startswith("__"):
+            self.calls[name] += 1
+        return super().__getattribute__(name)
 
 
 def normal(*shape: int, seed: int) -> NDArray[np.float32]:
@@ -78,15 +73,24 @@ def texts(*, guided: bool) -> NDArray[np.float32]:
     return normal(2 * IMAGES if guided else IMAGES, 5, 6, seed=2)
 
 
+def start(loop: DenoiseLoop, table: SamplerTable, *, guided: bool, seed: int = 1) -> None:
+    """Begin a run from the noise of ``seed``."""
+    loop.prepare(draws_noise=False)
+    for row, text in zip(loop.conditioning["encoder_hidden_states"], texts(guided=guided), strict=True):
+        row[...] = text
+    loop.start(table, SCALE, seeds=[0] * IMAGES, latents=normal(*STATE, seed=seed))
+
+
 def run(loop: DenoiseLoop, table: SamplerTable, *, guided: bool, seed: int = 1) -> NDArray[np.float32]:
     """A whole run; row k adds the noise of seed 100 + k."""
-    loop.start(normal(*STATE, seed=seed), texts(guided=guided), table, SCALE)
+    start(loop, table, guided=guided, seed=seed)
     for step in range(len(table.timesteps)):
         if table.uses_noise:
             loop.set_noise(normal(*STATE, seed=100 + step))
         loop.step()
-    loop.raise_if_faulty(table)
-    return loop.latents()
+    result = loop.result(pixels=False)
+    result.faults.raise_if_any(table, [""] * (2 * IMAGES), ["text_encoder"])
+    return result.latents
 
 
 def exact(table: SamplerTable, *, guided: bool, seed: int = 1) -> FloatArray:
@@ -100,8 +104,8 @@ def exact(table: SamplerTable, *, guided: bool, seed: int = 1) -> FloatArray:
         return unconditional + SCALE * (predict(x, timestep, text[IMAGES:]) - unconditional)
 
     noise = np.stack([normal(*STATE, seed=100 + step) for step in range(len(table.timesteps))])
-    start = normal(*STATE, seed=seed).astype(np.float64)
-    return run_table(table, model, start, noise.astype(np.float64))
+    initial = normal(*STATE, seed=seed).astype(np.float64) * table.init_noise_sigma
+    return run_table(table, model, initial, noise.astype(np.float64))
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -119,14 +123,51 @@ def test_steps_allocate_nothing_and_wait_for_nothing() -> None:
     device = CountingDevice()
     loop = DenoiseLoop(device, FakeUNet(), IMAGES, SIZE, guided=True)
     table = make_table("dpmpp_2m", NoiseSchedule(), 10)
-    loop.start(normal(*STATE, seed=1), texts(guided=True), table, SCALE)
-    before = dict(device.calls)
+    start(loop, table, guided=True)
+    before = device.calls.copy()
     for _ in table.timesteps:
         loop.step()
-    assert device.calls == {**before, "guided_step": 10}
-    loop.start(normal(*STATE, seed=1), texts(guided=True), table, SCALE)
-    assert device.calls["zeros"] == before["zeros"]
-    assert device.calls["download"] == 0
+    assert device.calls - before == {"guided_step": 10}
+    start(loop, table, guided=True)
+    loop.result(pixels=True)
+    assert (device.calls["zeros"], device.calls["download"]) == (1, 1)
+
+
+def test_noise_on_the_device_is_that_of_the_seeds() -> None:
+    """The initial noise is draw 0, and row k adds draw 1 + k: as `NoiseSource` has it."""
+    table = make_table("ddim", NoiseSchedule(), 6, eta=1.0)
+    seeds = [2**64 - 1, 7]
+    source = noise_source("philox", seeds)
+    loop = DenoiseLoop(HostDevice(), FakeUNet(), IMAGES, SIZE, guided=False)
+    given = DenoiseLoop(HostDevice(), FakeUNet(), IMAGES, SIZE, guided=False)
+    for draws_noise, one in ((True, loop), (False, given)):
+        one.prepare(draws_noise=draws_noise)
+    loop.start(table, SCALE, seeds=seeds)
+    given.start(table, SCALE, seeds=[0, 0], latents=source.initial(STATE[1:]))
+    assert np.array_equal(loop.latents(), source.initial(STATE[1:]))
+    for step in range(len(table.timesteps)):
+        given.set_noise(source.step(step, STATE[1:]))
+        given.step()
+        loop.step()
+        assert np.array_equal(loop.latents(), given.latents())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_buffers_of_the_device_to_start_from() -> None:
+    """They are scaled like noise, and looked at: a NaN in them is told from one of the U-Net's."""
+    table = make_table("euler", NoiseSchedule(), 4)
+    loop = DenoiseLoop(HostDevice(), FakeUNet(), IMAGES, SIZE, guided=False)
+    loop.prepare(draws_noise=False)
+    latents = normal(*STATE, seed=1)
+    loop.start(table, SCALE, seeds=[0, 0], latents=[latents[:1], latents[1:]])
+    assert np.array_equal(loop.latents(), latents * np.float32(table.init_noise_sigma))
+    assert not loop.faults().given
+    latents[1, 0, 0, 0] = np.inf
+    loop.start(table, SCALE, seeds=[0, 0], latents=[latents[:1], latents[1:]])
+    loop.step()
+    assert loop.faults().given
+    with pytest.raises(UsageError, match="latents hold NaN or infinity"):
+        loop.faults().raise_if_any(table, ["", ""], ["text_encoder"])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -136,7 +177,7 @@ def test_second_run_on_the_same_buffers_is_like_the_first(name: str) -> None:
     table = make_table(name, NoiseSchedule(), 6)
     first = run(loop, table, guided=True)
     run(loop, make_table("ddim", NoiseSchedule(), 40, eta=1.0), guided=True)
-    loop.start(normal(*STATE, seed=5), texts(guided=True), table, SCALE)
+    start(loop, table, guided=True, seed=5)
     loop.step()
     for buffer in (loop.buffers.history, loop.buffers.saved, loop.buffers.latents, loop.buffers.noise_pred):
         buffer[...] = np.nan
@@ -146,7 +187,7 @@ def test_second_run_on_the_same_buffers_is_like_the_first(name: str) -> None:
 def test_replaced_latents_reach_the_unets_input() -> None:
     loop = DenoiseLoop(HostDevice(), FakeUNet(), IMAGES, SIZE, guided=True)
     table = make_table("euler", NoiseSchedule(), 4)
-    loop.start(normal(*STATE, seed=1), texts(guided=True), table, SCALE)
+    start(loop, table, guided=True)
     loop.step()
     fresh = normal(*STATE, seed=9)
     loop.set_latents(fresh)
@@ -159,7 +200,7 @@ def test_replaced_latents_reach_the_unets_input() -> None:
 def test_fault_names_the_first_step() -> None:
     loop = DenoiseLoop(HostDevice(), FakeUNet(), IMAGES, SIZE, guided=False)
     table = make_table("ddim", NoiseSchedule(), 5)
-    loop.start(normal(*STATE, seed=1), texts(guided=False), table, SCALE)
+    start(loop, table, guided=False)
     loop.step()
     loop.step()
     loop.buffers.sample[0, 0, 0, 0] = np.inf
@@ -167,14 +208,14 @@ def test_fault_names_the_first_step() -> None:
         loop.step()
     words = rf"unet gave NaN or infinity at step 3 of 5 \(timestep {table.timesteps[2]:g}\).*--dtype fp32"
     with pytest.raises(NumericsError, match=words):
-        loop.raise_if_faulty(table)
+        loop.faults().raise_if_any(table, [], [])
     run(loop, table, guided=False)  # the next run is well
 
 
 def test_latents_are_a_copy() -> None:
     loop = DenoiseLoop(HostDevice(), FakeUNet(), IMAGES, SIZE, guided=False)
     table = make_table("ddim", NoiseSchedule(), 2)
-    loop.start(normal(*STATE, seed=1), texts(guided=False), table, SCALE)
+    start(loop, table, guided=False)
     before = loop.latents()
     loop.step()
     assert not np.array_equal(before, loop.latents())

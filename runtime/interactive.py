@@ -1,0 +1,193 @@
+"""``sd-run --interactive``: a loop that stays warm, driven by lines of JSON.
+
+Standard input has one request a line, standard output one result a line, in the same order; the first line of
+output says that the loop is ready. A bad request is answered and the next one works.
+
+::
+
+    ← {"ready": {"backend": "onnxruntime-cpu", "reasons": […], "seconds": {"load": 0.5}}}
+    → {"prompt": "a red apple", "seed": 3, "output": "apple.png", "id": 1}
+    ← {"id": 1, "paths": ["apple.png"], "seeds": [3], "seconds": {…}, "recipes": [{…}]}
+    → {"prompt": "a red apple", "output": "base64", "num_inference_steps": 10}
+    ← {"id": null, "png": ["iVBORw0…"], "seeds": [1234567], "seconds": {…}, "recipes": [{…}]}
+    → {"prompt": "a red apple", "num_inference_steps": 0, "id": "x"}
+    ← {"id": "x", "error": "num_inference_steps is 0: …", "status": 2}
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+from sdrt.runtime.command import put
+from sdrt.runtime.errors import SdrtError, UsageError
+from sdrt.runtime.saving import BASE64, check_output, encoded, save
+
+if TYPE_CHECKING:
+    from sdrt.runtime.pipeline import Pipeline
+
+MAX_LINE_BYTES: Final = 1 << 20  # a request is some hundred; what has no line ends must not fill the memory
+
+# What a request may hold beside `prompt`, `output` and `id`: arguments of `Pipeline.__call__`.
+OPTIONS: Final = (
+    *("negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt"),
+    *("seed", "rng", "sampler", "karras", "eta", "original_size", "crops_coords_top_left", "target_size"),
+)
+
+
+def serve(
+    pipeline: Pipeline,
+    defaults: Mapping[str, Any],
+    output: Path | None,
+    *,
+    load_seconds: float,
+    warm_up: bool,
+    stream: IO[bytes] | None = None,
+) -> None:
+    """Answer requests until the input ends.
+
+    Args:
+        pipeline: Draws.
+        defaults: Options of requests that do not name them.
+        output: Where the pictures of a request go that does not say it; ``base64`` for into the result.
+        load_seconds: How long loading took, for the first line.
+        warm_up: Draw a picture of the default size before the first line, so that the first request finds
+            buffers and graphs.
+        stream: The requests; by default standard input.
+
+    Raises:
+        UsageError: There is no standard input or output.
+        OutputError: Standard output cannot be written.
+    """
+    if sys.stdout is None or (stream is None and sys.stdin is None):
+        raise UsageError("--interactive talks over standard input and output: one of them is closed")
+    seconds = {"load": load_seconds}
+    if warm_up:
+        started = time.perf_counter()
+        pipeline("", **{**defaults, "num_images_per_prompt": 1})
+        seconds["warm_up"] = time.perf_counter() - started
+    about = {"backend": pipeline.backend, "reasons": pipeline.backend_reasons, "seconds": _rounded(seconds)}
+    _answer({"ready": about})
+    for line in _lines(sys.stdin.buffer if stream is None else stream):
+        if line is None or line.strip():
+            _answer(_result(pipeline, defaults, output, line))
+
+
+def _result(
+    pipeline: Pipeline, defaults: Mapping[str, Any], output: Path | None, line: bytes | None
+) -> dict[str, Any]:
+    """What one line is answered with; never an exception but an interruption."""
+    identity: Any = None
+    try:
+        request = _request(line)
+        identity = request.pop("id", None)
+        _check_names(request)
+        with _noted_warnings() as noted:
+            result = _draw(pipeline, defaults, output, request)
+    except SdrtError as error:
+        return {"id": identity, "error": " ".join(str(error).split()), "status": error.exit_status}
+    except Exception as error:
+        words = f"internal error: {type(error).__name__}: {error}"
+        return {"id": identity, "error": " ".join(words.split()), "status": SdrtError.exit_status}
+    return {"id": identity, **result, **({"warnings": noted} if noted else {})}
+
+
+def _draw(
+    pipeline: Pipeline, defaults: Mapping[str, Any], output: Path | None, request: dict[str, Any]
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    where = request.pop("output", None)
+    if where is not None and not isinstance(where, str):
+        raise UsageError(f"output is {where!r}: a path or {BASE64!r} is wanted")
+    target = output if where is None else Path(where)
+    in_result = target == Path(BASE64)
+    if not in_result:
+        check_output(target)
+    drawn = pipeline(**{**defaults, **request})
+    saving = time.perf_counter()
+    if in_result:
+        places = {"png": [base64.b64encode(png).decode("ascii") for png in encoded(drawn)]}
+    else:
+        places = {"paths": [str(path) for path in save(drawn, target)]}
+    ended = time.perf_counter()
+    seconds = {**drawn.timings, "save": ended - saving, "request": ended - started}
+    seeds = [recipe["seed"] for recipe in drawn.recipes]
+    return {**places, "seeds": seeds, "seconds": _rounded(seconds), "recipes": drawn.recipes}
+
+
+def _request(line: bytes | None) -> dict[str, Any]:
+    """The request in a line.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if line is None:
+        raise UsageError(f"a request of more than {MAX_LINE_BYTES} bytes: one JSON object a line is wanted")
+    try:
+        request = json.loads(line.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"a request is one line of JSON: {error}") from error
+    if not isinstance(request, dict):
+        raise UsageError(f"a request is {type(request).__name__}: a JSON object is wanted")
+    return request
+
+
+def _check_names(request: Mapping[str, Any]) -> None:
+    allowed = ("prompt", *OPTIONS, "output", "id")
+    if unknown := sorted(set(request) - set(allowed)):
+        raise UsageError(f"a request has no {', '.join(unknown)[:100]}: allowed are {', '.join(allowed)}")
+    if "prompt" not in request:
+        raise UsageError("a request needs a prompt")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number that JSON has")
+    return number
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
+    """Line by line as they come; None for one that is too long."""
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        if len(line) <= MAX_LINE_BYTES:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES)
+        yield None
+
+
+@contextmanager
+def _noted_warnings() -> Iterator[list[str]]:
+    """sdrt's own warnings belong to the request: they come with its result."""
+    noted: list[str] = []
+    with warnings.catch_warnings():
+        pass_on = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if category.__module__.startswith("sdrt"):
+                if str(message) not in noted:  # each batch of a request says it again
+                    noted.append(str(message))
+            else:
+                pass_on(message, category, *where)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.filterwarnings("always", category=UserWarning, module=r"sdrt\..*")
+        yield noted
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {stage: round(value, 4) for stage, value in seconds.items()}
+
+
+def _answer(document: Mapping[str, Any]) -> None:
+    put(json.dumps(document, allow_nan=False))

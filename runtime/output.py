@@ -1,0 +1,119 @@
+"""What a call gives back: pictures in the form that was asked for, latents, recipes, timings."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt.runtime.denoise import DenoiseLoop
+from sdrt.runtime.devices import Buffer, Device
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OutputType = Literal["pil", "numpy", "latents", "device"]
+OUTPUT_TYPES: Final = ("pil", "numpy", "latents", "device")
+
+
+class BlackImageWarning(UserWarning):
+    """A picture came out all black; the message names the component that made it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineOutput:
+    """What a call of `Pipeline` returns.
+
+    Attributes:
+        images: Pillow images, or one uint8 array [N, H, W, 3] for ``output_type="numpy"``; empty for
+            ``"latents"``. For ``"device"`` that array in the device's memory (on the CPU a NumPy array).
+        latents: float32 [N, C, h, w], the final latents; for ``"device"`` in the device's memory.
+        recipes: For each image everything that drew it, as plain data: ``prompt``, ``negative_prompt``,
+            ``seed``, ``height``, ``width``, ``num_inference_steps``, ``guidance_scale``, ``sampler``,
+            ``karras``, ``eta``, ``rng``, SDXL's sizes, ``backend``, ``model``, ``model_sha256``, ``version``.
+        timings: Seconds per stage: ``text_encoder``, ``denoise``, ``vae_decoder`` by the device's clock,
+            ``step``, the mean of one step, and ``total``, wall clock from call to return.
+    """
+
+    images: Any
+    latents: Any
+    recipes: tuple[dict[str, Any], ...]
+    timings: dict[str, float]
+
+
+class Collected:
+    """Pictures and latents of one batch after the other, in main memory."""
+
+    def __init__(self, output_type: OutputType, images: int) -> None:
+        """``images`` are wanted, and more may come, to pad a batch."""
+        self._output_type, self._images = output_type, images
+        self._latents: list[NDArray[np.float32]] = []
+        self._pixels: list[NDArray[np.uint8]] = []
+
+    def finish(self) -> tuple[Any, NDArray[np.float32]]:
+        """Images as ``output_type`` says, and latents."""
+        latents = np.concatenate(self._latents)[: self._images]
+        if self._output_type == "latents":
+            return [], latents
+        pixels = np.concatenate(self._pixels)[: self._images]
+        _warn_of_black(pixels)
+        return (pixels if self._output_type == "numpy" else _pillow(pixels)), latents
+
+    def add(self, latents: NDArray[np.float32], pixels: NDArray[np.uint8] | None) -> None:
+        """Keep a batch's result."""
+        self._latents.append(latents)
+        if pixels is not None:
+            self._pixels.append(pixels)
+
+
+class DeviceCollected:
+    """The same in the device's memory: copies there, since the loop writes over its own buffers."""
+
+    def __init__(self, device: Device, images: int) -> None:
+        """Make room for ``images`` as soon as their shape is known."""
+        self._device = device
+        self._images = images
+        self._arrays: tuple[Buffer, Buffer] | None = None  # images, latents
+        self._rows: dict[str, list[Buffer]] = {}
+
+    def add(self, loop: DenoiseLoop, first: int) -> None:
+        """Queue the copies of a batch whose first image is number ``first``; what pads it is left out."""
+        if self._arrays is None:
+            self._arrays = (self._room("pixels", loop.pixels), self._room("latents", loop.buffers.latents))
+        for name, rows in self._rows.items():
+            for source, target in zip(loop.arena.rows(name), rows[first:], strict=False):
+                self._device.copy(source, target)
+
+    def finish(self) -> tuple[Buffer, Buffer]:
+        """uint8 images [N, H, W, 3] and float32 latents [N, C, h, w]."""
+        assert self._arrays is not None  # a call has at least one batch
+        return self._arrays
+
+    def _room(self, name: str, like: Buffer) -> Buffer:
+        """An array for all images, and a view of it for each."""
+        rest, dtype = tuple(like.shape[1:]), np.dtype(like.dtype)
+        each = math.prod(rest) * dtype.itemsize
+        memory = self._device.zeros((self._images * each,), "uint8")
+        view = self._device.view
+        self._rows[name] = [view(memory, each * row, (1, *rest), dtype) for row in range(self._images)]
+        return view(memory, 0, (self._images, *rest), dtype)
+
+
+def _warn_of_black(pixels: NDArray[np.uint8]) -> None:
+    for index in np.flatnonzero(~pixels.reshape(len(pixels), -1).any(axis=1)):
+        warnings.warn(
+            f"picture {index + 1} of {len(pixels)} is all black; its latents are finite, so the "
+            "vae_decoder made it so",
+            BlackImageWarning,
+            stacklevel=2,
+        )
+
+
+def _pillow(pixels: NDArray[np.uint8]) -> list[Image]:
+    from PIL import Image  # 20 ms that a caller who wants arrays need not spend
+
+    return [Image.fromarray(picture) for picture in pixels]

@@ -1,0 +1,97 @@
+"""Where the command's pictures go: checked before anything is drawn, written whole or not at all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sdrt.runtime.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from sdrt.runtime.output import PipelineOutput
+
+
+BASE64: Final = "base64"  # for `--interactive`, as output: pictures come in the result, nothing is written
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse a place that cannot be written.
+
+    Args:
+        output: A name that ends in ``.png``, or a folder; by default the current one.
+
+    Raises:
+        UsageError: Another kind of file.
+        OutputError: The folder does not exist, is none, or may not be written.
+    """
+    target = Path() if output is None else output
+    if "\0" in str(target):
+        raise OutputError(f"cannot write {str(target)!r}: no file name has a NUL in it")
+    folder = target.parent if target.suffix.lower() == ".png" else target
+    if target.suffix and target.suffix.lower() != ".png" and not _is_folder(target):
+        raise UsageError(f"--output is {target}: a name that ends in .png, or a folder")
+    if not _is_folder(folder):
+        exists = os.path.lexists(folder)
+        reason = (
+            f"{folder} is not a folder" if exists else f"the folder {folder} does not exist; make it first"
+        )
+        raise OutputError(f"cannot write {target}: {reason}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {target}: no permission to write in {folder}")
+
+
+def save(output: PipelineOutput, target: Path | None) -> list[Path]:
+    """Write every picture of a call as PNG with its recipe, all or none.
+
+    Args:
+        output: Of a pipeline, with Pillow images.
+        target: See `check_output`; where it gives no name, each picture's prompt and seed do.
+
+    Returns:
+        One path per picture.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    from sdrt.runtime.files import write_all_atomically
+
+    paths = _paths(target, output.recipes)
+    write_all_atomically(dict(zip(paths, encoded(output), strict=True)))
+    return paths
+
+
+def encoded(output: PipelineOutput) -> list[bytes]:
+    """Every picture of a call as PNG with its recipe."""
+    from sdrt.runtime.images import png_bytes
+
+    pictures = zip(output.images, output.recipes, strict=True)
+    return [png_bytes(image, recipe) for image, recipe in pictures]
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+
+
+def _paths(target: Path | None, recipes: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """One file per picture; several pictures for one name get ``-1``, ``-2`` … before the suffix."""
+    from sdrt.runtime.images import slug
+
+    if target is None or target.suffix.lower() != ".png" or _is_folder(target):
+        folder = Path() if target is None else target
+        paths: dict[Path, None] = {}
+        for recipe in recipes:
+            paths[_free_name(folder / f"{slug(recipe['prompt'])}-{recipe['seed']}.png", paths)] = None
+        return list(paths)
+    if len(recipes) == 1:
+        return [target]
+    return [target.with_stem(f"{target.stem}-{index}") for index in range(1, len(recipes) + 1)]
+
+
+def _free_name(path: Path, taken: Container[Path]) -> Path:
+    """A name that we chose ourselves never replaces another picture: ``-2``, ``-3`` … is added."""
+    candidates = (path.with_stem(f"{path.stem}-{count}") for count in itertools.count(2))
+    names = itertools.chain([path], candidates)
+    return next(name for name in names if name not in taken and not os.path.lexists(name))
