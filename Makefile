@@ -8,7 +8,13 @@ PROMPT ?= a red apple
 # How the embedded model is exported: its weights are fp16, so storing them as fp16 loses nothing.
 EXPORT_FLAGS := --fp16-weights --batch 1..8 --height 64..128 --width 64..128
 
-.PHONY: help run test check format bench bundle clean
+# `make gpu`: the Python that has PyTorch with CUDA, and a folder of wheels for what it lacks.
+GPU_PYTHON ?= python3
+WHEELS ?=
+GPU_FLAGS ?=
+GPU_SITE := $(CURDIR)/out/gpu-site
+
+.PHONY: help run test check format bench bundle gpu clean
 
 help:
 	@echo "make run     draw a picture with the embedded model, from its checkpoint"
@@ -16,6 +22,7 @@ help:
 	@echo "make check   format, lint and types alone"
 	@echo "make format  rewrite the code as 'make check' wants it"
 	@echo "make bench   the figures of the README, measured here"
+	@echo "make gpu     test, measure and report on a machine with an NVIDIA GPU (GPU_PYTHON=…, WHEELS=folder)"
 	@echo "make bundle  export the bundle that the wheel ships, after the embedded model was trained anew"
 	@echo "make clean   remove what the above made, the virtual environment too"
 
@@ -51,6 +58,14 @@ bench: $(STAMP)
 
 bundle: $(STAMP)
 	$(BIN)/sd-export models/emoji models/emoji/bundle $(EXPORT_FLAGS) --force
+
+# Without a virtual environment: PyTorch with CUDA is taken from where it is, and nothing is downloaded.
+gpu:
+	@mkdir -p $(GPU_SITE)
+	@if [ -n "$(WHEELS)" ]; then \
+	  $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --upgrade \
+	    --target $(GPU_SITE) $(WHEELS)/*.whl; fi
+	PYTHONPATH="$(CURDIR)/src:$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m sdrt.benchmarks.gpu $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

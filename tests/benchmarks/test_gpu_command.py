@@ -1,0 +1,181 @@
+"""``make gpu`` as far as it goes without a GPU: time limits, partial results, the peers' arithmetic."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sdrt.benchmarks import gpu, gpu_stages
+from sdrt.benchmarks.gpu_peers import GUIDANCE, DiffusersPeer, Texts
+from sdrt.benchmarks.gpu_timings import Plan, bundle_tokenizer, time_architecture
+from sdrt.export.checkpoint import open_checkpoint
+from sdrt.export.parity import SAMPLING_GUIDANCE, compare
+from sdrt.runtime import Bundle, Pipeline
+from sdrt.runtime.backends import find_gpu
+from sdrt.runtime.errors import BackendError
+
+EMOJI = Path(gpu.ROOT) / "models" / "emoji"
+
+
+def _sampling_tolerance() -> float:
+    """What the parity gate allowed this bundle's sampling run; it grows with the guidance scale."""
+    figures = Bundle.open().manifest.parity["figures"]
+    (allowed,) = (figure["tolerance"] for figure in figures if figure["component"] == "sampling")
+    return float(allowed) * GUIDANCE / SAMPLING_GUIDANCE
+
+
+def _run(tmp_path: Path, seconds: float = 60.0) -> gpu._Run:
+    return gpu._Run(tmp_path, tmp_path, time.monotonic() + seconds)
+
+
+def _python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_without_a_gpu_it_says_so_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if _has_gpu():
+        pytest.skip("this machine has a GPU")
+    assert gpu.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]) == gpu.EXIT_NO_GPU
+    assert "no GPU can be used here" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def _has_gpu() -> bool:
+    try:
+        return bool(find_gpu())
+    except BackendError:
+        return False
+
+
+def test_a_stage_that_fails_is_recorded_with_its_last_words(tmp_path: Path) -> None:
+    stage = _run(tmp_path).stage("x", _python("print('working'); raise SystemExit('it broke')"), 30)
+    assert stage["status"] == "failed"
+    assert stage["reason"] == "exit status 1: it broke"
+
+
+def test_a_stage_that_takes_too_long_is_ended_with_its_children_and_keeps_what_it_wrote(
+    tmp_path: Path,
+) -> None:
+    run = _run(tmp_path)
+    child = "import time; time.sleep(60)"
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        f"pathlib.Path({str(run.result('x'))!r}).write_text('{{\"rows\": [1]}}')\n"
+        f"process = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "print(process.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    started = time.monotonic()
+    stage = run.stage("x", _python(code), 6)
+    assert time.monotonic() - started < 30
+    assert stage["status"] == "failed"
+    assert stage["reason"].startswith("stopped after")
+    assert stage["data"] == {"rows": [1]}
+    assert not _alive(int(stage["reason"].rpartition(" ")[2]))
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended but was not yet reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_when_the_time_is_used_up_nothing_is_started(tmp_path: Path) -> None:
+    stage = _run(tmp_path, seconds=0).stage("x", _python("raise SystemExit(1)"), 30)
+    assert stage == {"status": "not run", "reason": "the time was used up"}
+
+
+def test_the_report_is_written_after_every_stage(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    result = run.result("facts")
+    facts = {"gpu": "NVIDIA H100 80GB HBM3", "versions": {}}
+    run.stage("facts", _python(f"open({str(result)!r}, 'w').write({json.dumps(facts)!r})"), 30)
+    table, page = run.paths()
+    assert table.name == "nvidia-h100-80gb-hbm3.json"
+    run.stage("tests", _python("print('3 passed in 1 s')"), 30)
+    assert json.loads(table.read_text())["stages"]["tests"]["last_line"] == "3 passed in 1 s"
+    assert "3 passed in 1 s" in page.read_text()
+
+
+def test_the_peer_draws_what_the_runtime_draws() -> None:
+    """Same networks, tokens, latents and sampler: else its times would be of another picture."""
+    peer_pipeline = Pipeline.load(backend="onnxruntime-cpu")
+    latents = peer_pipeline.initial_latents(7)
+    texts = Texts("a red apple", "a face")
+    checkpoint = open_checkpoint(str(EMOJI))
+    peer = DiffusersPeer(checkpoint, bundle_tokenizer(Bundle.open()), torch.device("cpu"), compiled=False)
+    theirs = peer.draw(texts, latents, 4)
+    ours = peer_pipeline(
+        texts.prompt,
+        negative_prompt=texts.negative,
+        latents=latents,
+        num_inference_steps=4,
+        guidance_scale=GUIDANCE,
+        sampler="ddim",
+        output_type="numpy",
+    )
+    assert compare(ours.latents, theirs.latents)[0] < _sampling_tolerance()
+    assert np.abs(theirs.pixels.astype(int) - ours.images).max() <= 1
+
+
+def test_timing_on_the_cpu_gives_every_row_and_names_what_cannot_run() -> None:
+    saved: list[dict[str, Any]] = []
+    plan = Plan(64, batches=[1], steps=[1], repeats=2, deadline=time.monotonic() + 300, compiled=False)
+    found = time_architecture(
+        open_checkpoint(str(EMOJI)),
+        Bundle.open(),
+        ["onnxruntime-cpu", "tensorrt"],
+        torch.device("cpu"),
+        plan,
+        lambda partial: saved.append(json.loads(json.dumps(partial))),
+    )
+    (row,) = found["rows"]
+    assert set(row["contenders"]) == {"sdrt onnxruntime-cpu", "diffusers"}
+    for stages in row["contenders"].values():
+        assert all(stages[name]["median"] > 0 for name in ("step", "text_encoder", "vae_decoder", "total"))
+    assert "not_run" in found["contenders"]["sdrt tensorrt"]
+    assert found["fidelity"]["sdrt onnxruntime-cpu"]["relative_l2_to_diffusers"] < _sampling_tolerance()
+    assert saved[-1] == json.loads(json.dumps(found))
+
+
+def test_out_of_time_is_a_row_that_says_so() -> None:
+    plan = Plan(64, batches=[1], steps=[1], repeats=1, deadline=time.monotonic() - 1, compiled=False)
+    found = time_architecture(
+        open_checkpoint(str(EMOJI)),
+        Bundle.open(),
+        ["onnxruntime-cpu"],
+        torch.device("cpu"),
+        plan,
+        lambda _: None,
+    )
+    assert found["rows"] == [{"batch": 1, "steps": 1, "not_run": "out of time"}]
+
+
+def test_operations_of_the_embedded_unet_are_counted() -> None:
+    """A 3×3 convolution at full size alone is known; the whole is larger, and grows with the pixels."""
+    from sdrt.benchmarks.gpu_ceilings import guided_step_flop
+
+    checkpoint = open_checkpoint(str(EMOJI))
+    small, large = guided_step_flop(checkpoint, 64), guided_step_flop(checkpoint, 128)
+    width = checkpoint.configs["unet"]["block_out_channels"][0]
+    assert small > 2 * 2 * 9 * width * width * 16 * 16
+    assert 3.5 < large / small < 5  # convolutions by 4, attention by 16
+
+
+@pytest.mark.parametrize("stage", sorted(gpu_stages.STAGES))
+def test_every_stage_is_reachable_from_the_command_line(
+    stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_stages.main(["--help"])
+    assert ended.value.code == 0
+    assert stage in capsys.readouterr().out
