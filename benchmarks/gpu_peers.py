@@ -87,7 +87,7 @@ class DiffusersPeer:
         self.name = "torch.compile" if compiled else "diffusers"
         self.device = device
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.xl = "text_encoder_2" in checkpoint.configs
+        self.xl = checkpoint.family == "sdxl"
         names = ("text_encoder", "text_encoder_2") if self.xl else ("text_encoder",)
         self.text_encoders = [self._load(checkpoint, name) for name in names]
         self.unet = self._load(checkpoint, "unet")

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from sdrt.benchmarks import gpu, gpu_stages
+from sdrt.benchmarks.gpu_ceilings import guided_step_flop
 from sdrt.benchmarks.gpu_peers import GUIDANCE, DiffusersPeer, Texts
 from sdrt.benchmarks.gpu_timings import Plan, bundle_tokenizer, time_architecture
+from sdrt.export.architectures import open_architecture
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.parity import SAMPLING_GUIDANCE, compare
 from sdrt.runtime import Bundle, Pipeline
@@ -162,13 +164,18 @@ def test_out_of_time_is_a_row_that_says_so() -> None:
 
 def test_operations_of_the_embedded_unet_are_counted() -> None:
     """A 3×3 convolution at full size alone is known; the whole is larger, and grows with the pixels."""
-    from sdrt.benchmarks.gpu_ceilings import guided_step_flop
-
     checkpoint = open_checkpoint(str(EMOJI))
     small, large = guided_step_flop(checkpoint, 64), guided_step_flop(checkpoint, 128)
     width = checkpoint.configs["unet"]["block_out_channels"][0]
     assert small > 2 * 2 * 9 * width * width * 16 * 16
     assert 3.5 < large / small < 5  # convolutions by 4, attention by 16
+
+
+@pytest.mark.parametrize(("name", "tera"), [("sd15", 1.61), ("sdxl", 13.5)])
+def test_operations_of_the_published_architectures(name: str, tera: float) -> None:
+    """The numbers that others give for a guided step: twice 803 and 6761 GFLOP."""
+    checkpoint = open_architecture(name)
+    assert guided_step_flop(checkpoint, checkpoint.native_size) / 1e12 == pytest.approx(tera, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", sorted(gpu_stages.STAGES))

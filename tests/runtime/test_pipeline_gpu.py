@@ -14,12 +14,10 @@ import torch
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.cli import main
 from sdrt.export.engine_compare import random_inputs, tolerance
-from sdrt.export.modules import WRAPPERS
+from sdrt.export.modules import wrapped
 from sdrt.export.parity import SAMPLING_FACTOR, compare
-from sdrt.export.weights import load_module
 from sdrt.kernels.philox import philox_normal
-from sdrt.runtime import Bundle, Pipeline, generation
-from sdrt.runtime import denoise as denoise_module
+from sdrt.runtime import Bundle, Pipeline, decode, denoise, prompts
 from sdrt.runtime.backends import choose_backend, find_gpu, load_executor, open_device
 from sdrt.runtime.cuda_device import CudaDevice
 from sdrt.runtime.errors import BackendError
@@ -73,8 +71,7 @@ def test_every_component_gives_what_pytorch_gives_on_this_gpu(
     with device, torch.no_grad():
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for component in ("text_encoder", "unet", "vae_decoder"):
-            subfolder, wrapper = WRAPPERS[component]
-            reference = wrapper(load_module(checkpoint, subfolder)).eval().cuda()
+            reference = wrapped(checkpoint, component).cuda()
             feeds = random_inputs(bundle, component, sizes)
             executor = load_executor(bundle, component, backend=backend, device=device)
             inputs = {name: device.zeros(array.shape, array.dtype) for name, array in feeds.items()}
@@ -112,8 +109,8 @@ def test_graphs_give_what_separate_launches_give(
     def eager(_device: object, work: Callable[[], None], _executors: object) -> Callable[[], None]:
         return work
 
-    monkeypatch.setattr(denoise_module, "replayable", eager)
-    monkeypatch.setattr(generation, "replayable", eager)
+    for module in (denoise, decode, prompts):
+        monkeypatch.setattr(module, "replayable", eager)
     with Pipeline.load(bundle, backend=backend) as pipeline:
         launched = pipeline("a", seed=1, eta=1.0, sampler="ddim", **OPTIONS)
     np.testing.assert_array_equal(replayed.latents, launched.latents)
