@@ -28,7 +28,8 @@ from sdrt.runtime.files import write_atomically
 
 ROOT: Final = Path(sdrt.__file__).resolve().parents[2]
 FLAVOURS: Final = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-BATCH: Final = "1..4"
+BATCHES: Final = (1, 4)
+SECONDS_FOR_MORE: Final = 240  # engines for further batches are built if so much is left
 EXIT_NO_GPU: Final = 7
 
 
@@ -164,12 +165,42 @@ def last_words(log: Path) -> str:
     return next((line for line in reversed(lines) if line), "no output")[:600]
 
 
+def export_arguments(name: str, out: Path) -> list[str]:
+    """For ``sd-export``: an architecture with random weights."""
+    batch = f"{min(BATCHES)}..{max(BATCHES)}"
+    return ["--architecture", name, "--random-weights", str(out), "--fp16", "--batch", batch, "--force"]
+
+
+def engine_arguments(bundle: Path, flavour: str, batch: int) -> list[str]:
+    """For ``sd-export``: engines for guided pictures of one batch and size alone, which run fastest."""
+    profile = f"batch={batch},rows={2 * batch}"
+    return [str(bundle), "--engine", flavour, "--profile", profile, "--force"]
+
+
+def _sd_export(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "sdrt.export.cli", *arguments]
+
+
 def _start_export(run: _Run, name: str) -> tuple[subprocess.Popen[bytes], float]:
     """Exports need no GPU: they run beside the tests."""
-    command = [sys.executable, "-m", "sdrt.export.cli", "--architecture", name, "--random-weights"]
-    command += ["--fp16", "--batch", BATCH, "--force", str(run.work / name)]
     with run.log(f"export {name}").open("w", encoding="utf-8") as log:
-        return _start(command, log), time.monotonic()
+        return _start(_sd_export(export_arguments(name, run.work / name)), log), time.monotonic()
+
+
+def _build_engines(run: _Run, name: str, bundle: Path) -> list[str]:
+    """Engines of every flavour for every batch; the flavours that could be built."""
+    built: list[str] = []
+    for batch in BATCHES:
+        first = batch == BATCHES[0]
+        for flavour in FLAVOURS if first else tuple(built):
+            stage = f"engine {name} {flavour} batch {batch}"
+            if not first and run.left() < SECONDS_FOR_MORE:
+                run.record(stage, {"status": "not run", "reason": "too little time was left"})
+            elif (
+                run.stage(stage, _sd_export(engine_arguments(bundle, flavour, batch)), 150)["status"] == "ran"
+            ):
+                built += [flavour] if first else []
+    return built
 
 
 def _measure(
@@ -178,28 +209,11 @@ def _measure(
     """Everything about one architecture, once its export has ended."""
     process, started = export
     code = _wait(process, run.left())
-    if (
-        run.record(f"export {name}", run.outcome(f"export {name}", code, time.monotonic() - started))[
-            "status"
-        ]
-        != "ran"
-    ):
+    stage = f"export {name}"
+    if run.record(stage, run.outcome(stage, code, time.monotonic() - started))["status"] != "ran":
         return
     bundle = run.work / name
-    built = []
-    for flavour in FLAVOURS:
-        command = [
-            sys.executable,
-            "-m",
-            "sdrt.export.cli",
-            str(bundle),
-            "--engine",
-            flavour,
-            "--batch",
-            BATCH,
-        ]
-        if run.stage(f"engine {name} {flavour}", command, 150)["status"] == "ran":
-            built.append(flavour)
+    built = _build_engines(run, name, bundle)
     common = ["--model", name, "--bundle", str(bundle), "--backends", *built]
     # The last architecture gets what is left; the others their share.
     remaining = len(arguments.architectures) - arguments.architectures.index(name)

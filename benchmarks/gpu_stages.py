@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from sdrt.runtime.errors import SdrtError
 from sdrt.runtime.files import write_atomically
 
 NATIVE_SIZES: Final = {"sd15": 512, "sd21": 768, "sdxl": 1024}
@@ -65,7 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def save(found: dict[str, Any]) -> None:
         write_atomically(arguments.result, (json.dumps(found, indent=2) + "\n").encode())
 
-    save(STAGES[arguments.stage](arguments, save))
+    try:
+        save(STAGES[arguments.stage](arguments, save))
+    except SdrtError as error:
+        print(error)
+        return error.exit_status
     return 0
 
 
@@ -207,8 +212,6 @@ def _free_memory() -> int:
 
 
 def _each(measure: Callable[[str], dict[str, float]], backend: str) -> dict[str, Any]:
-    from sdrt.runtime.errors import SdrtError
-
     try:
         return dict(measure(backend))
     except (SdrtError, ImportError, RuntimeError, OSError) as error:

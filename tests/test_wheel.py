@@ -43,10 +43,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_every_module_and_the_embedded_bundle(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in PACKAGES:
-        for file in (ROOT / package).glob("*.py"):
-            assert f"sdrt/{package}/{file.name}" in names
+        for pattern in ("*.py", "*.cu", "*.cuh"):
+            for file in (ROOT / package).glob(pattern):
+                assert f"sdrt/{package}/{file.name}" in names
     assert {"sdrt/__init__.py", "sdrt/py.typed"} <= names
     assert "sdrt/export/data/bpe_simple_vocab_16e6.txt.gz" in names
+    for config in (ROOT / "export" / "data" / "architectures").rglob("*.json"):
+        assert f"sdrt/{config.relative_to(ROOT)}" in names
     bundle = ROOT / "models" / "emoji" / "bundle"
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     assert "sdrt/models/emoji/bundle/manifest.json" in names

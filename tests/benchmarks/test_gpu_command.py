@@ -16,6 +16,7 @@ from sdrt.benchmarks import gpu, gpu_stages
 from sdrt.benchmarks.gpu_ceilings import guided_step_flop
 from sdrt.benchmarks.gpu_peers import GUIDANCE, DiffusersPeer, Texts
 from sdrt.benchmarks.gpu_timings import Plan, bundle_tokenizer, time_architecture
+from sdrt.export import cli_options
 from sdrt.export.architectures import open_architecture
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.parity import SAMPLING_GUIDANCE, compare
@@ -106,6 +107,19 @@ def test_the_report_is_written_after_every_stage(tmp_path: Path) -> None:
     run.stage("tests", _python("print('3 passed in 1 s')"), 30)
     assert json.loads(table.read_text())["stages"]["tests"]["last_line"] == "3 passed in 1 s"
     assert "3 passed in 1 s" in page.read_text()
+
+
+@pytest.mark.parametrize("flavour", gpu.FLAVOURS)
+def test_the_commands_are_those_of_sd_export(tmp_path: Path, flavour: str) -> None:
+    exporting = cli_options.parse(gpu.export_arguments("sdxl", tmp_path / "out"))
+    assert (exporting.mode, exporting.architecture, exporting.dtype) == ("export", "sdxl", "fp16")
+    (tmp_path / "manifest.json").touch()
+    building = cli_options.parse(gpu.engine_arguments(tmp_path, flavour, 4))
+    assert building.mode == "engines"
+    (options,) = building.engines
+    assert options.flavour == flavour
+    (profile,) = options.profiles
+    assert (profile["batch"].maximum, profile["rows"].minimum, profile["rows"].maximum) == (4, 8, 8)
 
 
 def test_the_peer_draws_what_the_runtime_draws() -> None:
