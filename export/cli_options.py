@@ -149,6 +149,11 @@ def _add_engines(group: Any) -> None:
         action="store_true",
         help="do not fail where TensorRT runs an attention as separate kernels",
     )
+    group.add_argument(
+        "--no-engine-parity",
+        action="store_true",
+        help="do not compare engines with their graphs, where a GPU could: they say so from then on",
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -256,6 +261,7 @@ def _check_values(arguments: argparse.Namespace) -> None:
         "refit",
         "timing_cache",
         "allow_unfused_attention",
+        "no_engine_parity",
     ):
         if _given(arguments, name):
             raise UsageError(f"--{name.replace('_', '-')} is for engines: give --engine too")
@@ -293,6 +299,7 @@ def engine_options(arguments: argparse.Namespace) -> list[EngineOptions]:
             refit=arguments.refit,
             timing_cache=Path(cache) if cache else None,
             allow_unfused=arguments.allow_unfused_attention,
+            compare=not arguments.no_engine_parity,
         )
         for flavour in dict.fromkeys(arguments.engine or ())
     ]

@@ -244,6 +244,9 @@ class _Builder:
         }
         config = self._create_config(options)(builder, network)
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32, as in the parity gate
+        if self.job["flavour"] == RTX:
+            # Without it an engine may allocate as it runs, and then it cannot be captured into a graph.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         return config
 
     def _create_config(self, options: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from sdrt.runtime.errors import BackendError, ParityError
 from sdrt.runtime.executors import Executor
 
 NO_GPU: Final = "no GPU here"
+NOT_ASKED_FOR: Final = "left out, as --no-engine-parity asked"
 SEED: Final = 20240229
 _CPU: Final = "onnxruntime-cpu"
 _VIEW: Final = "view"  # inside the engine's unfinished folder

@@ -55,6 +55,7 @@ class EngineOptions:
         refit: Whether weights can be replaced in the finished engine.
         timing_cache: Where measured kernel timings are kept from build to build; None: in the user's cache.
         allow_unfused: Whether TensorRT may run an attention as separate kernels.
+        compare: Whether the engine is compared with its graph where there is a GPU.
     """
 
     flavour: str
@@ -65,6 +66,7 @@ class EngineOptions:
     refit: bool = False
     timing_cache: Path | None = None
     allow_unfused: bool = False
+    compare: bool = True
 
 
 def parse_extent(option: str, text: str) -> Extent:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sdrt
-from sdrt.export.engine_compare import compare_engine
+from sdrt.export.engine_compare import NOT_ASKED_FOR, compare_engine
 from sdrt.export.engine_flavours import ORT_CUDA, TENSORRT, flavour_version, resolve_targets
 from sdrt.export.engine_options import (
     CURRENT,
@@ -188,7 +188,7 @@ def _build(
     draft = EngineManifest(key, files)
     with writing(folder):
         (folder / ENGINE_NAME).write_text(engine_to_json(draft), encoding="utf-8")
-    compared = compare_engine(bundle, key.component, folder, draft)
+    compared = compare_engine(bundle, key.component, folder, draft) if options.compare else NOT_ASKED_FOR
     facts = _facts(result, time.perf_counter() - started, compared)
     manifest = EngineManifest(key, files, facts)
     with writing(folder):

@@ -19,10 +19,11 @@ from sdrt.runtime.executors import Executor
 
 if TYPE_CHECKING:
     from sdrt.runtime.cuda_device import CudaDevice
-    from sdrt.runtime.engine_search import Capability
+    from sdrt.runtime.engine_search import Capability, Engine
 
 AUTO: Final = "auto"
-DEFAULT_BACKEND: Final = AUTO
+# What TensorRT may say of an engine that no other size or setting will mend.
+UNFIT: Final = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,13 +257,31 @@ def _probe_tensorrt(flavour: str) -> Callable[[Bundle, Gpu | None, RequestShape 
         from sdrt.runtime.executor_tensorrt import import_tensorrt
 
         assert gpu is not None
-        version = import_tensorrt(flavour).__version__
+        trt = import_tensorrt(flavour)
+        version = trt.__version__
         axes = shape.axes(bundle.manifest.latents.factor) if shape else {}
         for name in required_components(bundle.manifest.family):
-            find_engine(bundle, name, flavour, version, gpu.capability, _axes_of(name, axes))
+            engine = find_engine(bundle, name, flavour, version, gpu.capability, _axes_of(name, axes))
+            _refuse_unfit(trt, engine, name, gpu)
         return f"{flavour} {version} has an engine of every component for {gpu}"
 
     return probe
+
+
+def _refuse_unfit(trt: Any, engine: Engine, component: str, gpu: Gpu) -> None:
+    """TensorRT for RTX knows which GPUs and drivers its engines run on: 8.0+ need not be all of them."""
+    from sdrt.runtime.tensorrt_engine import invalid_because
+    from sdrt.runtime.tensorrt_errors import ErrorLog
+
+    if gpu.index != 0:  # it speaks of the current GPU, which is the first until a device is opened
+        return
+    runtime = trt.Runtime(ErrorLog(trt).logger)
+    header = engine.read_header(getattr(runtime, "engine_header_size", 0))
+    if wrong := UNFIT.intersection(invalid_because(trt, runtime, header)):
+        raise BackendError(
+            f"TensorRT says that the engine of the {component} does not run on {gpu}: "
+            f"{', '.join(sorted(wrong))}; its targets are {', '.join(engine.manifest.key.targets)}"
+        )
 
 
 def _axes_of(component: str, axes: Mapping[str, int]) -> Mapping[str, int]:

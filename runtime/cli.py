@@ -71,9 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--eta",
         type=float,
-        default=0.0,
         metavar="SHARE",
-        help="fresh noise per step, 0 to 1 (if the sampler has it; default: 0)",
+        help="fresh noise per step, 0 to 1 (if the sampler has it; default: the sampler's own)",
     )
     add(
         "--rng",

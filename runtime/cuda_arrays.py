@@ -67,8 +67,12 @@ class Session:
         Otherwise a free that the garbage collector happens to make would become part of the graph.
         """
         with self._lock:
-            self.driver.begin_capture(self.stream)
-            self._deferred = []
+            self._deferred = []  # first: the collector may run at any line
+            try:
+                self.driver.begin_capture(self.stream)
+            except BaseException:
+                self.capture_ended()
+                raise
 
     def capture_ended(self) -> None:
         """Run again what goes into the stream, and give back what has died."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sdrt.kernels.launch import Launch
@@ -202,20 +202,26 @@ class CudaDriver:
     def elapsed(self, start: int, end: int) -> float:
         return float(self._call("cuEventElapsedTime", start, end)) / 1e3  # milliseconds
 
-    def load_module(self, image: bytes) -> int:
-        # Loading is among the calls that end a capture; a thread in relaxed mode may do it all the same.
+    @contextlib.contextmanager
+    def _relaxed(self) -> Iterator[None]:
+        """Loading is among the calls that end a capture; a thread in relaxed mode may do it all the same."""
         modes = self._api.CUstreamCaptureMode
         before = self._call("cuThreadExchangeStreamCaptureMode", modes.CU_STREAM_CAPTURE_MODE_RELAXED)
         try:
-            return int(self._call("cuModuleLoadData", image))
+            yield
         finally:
             self._call("cuThreadExchangeStreamCaptureMode", before)
+
+    def load_module(self, image: bytes) -> int:
+        with self._relaxed():
+            return int(self._call("cuModuleLoadData", image))
 
     def unload_module(self, module: int) -> None:
         self._give_back("cuModuleUnload", module)
 
     def function(self, module: int, name: str) -> int:
-        return int(self._call("cuModuleGetFunction", module, name.encode()))
+        with self._relaxed():  # drivers load a module's functions when they are first asked for
+            return int(self._call("cuModuleGetFunction", module, name.encode()))
 
     def launch(self, function: int, launch: Launch, stream: int) -> None:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(launch.params))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 
 from sdrt.runtime.cuda_arrays import Owned, Session
 from sdrt.runtime.cuda_staging import new_event
@@ -29,22 +31,39 @@ class Graph:
         self._session = session
         self._work = work
         self._check = check
-        session.begin_capture()
-        try:
+        with _no_collection():
+            session.begin_capture()
             try:
-                work()
-            except BaseException:
-                session.driver.abandon_capture(session.stream)
-                raise
-            graph = session.driver.end_capture(session.stream)
-        finally:
-            session.capture_ended()
+                try:
+                    work()
+                except BaseException:
+                    session.driver.abandon_capture(session.stream)
+                    raise
+                graph = session.driver.end_capture(session.stream)
+            finally:
+                session.capture_ended()
         self._graph = Owned(session, graph, session.driver.destroy_graph)
 
     def __call__(self) -> None:
         """Queue the recorded work."""
         self._check()
         self._session.driver.launch_graph(self._graph.handle, self._session.stream)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Put the garbage collector off.
+
+    It may find another library's memory, such as an execution context of TensorRT: what that calls to give it
+    back (cudaFree) would end the capture. What is ours waits in any case: `Session.give_back`.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class CudaTimer:

@@ -51,6 +51,20 @@ class Engine:
         }
         return min(distances, key=lambda index: (distances[index], index)) if distances else None
 
+    def read_header(self, count: int) -> bytes:
+        """The plan's first ``count`` bytes, unchecked: enough for TensorRT to say what it was built for.
+
+        Raises:
+            BundleError: It is missing or leads out of the engine's folder.
+        """
+        entry = self.manifest.files[0]
+        name = f"{ENGINES_FOLDER}/{self.folder.name}/{entry.path}"
+        try:
+            with _inside(self.folder, entry, name).open("rb") as file:
+                return file.read(count)
+        except OSError as error:
+            raise BundleError(f"{name} cannot be read: {error.strerror}; {self.rebuild}") from error
+
     def read_plan(self, *, verify: bool = True) -> bytes:
         """The plan's bytes, of the recorded size and, with ``verify``, the recorded SHA-256.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -223,9 +224,15 @@ _PRINTING: Final = threading.Lock()  # components are loaded in threads, and the
 
 
 def _load_cuda_libraries(ort: Any) -> None:
-    """Load CUDA's and cuDNN's libraries from their wheels, which the provider does not find by itself."""
+    """Load CUDA's and cuDNN's libraries from their wheels, which the provider does not find by itself.
+
+    onnxruntime looks beside itself; with several folders on Python's path they may be in another one.
+    """
     with _PRINTING, contextlib.redirect_stdout(io.StringIO()):  # it prints what it misses; the check tells
         ort.preload_dlls()
+        for entry in dict.fromkeys(sys.path):
+            for folder in sorted(Path(entry).glob("nvidia/*/lib")):
+                ort.preload_dlls(directory=str(folder.absolute()))
 
 
 def _check_provider(session: Any, version: str) -> None:

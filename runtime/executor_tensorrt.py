@@ -98,9 +98,11 @@ class TensorRTExecutor:
         self._device.make_current()
         engine = self._find(axes)
         self._latest = self._loaded.get(engine.folder.name) or self._load(engine)
-        binding = _Binding(self._latest, engine.profile_index(axes) or 0, inputs, outputs)
-        self.capturable = self.capturable and binding.capturable
-        return binding
+        return _Binding(self._latest, engine.profile_index(axes) or 0, inputs, outputs, self._note_capturable)
+
+    def _note_capturable(self, capturable: bool) -> None:
+        """What the library says of a binding after its first run."""
+        self.capturable = self.capturable and capturable
 
     def refit(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Replace weights by name, as a LoRA does; also in engines that are loaded later.
@@ -170,6 +172,7 @@ class _Binding:
         profile: int,
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
+        note_capturable: Callable[[bool], None],
     ) -> None:
         self._loaded, self._log, self._stream = loaded, loaded.log, loaded.device.stream
         self._component = loaded.spec.name
@@ -185,21 +188,28 @@ class _Binding:
             self._check_shape(name, buffer)
             if not self._context.set_tensor_address(name, buffer.address):
                 raise self._failed(f"TensorRT refuses the address of {name}")
-        self._scratch = self._give_scratch()
-        self._fresh = True
-        # Only TensorRT for RTX can be asked; TensorRT's engines for these models can all be captured.
-        ask = getattr(self._context, "is_stream_capturable", None)
-        self.capturable = ask is None or bool(ask(self._stream))
+        self._scratch_size = int(self._context.update_device_memory_size_for_shapes())
+        self._scratch: Buffer | None = None
+        if self._scratch_size:
+            loaded.device.scratch(self._scratch_size)  # whether it fits is found now
         self._enqueue: Callable[[int], bool] = self._context.execute_async_v3
+        self._note_capturable: Callable[[bool], None] | None = note_capturable  # until it has run once
         self._log.clear()  # what was said and did no harm is no reason for what may fail later
 
     def __call__(self) -> None:
         """Queue the component's work; see `Executor.bind`."""
+        self._loaded.device.make_current()
+        if self._scratch is None and self._scratch_size:
+            self._give_scratch()
         if not self._enqueue(self._stream):
             raise self._failed(f"the {self._component} failed")
-        if self._fresh:  # the first run is what compiles
-            self._fresh = False
-            self._loaded.save_cache()
+        if self._note_capturable is not None:
+            # Only TensorRT for RTX can be asked; TensorRT's engines for these models can all be captured.
+            ask = getattr(self._context, "is_stream_capturable", None)
+            self._note_capturable(ask is None or bool(ask(self._stream)))
+            self._note_capturable = None
+            self._log.clear()
+            self._loaded.save_cache()  # the first run is what compiles
 
     def _set_shapes(self, profile: int, inputs: Mapping[str, Buffer]) -> None:
         context = self._context
@@ -235,13 +245,10 @@ class _Binding:
                 f"{self._loaded.where}: {name} comes out as {list(shape)}, the buffer is {list(buffer.shape)}"
             )
 
-    def _give_scratch(self) -> Buffer | None:
-        needed = int(self._context.update_device_memory_size_for_shapes())
-        if not needed:
-            return None
-        scratch = self._loaded.device.scratch(needed)
-        self._context.set_device_memory(scratch.address, needed)
-        return scratch
+    def _give_scratch(self) -> None:
+        """At the first run, so that bindings made together have the memory of the largest in common."""
+        self._scratch = self._loaded.device.scratch(self._scratch_size)
+        self._context.set_device_memory(self._scratch.address, self._scratch_size)
 
     def _failed(self, what: str) -> BackendError:
         return self._log.error(f"{self._loaded.where}: {what}", free=self._loaded.free_memory())

@@ -19,7 +19,8 @@ class Executor(Protocol):
 
     Attributes:
         spec: Its inputs and outputs.
-        capturable: Whether a bound call may be recorded into a CUDA graph. It must have run once before.
+        capturable: Whether a bound call may be recorded into a CUDA graph. It must have run once before, and
+            only then is the answer final: a first run may turn it to False.
     """
 
     spec: ComponentSpec

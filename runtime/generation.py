@@ -58,9 +58,10 @@ class Generation:
 
     def prepare(self, request: Request, *, decodes: bool) -> None:
         """Make what the request needs beyond the loop, before anything is drawn; errors as `__init__`."""
-        self._loop.prepare(draws_noise=_drawn_on_device(request))
+        # The decoder first: it wants more scratch memory than the U-Net, whose graph then has it in common.
         if decodes and self._decoder is None:
             self._decoder = ImageDecoder(self._decoder_executor, self._device, self._loop)
+        self._loop.prepare(draws_noise=_drawn_on_device(request))
 
     def draw(
         self,

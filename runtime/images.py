@@ -40,7 +40,7 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "CFG scale": recipe["guidance_scale"],
         "Seed": recipe["seed"],
         "Size": f"{recipe['width']}x{recipe['height']}",
-        **({"Eta": recipe["eta"]} if recipe["eta"] else {}),
+        **({} if recipe["eta"] is None else {"Eta": recipe["eta"]}),
         "RNG": _A1111_GENERATORS[recipe["rng"]],
         "Model": recipe["model"],
         "Version": f"sdrt {recipe['version']}",

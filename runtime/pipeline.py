@@ -41,7 +41,14 @@ from sdrt.runtime.output import (
     PipelineOutput,
 )
 from sdrt.runtime.prompts import PromptEncoder, text_encoders
-from sdrt.runtime.request import Request, build_request, checked_size, is_device_array, latent_shape
+from sdrt.runtime.request import (
+    MAX_IMAGES,
+    Request,
+    build_request,
+    checked_size,
+    is_device_array,
+    latent_shape,
+)
 from sdrt.runtime.schedule import check_integer
 
 __all__ = ["BlackImageWarning", "Pipeline", "PipelineOutput"]
@@ -82,7 +89,7 @@ class Pipeline:
             text_encoders(bundle, executors),
             device,
             batch=limits.min_batch,
-            most_texts=2 * limits.max_batch,
+            most_texts=2 * min(limits.max_batch, MAX_IMAGES),
         )
         self._shapes: OrderedDict[Shape, Generation] = OrderedDict()
         self._closed = False
@@ -180,7 +187,7 @@ class Pipeline:
         rng: Rng = DEFAULT_RNG,
         sampler: str | None = None,
         karras: bool = False,
-        eta: float = 0.0,
+        eta: float | None = None,
         latents: Any = None,
         original_size: Sequence[int] | None = None,
         crops_coords_top_left: Sequence[int] | None = None,
@@ -204,7 +211,7 @@ class Pipeline:
             rng: ``philox`` gives the noise of PyTorch's CUDA generator, ``cpu`` of its CPU generator.
             sampler: A name in `sdrt.runtime.solvers.SAMPLERS`; by default the bundle's.
             karras: Space the noise levels as Karras et al. 2022, eq. 5.
-            eta: Share of fresh noise per step, for samplers that have it.
+            eta: Share of fresh noise per step, for samplers that have it; by default the sampler's own.
                 A sampler that adds noise draws ``philox`` on the device, inside the step's graph; the CPU
                 generator's numbers are made on the host, and each step then begins with an upload.
             latents: float32 [N, C, h, w] of unit variance, in place of noise drawn from the seeds: a NumPy

@@ -20,4 +20,6 @@ def replayable(device: Device, work: Callable[[], None], executors: Sequence[Exe
     if not all(executor.capturable for executor in executors):
         return work
     work()
+    if not all(executor.capturable for executor in executors):  # TensorRT for RTX can tell only now
+        return work
     return device.capture(work)

@@ -16,7 +16,7 @@ from sdrt.runtime.denoise import MAX_ROWS
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng, validate_seed
-from sdrt.runtime.solvers import SAMPLERS, SamplerTable, make_table
+from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, make_table
 from sdrt.runtime.tokenizer import checked_text
 
 MAX_IMAGES: Final = 1000
@@ -38,7 +38,7 @@ class Request:
     guidance_scale: float
     table: SamplerTable  # some samplers have more than one row for a step
     karras: bool
-    eta: float
+    eta: float | None  # None: the sampler's own
     rng: Rng
     latents: Any  # NumPy array or device array; None: noise from the seeds
     sizes: dict[str, list[int]]  # SDXL's original_size, crops_coords_top_left and target_size; else empty
@@ -84,7 +84,7 @@ def build_request(
     rng: Rng = DEFAULT_RNG,
     sampler: str | None = None,
     karras: bool = False,
-    eta: float = 0.0,
+    eta: float | None = None,
     latents: Any = None,
     original_size: Sequence[int] | None = None,
     crops_coords_top_left: Sequence[int] | None = None,
@@ -102,7 +102,7 @@ def build_request(
         negative_prompt = ""
     prompts, negatives = _per_image_texts(prompt, negative_prompt, num_images_per_prompt)
     rows, columns = checked_size(manifest, height, width)
-    eta = _number("eta", eta)
+    eta = None if eta is None else _number("eta", eta)
     steps = _whole(
         "num_inference_steps",
         defaults.num_inference_steps if num_inference_steps is None else num_inference_steps,
@@ -158,7 +158,9 @@ def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int,
     return geometry.channels, height // geometry.factor, width // geometry.factor
 
 
-def _table(manifest: Manifest, sampler: object, count: int, karras: object, eta: float) -> SamplerTable:
+def _table(
+    manifest: Manifest, sampler: object, count: int, karras: object, eta: float | None
+) -> SamplerTable:
     if not isinstance(sampler, str):
         raise UsageError(f"sampler is {sampler!r}: a name is wanted, one of {', '.join(SAMPLERS)}")
     if not isinstance(karras, bool):
@@ -166,7 +168,10 @@ def _table(manifest: Manifest, sampler: object, count: int, karras: object, eta:
     most = manifest.schedule.num_train_timesteps
     if not 1 <= count <= most:
         raise UsageError(f"num_inference_steps is {count}: allowed are whole numbers from 1 to {most}")
-    table = make_table(sampler, manifest.schedule, count, karras=karras, eta=eta)
+    # No noise is what a sampler without `eta` has anyway; one that has it must be told of a zero.
+    has_eta = sampler in SAMPLERS and "eta" in SAMPLERS[sampler].options
+    options = SamplerOptions(eta=eta) if eta or (has_eta and eta is not None) else None
+    table = make_table(sampler, manifest.schedule, count, options, karras=karras)
     if len(table.timesteps) > MAX_ROWS:
         raise UsageError(
             f"num_inference_steps is {count}, which is {len(table.timesteps)} evaluations of the unet with "

@@ -90,9 +90,9 @@ class NoiseSchedule:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(data) - names):
-            raise BundleError(
-                f"noise schedule: unknown {', '.join(unknown)}: allowed are {', '.join(sorted(names))}"
-            )
+            # repr: a name may hold anything, a line break too
+            shown = ", ".join(repr(str(name)[:40]) for name in unknown)
+            raise BundleError(f"noise schedule: unknown {shown}: allowed are {', '.join(sorted(names))}")
         if missing := sorted(names - {"trained_betas", "rescale_betas_zero_snr"} - set(data)):
             raise BundleError(f"noise schedule: no {', '.join(missing)}: export it again")
         betas = data.get("trained_betas")

@@ -23,6 +23,25 @@ DATA_TYPES: Final = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", 
 _MAX_LISTED: Final = 4  # weights that one message names
 
 
+def invalid_because(trt: Any, runtime: Any, plan: bytes) -> list[str]:
+    """What TensorRT for RTX finds wrong with a plan for the current GPU, such as ``UNSUPPORTED_CC``.
+
+    Args:
+        trt: The flavour's module.
+        runtime: Its ``Runtime``.
+        plan: The plan, or its first ``Runtime.engine_header_size`` bytes.
+
+    Returns:
+        Names of ``EngineInvalidityDiagnostics``; none for the full TensorRT, which cannot be asked.
+    """
+    validity = getattr(runtime, "get_engine_validity", None)
+    if validity is None:
+        return []
+    _, flags = validity(plan)
+    members = trt.EngineInvalidityDiagnostics.__members__.items()
+    return [name for name, flag in members if int(flags) & int(flag)]
+
+
 class LoadedEngine:
     """One engine on the GPU, shared by its bindings; its memory is given back with the last of them.
 
@@ -89,15 +108,7 @@ class LoadedEngine:
 
     def _diagnosis(self, plan: bytes) -> str:
         """What TensorRT for RTX finds wrong with a plan by its header, such as UNSUPPORTED_CC."""
-        validity = getattr(self._runtime, "get_engine_validity", None)
-        if validity is None:
-            return ""
-        _, flags = validity(plan)
-        names = [
-            name
-            for name, flag in self._trt.EngineInvalidityDiagnostics.__members__.items()
-            if int(flags) & int(flag)
-        ]
+        names = invalid_because(self._trt, self._runtime, plan)
         return f" [{', '.join(names)}]" if names else ""
 
     def _check_tensors(self) -> None:

@@ -37,7 +37,7 @@ def fake_onnxruntime(driver: RecordingDriver) -> Any:
     module.refusal = module.failure = None
     module.sessions = []
     module.get_available_providers = lambda: list(module.providers)
-    module.preload_dlls = lambda: print("what the library prints about missing files")
+    module.preload_dlls = lambda directory=None: print("what the library prints about missing files")
     module.InferenceSession = type("InferenceSession", (_Session,), {"module": module})
     return module
 

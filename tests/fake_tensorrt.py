@@ -164,6 +164,8 @@ class Runtime(_Part):
 
 
 class RtxRuntime(Runtime):
+    engine_header_size = 64
+
     def get_engine_validity(self, plan: bytes) -> tuple[Any, int]:
         self.logger.log(ILogger.INTERNAL_ERROR, "said while the plan was examined")
         return None, self.module.diagnosis

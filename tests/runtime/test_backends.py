@@ -23,7 +23,6 @@ import sdrt.runtime.backends as backends
 from sdrt.runtime.backends import (
     AUTO,
     BACKENDS,
-    DEFAULT_BACKEND,
     Choice,
     Gpu,
     RequestShape,
@@ -82,7 +81,7 @@ def refused(bundle: Bundle, name: str = AUTO, **options: Any) -> str:
 
 def test_order() -> None:
     assert list(BACKENDS) == ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu"]
-    assert DEFAULT_BACKEND == AUTO == "auto"
+    assert AUTO == "auto"
     assert AUTO not in BACKENDS
 
 
@@ -177,6 +176,19 @@ def test_engines_must_admit_what_will_be_asked(bundle: Bundle, gpu: RecordingDri
     choice = choose_backend(bundle, AUTO, RequestShape(1, 64, 32))
     assert choice.name == "onnxruntime-cuda"
     assert "height 64" in choice.reasons[0]
+
+
+def test_what_the_library_says_of_this_gpu_counts(bundle: Bundle, gpu: RecordingDriver) -> None:
+    """An engine for 8.0 and newer need not run on every newer GPU."""
+    add_engines(bundle, "tensorrt-rtx")
+    assert choose_backend(bundle).name == "tensorrt-rtx"
+    library: Any = sys.modules["tensorrt_rtx_bindings"]
+    library.diagnosis = 2
+    message = refused(bundle, "tensorrt-rtx")
+    assert f"does not run on {ADA}: UNSUPPORTED_CC; its targets are" in message
+    choice = choose_backend(bundle)
+    assert choice.name == "onnxruntime-cuda"
+    assert "UNSUPPORTED_CC" in choice.reasons[1]
 
 
 @pytest.mark.parametrize(

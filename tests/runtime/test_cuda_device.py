@@ -267,6 +267,45 @@ def test_work_that_the_driver_refuses_to_record_is_an_error_of_the_backend(
     device.synchronize()
 
 
+def test_the_collector_waits_until_a_capture_has_ended(device: CudaDevice) -> None:
+    """It might give back what another library has, which a capture does not survive."""
+    seen: list[bool] = []
+    device.capture(lambda: seen.append(gc.isenabled()))
+    assert (seen, gc.isenabled()) == ([False], True)
+    with pytest.raises(ZeroDivisionError):
+        device.capture(lambda: seen.append(1 // 0 == 0))
+    assert gc.isenabled()
+
+
+def test_what_dies_as_a_capture_begins_is_freed_after_it(
+    device: CudaDevice, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [device.zeros((4,), "float32")]
+    begin = driver.begin_capture
+
+    def begin_and_forget(stream: int) -> None:
+        begin(stream)
+        held.clear()  # as the collector might, or another thread
+
+    monkeypatch.setattr(driver, "begin_capture", begin_and_forget)
+    device.capture(lambda: None)
+    device.synchronize()
+    assert driver.used == 0  # and the fixture looks for frees inside of captures
+
+
+def test_a_capture_that_cannot_begin_leaves_the_device_usable(
+    device: CudaDevice, driver: RecordingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(stream: int) -> None:
+        raise CudaError("cuStreamBeginCapture", "CUDA_ERROR_ILLEGAL_STATE", f"stream {stream} is busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "begin_capture", refuse)
+        with pytest.raises(CudaError, match="is busy"):
+            device.capture(lambda: None)
+    assert device.download(device.zeros((2,), "int32")).tolist() == [0, 0]
+
+
 def test_memory_that_was_freed_is_not_read_in_silence(device: CudaDevice) -> None:
     buffer, target = device.zeros((4,), "float32"), device.zeros((4,), "float32")
     view = DeviceArray(device._session, None, buffer.address, (4,), "float32")  # type: ignore[arg-type]

@@ -265,7 +265,7 @@ def test_loading_in_threads_leaves_standard_output_alone(bench: Bench) -> None:
     """The library's prints are caught; two threads that did so at once would restore each other's."""
     number, second = itertools.count(), threading.Event()
 
-    def preload() -> None:
+    def preload(directory: str | None = None) -> None:
         if next(number) == 0:
             second.wait(0.5)  # the first to come in leaves when the second is in, if it gets in
         else:
@@ -277,6 +277,20 @@ def test_loading_in_threads_leaves_standard_output_alone(bench: Bench) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: bench.load(), range(2)))
     assert sys.stdout is before
+
+
+def test_libraries_are_found_wherever_their_wheels_are(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-gpu in one folder of Python's path, CUDA's wheels beside PyTorch in another."""
+    folders = [tmp_path / "site" / "nvidia" / name / "lib" for name in ("cu13", "cudnn")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    asked: list[str | None] = []
+    bench.ort.preload_dlls = lambda directory=None: asked.append(directory)
+    bench.load()
+    assert asked[:3] == [None, *map(str, folders)]
 
 
 def test_cuda_works_in_our_stream_and_does_not_wait(bench: Bench) -> None:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sdrt.runtime.cuda_device import CudaDevice
 from sdrt.runtime.errors import BackendError, BundleError, DeviceMemoryError, UsageError
 from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 from sdrt.runtime.executor_tensorrt import TensorRTExecutor, import_tensorrt
+from sdrt.runtime.replay import replayable
 from sdrt.runtime.tensorrt_errors import explain
 
 AXES = {"rows": 2, "latent_height": 16, "latent_width": 16}
@@ -131,23 +133,59 @@ def test_library_that_says_it_cannot_be_captured(rtx: Bench) -> None:
     rtx.add()
     rtx.trt.capturable = False
     executor = rtx.load()
-    executor.bind(*rtx.buffers())
+    evaluate = executor.bind(*rtx.buffers())
+    assert replayable(rtx.device, evaluate, [executor]) is evaluate
     assert not executor.capturable
+    assert len(rtx.calls("execute_async_v3")) == 1
+    assert rtx.driver.counts["captures"] == 0
+
+
+def test_library_is_asked_when_it_knows(rtx: Bench) -> None:
+    """Before the first run its kernels may not be compiled."""
+    rtx.add()
+    rtx.trt.capturable = False
+    executor = rtx.load()
+    evaluate = executor.bind(*rtx.buffers())
+    rtx.trt.capturable = True
+    replayable(rtx.device, evaluate, [executor])()
+    assert rtx.driver.counts["graph_launches"] == 1
+
+
+def test_call_in_another_thread(bench: Bench) -> None:
+    """TensorRT works on the GPU whose context is current, by default on the first one."""
+    bench.add()
+    evaluate = bench.load().bind(*bench.buffers())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(evaluate).result()
 
 
 def test_scratch_is_shared_and_grows(bench: Bench) -> None:
     bench.add(memory=1000)
     executor = bench.load()
     first = executor.bind(*bench.buffers(rows=1))
-    executor.bind(*bench.buffers(rows=1))
+    second = executor.bind(*bench.buffers(rows=1))
+    first()
+    second()
     larger = executor.bind(*bench.buffers(rows=4))
+    larger()
     (one, size_one), (two, _), (three, size_three) = bench.calls("set_device_memory")
     assert (size_one, size_three) == (1000, 4000)
     assert one == two != three
-    larger()
     first()  # its memory is still there: on memory that was freed the recording driver fails
     bench.device.synchronize()
     assert not bench.driver.faults
+
+
+def test_bindings_made_together_share_the_largest_scratch(bench: Bench) -> None:
+    bench.add(memory=1 << 20)
+    executor = bench.load()
+    small, large = (executor.bind(*bench.buffers(rows=rows)) for rows in (1, 4))
+    used = bench.driver.used
+    small()
+    large()
+    (one, size_one), (two, size_two) = bench.calls("set_device_memory")
+    assert (one, size_one, size_two) == (two, 1 << 20, 4 << 20)
+    assert bench.driver.used == used
 
 
 def test_engine_without_scratch(bench: Bench) -> None:

@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
     "guidance_scale": 7.5,
     "sampler": "dpmpp_2m",
     "karras": True,
-    "eta": 0.0,
+    "eta": None,
     "rng": "philox",
     "backend": "onnxruntime-cpu",
     "model": "emoji",

@@ -163,6 +163,23 @@ def test_nothing_is_drawn_for_an_empty_input(tiny_bundle: Path, work: Path) -> N
     assert set(json.loads(result.stdout)) == {"ready"}
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_closed_input_or_output(tiny_bundle: Path, work: Path, closed: str) -> None:
+    command = ["sh", "-c", f'"$0" "$@" {closed}', SD_RUN, "--interactive", "--bundle", str(tiny_bundle), "-q"]
+    result = subprocess.run(command, input="", capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "standard input and output: one of them is closed" in result.stderr
+
+
+def test_default_of_base64(tiny_bundle: Path, work: Path) -> None:
+    command = [SD_RUN, "--interactive", "--bundle", str(tiny_bundle), "-q", "-o", "base64", "--steps", "2"]
+    request = json.dumps({"prompt": "x"})
+    result = subprocess.run(command, input=request, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(json.loads(result.stdout.splitlines()[1])["png"]) == 1
+    assert names(work) == []
+
+
 def test_bundle_that_cannot_be_used(work: Path) -> None:
     command = [SD_RUN, "--interactive", "--bundle", "nowhere"]
     result = subprocess.run(command, input="", capture_output=True, text=True, check=False, timeout=60)
@@ -184,6 +201,12 @@ def test_base64_writes_no_file(serve: Any, pipeline: Pipeline, work: Path) -> No
             assert np.array_equal(np.asarray(image), np.asarray(picture))
             assert json.loads(image.info["sdrt"]) == recipe
     assert result["recipes"] == list(expected.recipes)
+
+
+def test_base64_for_all_requests(serve: Any, work: Path) -> None:
+    plain, named = serve({"prompt": "x"}, {"prompt": "x", "output": "a.png"}, output=Path("base64"))
+    assert len(plain["png"]) == 1
+    assert named["paths"] == names(work) == ["a.png"]
 
 
 def test_recipe_of_a_result_is_a_request(serve: Any, work: Path) -> None:
@@ -212,9 +235,22 @@ def test_where_pictures_go(serve: Any, work: Path) -> None:
     assert result["paths"] == ["folder/y-1.png"]
 
 
+def test_every_picture_of_a_list_has_a_file_of_its_own(serve: Any, work: Path) -> None:
+    """Named after its own prompt; two of one name do not take each other's place."""
+    (result,) = serve({"prompt": ["x", "y", "x!"], "seed": [3, 3, 3]})
+    assert result["paths"] == ["x-3.png", "y-3.png", "x-3-2.png"]
+    for path, recipe in zip(result["paths"], result["recipes"], strict=True):
+        with Image.open(work / path) as image:
+            assert json.loads(image.info["sdrt"]) == recipe
+
+
 def test_warnings_come_with_the_result(serve: Any) -> None:
-    long, plain = serve({"prompt": "a " * 90, "output": "base64"}, {"prompt": "a", "output": "base64"})
+    many = {"num_images_per_prompt": 3}
+    long, plain = serve(
+        {"prompt": "a " * 90, "output": "base64", **many}, {"prompt": "a", "output": "base64"}
+    )
     assert "over 75 tokens" in long["warnings"][0]
+    assert len(long["warnings"]) == 1  # though two batches were drawn
     assert "warnings" not in plain
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 import tolerances
+from sdrt.runtime import backends, prompts
 from sdrt.runtime import pipeline as pipeline_module
-from sdrt.runtime import prompts
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.devices import Device
 from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageError
@@ -247,6 +248,19 @@ def test_eta(pipeline: Pipeline) -> None:
 
 
 # --- prompts and guidance
+
+
+def test_eta_of_zero_is_no_noise(pipeline: Pipeline) -> None:
+    """Not the sampler's own share, which is 1 for this one; a sampler without noise takes a zero too."""
+    default, full, none, again = (
+        pipeline("x", seed=1, sampler="euler_a", eta=eta, **SHORT) for eta in (None, 1.0, 0.0, 0)
+    )
+    plain = pipeline("x", seed=1, sampler="euler", eta=0.0, **SHORT)
+    assert_equal(default, full)
+    assert_equal(none, again)
+    assert_differ(none.latents, full.latents)
+    assert_close(none.latents, plain.latents)
+    assert [output.recipes[0]["eta"] for output in (default, full, none)] == [None, 1.0, 0.0]
 
 
 def test_lists_of_prompts_and_of_negative_prompts(pipeline: Pipeline) -> None:
@@ -483,12 +497,48 @@ def test_exception_in_the_callback_leaves_the_pipeline_usable(pipeline: Pipeline
         ({"latents": np.zeros((1, 4, 8, 9))}, r"shape \[1, 4, 8, 9\], \[1, 4, 8, 8\] is wanted"),
         ({"latents": np.zeros((4, 8, 8))}, r"\[1, 4, 8, 8\] is wanted"),
         ({"latents": np.full((1, 4, 8, 8), np.nan)}, "NaN or infinity after step 1"),
+        ({"latents": "noise"}, "NumPy cannot read .*: a NumPy array is wanted"),
+        ({"prompt_embeds": 1}, "returned prompt_embeds: only 'latents' can be changed"),
         (5, "returned int: a dict or None"),
     ],
 )
 def test_callback_that_returns_nonsense(pipeline: Pipeline, returned: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         pipeline("a", callback_on_step_end=lambda *_: returned, **SHORT)
+
+
+@pytest.mark.parametrize("again", ["draw", "close"])
+def test_second_call_while_one_draws_is_refused(fresh: OpenPipeline, again: str) -> None:
+    """It would write into the buffers of the first, whose picture would be another."""
+    expected = fresh("a", seed=1, **SHORT)
+    refused = []
+
+    def meddle(pipeline: Pipeline, *_: object) -> None:
+        with pytest.raises(UsageError, match=r"drawing already.*load a second pipeline") as caught:
+            pipeline("b", seed=2, **SHORT) if again == "draw" else pipeline.close()
+        refused.append(caught.value)
+
+    assert_equal(fresh("a", seed=1, callback_on_step_end=meddle, **SHORT), expected)
+    assert len(refused) == SHORT["num_inference_steps"]
+    assert_equal(fresh("a", seed=1, **SHORT), expected)
+
+
+def test_threads_never_share_the_buffers(fresh: OpenPipeline) -> None:
+    arguments: list[dict[str, Any]] = [{"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 2}]
+    expected = [fresh(**arguments[turn], **SHORT) for turn in (0, 1)]
+
+    def draw(turn: int) -> bool:
+        try:
+            output = fresh(**arguments[turn % 2], **SHORT)
+        except UsageError:
+            return False
+        assert_equal(output, expected[turn % 2])
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(draw, range(64)))
+    assert any(drawn)
+    assert_equal(fresh(**arguments[0], **SHORT), expected[0])
 
 
 # --- shapes, batches and buffers
@@ -545,6 +595,14 @@ def test_bundle_of_a_fixed_batch_pads(pipeline: Pipeline, pair_bundle: Path, ima
     assert {bound["sample"][0] for bound in unet.bound} == {2 * MAX_BATCH}
     assert {bound["image"][0] for bound in decoder.bound} == {MAX_BATCH}
     assert {bound["input_ids"][0] for bound in text_encoder.bound} == {MAX_BATCH}
+
+
+def test_batch_without_a_limit(tiny_bundle: Path) -> None:
+    """What is kept of texts is for as many as one call can name, whatever the manifest admits."""
+    bundle = Bundle.open(tiny_bundle)
+    limits = replace(bundle.manifest.limits, max_batch=2**60)
+    unlimited = Pipeline.load(Bundle(bundle.path, replace(bundle.manifest, limits=limits)))
+    assert len(unlimited(["a", "b", "c"], **SHORT).images) == 3
 
 
 def test_padding_is_not_warned_of(pair_bundle: Path) -> None:
@@ -626,6 +684,16 @@ def test_black_picture_warns(fresh: OpenPipeline) -> None:
 # --- what is refused
 
 
+class MainMemoryTensor:
+    """What a tensor of PyTorch on the CPU says of itself."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self) -> object:
+        raise AssertionError("it was taken for a tensor on a GPU")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -682,14 +750,19 @@ def test_black_picture_warns(fresh: OpenPipeline) -> None:
         ({"sampler": "ddim", "eta": 1.5}, "eta is 1.5: allowed are numbers from 0 to 1"),
         ({"sampler": "ddim", "eta": float("nan")}, "eta is nan"),
         ({"eta": "0"}, "eta is '0': a number is wanted"),
+        ({"eta": 10**400}, "eta is inf: a finite number is wanted"),
+        ({"guidance_scale": 10**400}, "guidance_scale is inf: a finite number"),
         ({"height": np.float32(16)}, "a whole number is wanted"),
         ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["embeds"]}, "only 'latents'"),
         ({"latents": np.zeros((1, 4, 8, 9), np.float32)}, r"float32\[1, 4, 8, 8\] is wanted"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents are float64\[1, 4, 8, 8\]"),
         ({"latents": [1.0]}, "latents are <class 'list'>"),
+        ({"latents": MainMemoryTensor()}, "MainMemoryTensor'>: a NumPy array float32"),
         ({"latents": np.full((1, 4, 8, 8), np.inf, np.float32)}, "latents hold NaN or infinity"),
         ({"output_type": "jpeg"}, "output_type is 'jpeg': one of pil, numpy, latents, device"),
         ({"callback_on_step_end": 5}, "callback_on_step_end is int: a function"),
+        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": None}, "only 'latents'"),
+        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": "latents"}, "only 'latents'"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
@@ -746,6 +819,17 @@ def test_bad_number_of_threads(tiny_bundle: Path, threads: Any) -> None:
 def test_threads_do_not_change_the_picture_much(tiny_bundle: Path, pipeline: Pipeline) -> None:
     one = Pipeline.load(tiny_bundle, threads=1)
     assert_close(one("a", seed=1, **SHORT).latents, pipeline("a", seed=1, **SHORT).latents)
+
+
+def test_gpu_that_is_not_there(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU by its number, and no backend by name: what is wrong with the GPU is said."""
+
+    def no_gpu(_: int) -> None:
+        raise BackendError("no NVIDIA driver: install it")
+
+    monkeypatch.setattr(backends, "find_gpu", no_gpu)
+    with pytest.raises(UsageError, match=r"device is 0.* runs on the CPU \(tensorrt, .*: no NVIDIA driver"):
+        Pipeline.load(tiny_bundle, device=0)
 
 
 def test_unknown_backend(tiny_bundle: Path) -> None:

@@ -177,7 +177,7 @@ def test_invalid_arguments_are_usage_errors() -> None:
 
 def test_missing_and_unknown_fields_are_refused() -> None:
     data = NoiseSchedule().to_dict()
-    with pytest.raises(BundleError, match="unknown clip_sample, eta: allowed are beta_end"):
+    with pytest.raises(BundleError, match="unknown 'clip_sample', 'eta': allowed are beta_end"):
         NoiseSchedule.from_dict({**data, "clip_sample": True, "eta": 0})
     del data["timestep_spacing"]
     with pytest.raises(BundleError, match="no timestep_spacing: export it again"):
