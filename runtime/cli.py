@@ -180,7 +180,9 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request) -> Pi
         request_shape=RequestShape(images, request.height, request.width, request.guided),
     )
     if arguments.backend == AUTO and not arguments.quiet:
-        say("sd-run", f"backend {pipeline.backend} ({'; '.join(pipeline.backend_reasons)})")
+        # What is the matter, without what could be done about it: that is in the error of a named backend.
+        reasons = [reason.partition("; ")[0] for reason in pipeline.backend_reasons]
+        say("sd-run", f"backend {pipeline.backend} ({'; '.join(reasons)})")
     return pipeline
 
 
