@@ -124,7 +124,7 @@ def test_a_large_model_is_compared_in_the_frugal_way_and_at_one_size(
     monkeypatch.setattr(parity, "OnnxRuntimeExecutor", lambda *_: pytest.fail("the default session"))
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     report = ParityReport()
-    probes = reference_probes(checkpoint, "unet", wrapped(checkpoint, "unet"), AXES)
+    probes = reference_probes(checkpoint, "unet", wrapped(checkpoint, "unet"), AXES, small=True)
     check_component(checkpoint, "unet", probes, tiny_bundle / "unet" / "model.onnx", "fp32", report)
     assert [entry.inputs for entry in report.figures] == ["2x4x12x12"]
     probe = sampling_probe(
