@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from json_paths import KeyPath, key_paths, removed, replaced
 
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import COMPONENTS
@@ -43,41 +43,19 @@ MANIFEST = EngineManifest(
     {"build_seconds": 22.5, "attention": {"fused": 32}},
 )
 DOCUMENT: dict[str, Any] = json.loads(engine_to_json(MANIFEST))
-KeyPath = tuple[str | int, ...]
 
 
 def changed(path: KeyPath, value: Any) -> dict[str, Any]:
-    document = copy.deepcopy(DOCUMENT)
-    holder: Any = document
-    for key in path[:-1]:
-        holder = holder[key]
-    holder[path[-1]] = value
-    return document
+    return replaced(DOCUMENT, path, value)
 
 
 def without(path: KeyPath) -> dict[str, Any]:
-    document = copy.deepcopy(DOCUMENT)
-    holder: Any = document
-    for key in path[:-1]:
-        holder = holder[key]
-    del holder[path[-1]]
-    return document
+    return removed(DOCUMENT, path)
 
 
 def free(path: KeyPath) -> bool:
     """Whether anything may stand there: options and facts are not read."""
     return (path[:2] == ("key", "options") and len(path) > 2) or (path[0] == "facts" and len(path) > 1)
-
-
-def key_paths(value: Any, so_far: KeyPath = ()) -> Iterator[KeyPath]:
-    pairs: list[tuple[str | int, Any]] = []
-    if isinstance(value, dict):
-        pairs = list(value.items())
-    elif isinstance(value, list):
-        pairs = list(enumerate(value))
-    for key, inner in pairs:
-        yield (*so_far, key)
-        yield from key_paths(inner, (*so_far, key))
 
 
 STRICT_PATHS = [path for path in key_paths(DOCUMENT) if not free(path)]

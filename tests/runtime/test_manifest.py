@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_paths import KeyPath, key_paths, removed, replaced
 
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.components import COMPONENTS, PRECISIONS, components_of, required_components
@@ -39,7 +38,6 @@ SIZES = {
     "latent_channels": 4,
 }
 SDXL_SIZES = {**SIZES, "text_width_2": 24, "cross_width": 40, "projection_width": 12}
-KeyPath = tuple[str | int, ...]
 
 
 def entry(path: str) -> FileEntry:
@@ -92,34 +90,12 @@ SDXL: dict[str, Any] = json.loads(to_json(sdxl()))
 
 def changed(path: KeyPath, value: Any, document: dict[str, Any] = DOCUMENT) -> dict[str, Any]:
     """A document, by default the example's, with the value at ``path`` replaced."""
-    document = copy.deepcopy(document)
-    holder: Any = document
-    for key in path[:-1]:
-        holder = holder[key]
-    holder[path[-1]] = value
-    return document
+    return replaced(document, path, value)
 
 
 def without(path: KeyPath, document: dict[str, Any] = DOCUMENT) -> dict[str, Any]:
     """A document, by default the example's, without what is at ``path``."""
-    document = copy.deepcopy(document)
-    holder: Any = document
-    for key in path[:-1]:
-        holder = holder[key]
-    del holder[path[-1]]
-    return document
-
-
-def key_paths(value: Any, so_far: KeyPath = ()) -> Iterator[KeyPath]:
-    """The path of everything inside a JSON value."""
-    pairs: list[tuple[str | int, Any]] = []
-    if isinstance(value, dict):
-        pairs = list(value.items())
-    elif isinstance(value, list):
-        pairs = list(enumerate(value))
-    for key, inner in pairs:
-        yield (*so_far, key)
-        yield from key_paths(inner, (*so_far, key))
+    return removed(document, path)
 
 
 PATHS = list(key_paths(DOCUMENT))

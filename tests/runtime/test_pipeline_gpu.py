@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,68 +11,33 @@ import pytest
 import torch
 
 from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.cli import main
 from sdrt.export.engine_compare import random_inputs, tolerance
 from sdrt.export.modules import wrapped
 from sdrt.export.parity import SAMPLING_FACTOR, compare
 from sdrt.kernels.philox import philox_normal
 from sdrt.runtime import Bundle, Pipeline, decode, denoise, prompts
-from sdrt.runtime.backends import choose_backend, find_gpu, load_executor, open_device
+from sdrt.runtime.backends import choose_backend, load_executor, open_device
 from sdrt.runtime.cuda_device import CudaDevice
-from sdrt.runtime.errors import BackendError
-from sdrt.runtime.executor_onnxruntime_cuda import import_with_cuda
-from sdrt.runtime.executor_tensorrt import import_tensorrt
 from tolerances import PHILOX_CUDA, PHILOX_RADIUS
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 OPTIONS: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "numpy"}
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """A backend whose library is installed; one that is not is skipped with the reason."""
-    name: str = request.param
-    try:
-        if name == "onnxruntime-cuda":
-            import_with_cuda()
-        else:
-            import_tensorrt(name)
-    except BackendError as error:
-        pytest.skip(str(error))
-    return name
-
-
-@pytest.fixture(scope="module")
-def bundle(backend: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny bundle with engines of that backend for this GPU."""
-    folder = tmp_path_factory.mktemp("engines") / "bundle"
-    shutil.copytree(tiny_bundle, folder)
-    options = ["--batch", "1..2", "--height", "16..32", "--width", "16..32", "--quiet"]
-    if backend == "tensorrt-rtx":
-        options += ["--compute-capability", "current"]
-    status = main([str(folder), "--engine", backend, *options])
-    gpu = find_gpu()
-    if status and backend == "tensorrt-rtx" and gpu.capability[0] == 9:
-        pytest.skip(f"TensorRT for RTX builds no engine for {gpu}; its error stands above")
-    assert status == 0
-    return Bundle.open(folder, verify=False)
-
-
 def test_every_component_gives_what_pytorch_gives_on_this_gpu(
-    backend: str, bundle: Bundle, tiny_checkpoint: Path
+    gpu_backend: str, engine_bundle: Bundle, tiny_checkpoint: Path
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
-    device = open_device(choose_backend(bundle, backend))
+    device = open_device(choose_backend(engine_bundle, gpu_backend))
     assert isinstance(device, CudaDevice)
     sizes = {"rows": 2, "batch": 2, "height": 32, "width": 16, "latent_height": 16, "latent_width": 8}
     with device, torch.no_grad():
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for component in ("text_encoder", "unet", "vae_decoder"):
             reference = wrapped(checkpoint, component).cuda()
-            feeds = random_inputs(bundle, component, sizes)
-            executor = load_executor(bundle, component, backend=backend, device=device)
+            feeds = random_inputs(engine_bundle, component, sizes)
+            executor = load_executor(engine_bundle, component, backend=gpu_backend, device=device)
             inputs = {name: device.zeros(array.shape, array.dtype) for name, array in feeds.items()}
             outputs = {
                 spec.name: device.zeros(spec.concrete(sizes), spec.dtype) for spec in executor.spec.outputs
@@ -85,25 +49,25 @@ def test_every_component_gives_what_pytorch_gives_on_this_gpu(
             wanted = wanted if isinstance(wanted, tuple) else (wanted,)
             for spec, want in zip(executor.spec.outputs, wanted, strict=True):
                 error, _ = compare(device.download(outputs[spec.name]), want.cpu().numpy())
-                assert error <= tolerance(bundle, component), (component, spec.name)
+                assert error <= tolerance(engine_bundle, component), (component, spec.name)
 
 
-def test_same_seed_gives_the_same_picture_as_on_the_cpu(backend: str, bundle: Bundle) -> None:
+def test_same_seed_gives_the_same_picture_as_on_the_cpu(gpu_backend: str, engine_bundle: Bundle) -> None:
     with (
-        Pipeline.load(bundle, backend=backend) as pipeline,
-        Pipeline.load(bundle, backend="onnxruntime-cpu") as cpu,
+        Pipeline.load(engine_bundle, backend=gpu_backend) as pipeline,
+        Pipeline.load(engine_bundle, backend="onnxruntime-cpu") as cpu,
     ):
         for sampler in ("ddim", "euler", "dpmpp_2m"):
             found, expected = (one("a", seed=5, sampler=sampler, **OPTIONS) for one in (pipeline, cpu))
             error, _ = compare(found.latents, expected.latents)
-            assert error <= SAMPLING_FACTOR * tolerance(bundle, "unet")
+            assert error <= SAMPLING_FACTOR * tolerance(engine_bundle, "unet")
             assert np.abs(found.images.astype(int) - expected.images).max() <= 1
 
 
 def test_graphs_give_what_separate_launches_give(
-    backend: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    gpu_backend: str, engine_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Pipeline.load(bundle, backend=backend) as pipeline:
+    with Pipeline.load(engine_bundle, backend=gpu_backend) as pipeline:
         replayed = pipeline("a", seed=1, eta=1.0, sampler="ddim", **OPTIONS)
 
     def eager(_device: object, work: Callable[[], None], _executors: object) -> Callable[[], None]:
@@ -111,16 +75,16 @@ def test_graphs_give_what_separate_launches_give(
 
     for module in (denoise, decode, prompts):
         monkeypatch.setattr(module, "replayable", eager)
-    with Pipeline.load(bundle, backend=backend) as pipeline:
+    with Pipeline.load(engine_bundle, backend=gpu_backend) as pipeline:
         launched = pipeline("a", seed=1, eta=1.0, sampler="ddim", **OPTIONS)
     np.testing.assert_array_equal(replayed.latents, launched.latents)
     np.testing.assert_array_equal(replayed.images, launched.images)
 
 
-def test_changes_of_shape_and_back(backend: str, bundle: Bundle) -> None:
+def test_changes_of_shape_and_back(gpu_backend: str, engine_bundle: Bundle) -> None:
     """More shapes than are kept, so that graphs are thrown away and captured again."""
     shapes = [(16, 16, 1), (32, 16, 1), (16, 32, 2), (32, 32, 1), (32, 32, 2), (24, 24, 1)]
-    with Pipeline.load(bundle, backend=backend) as pipeline:
+    with Pipeline.load(engine_bundle, backend=gpu_backend) as pipeline:
 
         def draw(height: int, width: int, images: int) -> Any:
             return pipeline("a", seed=2, height=height, width=width, num_images_per_prompt=images, **OPTIONS)
@@ -131,17 +95,20 @@ def test_changes_of_shape_and_back(backend: str, bundle: Bundle) -> None:
         np.testing.assert_array_equal(before, after)
 
 
-def test_two_pipelines_in_one_process(backend: str, bundle: Bundle) -> None:
-    with Pipeline.load(bundle, backend=backend) as alone:
+def test_two_pipelines_in_one_process(gpu_backend: str, engine_bundle: Bundle) -> None:
+    with Pipeline.load(engine_bundle, backend=gpu_backend) as alone:
         expected = [alone("a", seed=seed, **OPTIONS).latents for seed in range(4)]
-    with Pipeline.load(bundle, backend=backend) as one, Pipeline.load(bundle, backend=backend) as other:
+    with (
+        Pipeline.load(engine_bundle, backend=gpu_backend) as one,
+        Pipeline.load(engine_bundle, backend=gpu_backend) as other,
+    ):
         for seed in range(4):
             np.testing.assert_array_equal(one("a", seed=seed, **OPTIONS).latents, expected[seed])
             np.testing.assert_array_equal(other("a", seed=seed, **OPTIONS).latents, expected[seed])
 
 
-def test_two_hundred_pictures_take_no_more_memory_than_ten(backend: str, bundle: Bundle) -> None:
-    with Pipeline.load(bundle, backend=backend) as pipeline:
+def test_two_hundred_pictures_take_no_more_memory_than_ten(gpu_backend: str, engine_bundle: Bundle) -> None:
+    with Pipeline.load(engine_bundle, backend=gpu_backend) as pipeline:
         sizes = [(16, 16), (32, 32), (16, 32)]
 
         def draw(count: int) -> int:

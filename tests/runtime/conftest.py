@@ -1,0 +1,49 @@
+"""Engines for the tests that need a GPU: each backend's are built once for all of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.errors import BackendError
+
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+
+
+@pytest.fixture(scope="session", params=GPU_BACKENDS)
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """A backend whose library is installed; one that is not is skipped with the reason."""
+    from sdrt.runtime.executor_onnxruntime_cuda import import_with_cuda
+    from sdrt.runtime.executor_tensorrt import import_tensorrt
+
+    name: str = request.param
+    try:
+        if name == "onnxruntime-cuda":
+            import_with_cuda()
+        else:
+            import_tensorrt(name)
+    except BackendError as error:
+        pytest.skip(str(error))
+    return name
+
+
+@pytest.fixture(scope="session")
+def engine_bundle(gpu_backend: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with engines of that backend for this GPU. Read only."""
+    from sdrt.export.cli import main
+    from sdrt.runtime.backends import find_gpu
+
+    folder = tmp_path_factory.mktemp("engines") / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    options = ["--batch", "1..2", "--height", "16..32", "--width", "16..32", "--quiet"]
+    if gpu_backend == "tensorrt-rtx":
+        options += ["--compute-capability", "current"]
+    status = main([str(folder), "--engine", gpu_backend, *options])
+    gpu = find_gpu()
+    if status and gpu_backend == "tensorrt-rtx" and gpu.capability[0] == 9:
+        pytest.skip(f"TensorRT for RTX builds no engine for {gpu}; its error stands above")
+    assert status == 0
+    return Bundle.open(folder, verify=False)
