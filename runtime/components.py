@@ -17,7 +17,11 @@ PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
 FLOAT: Final = "float"  # stands for the component's precision; resolved by `TensorSpec.resolve`
 
 # Axes that stay symbolic in the graph. Every other name in the table is a size of the checkpoint.
-DYNAMIC_AXES: Final = frozenset({"batch", "rows", "height", "width", "latent_height", "latent_width"})
+# `context` is what the U-Net's cross-attention reads: the text encoder's tokens, once for each chunk of a
+# prompt.
+DYNAMIC_AXES: Final = frozenset(
+    {"batch", "rows", "height", "width", "latent_height", "latent_width", "context"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +63,56 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ComponentSpec:
-    """Inputs and outputs of one component, in the graph's order."""
+    """Inputs and outputs of one component, in the graph's order.
+
+    ``optional`` names inputs that not every graph has: of some kinds of checkpoints, or of bundles that were
+    written since they exist. Each has at least one axis whose size only those checkpoints give.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    optional: frozenset[str] = frozenset()
 
     def resolve(self, sizes: Mapping[str, int], precision: Precision) -> ComponentSpec:
-        """The same component with one checkpoint's sizes and precision filled in."""
+        """The same component with one checkpoint's sizes and precision filled in.
+
+        Of the optional inputs those stay whose sizes the checkpoint has.
+        """
         return ComponentSpec(
             self.name,
-            tuple(spec.resolve(sizes, precision) for spec in self.inputs),
+            tuple(spec.resolve(sizes, precision) for spec in self.inputs if self._has(spec, sizes)),
             tuple(spec.resolve(sizes, precision) for spec in self.outputs),
         )
 
+    def _has(self, spec: TensorSpec, sizes: Mapping[str, int]) -> bool:
+        named = {axis for axis in spec.shape if isinstance(axis, str)} - DYNAMIC_AXES
+        return spec.name not in self.optional or named <= set(sizes)
 
-_INPUT_IDS: Final = TensorSpec("input_ids", "int64", ("batch", "tokens"), "token ids")
+    def input(self, name: str) -> TensorSpec | None:
+        """The input of that name, if there is one."""
+        return next((spec for spec in self.inputs if spec.name == name), None)
+
+
+_INPUT_IDS: Final = TensorSpec(
+    "input_ids", "int64", ("batch", "tokens"), "token ids; -1 where custom_embeddings stands for the token"
+)
+# Bundles of format version 3 have both in every text encoder. The sizes `custom_width` and `skips` say so.
+_CLIP_SKIP: Final = TensorSpec(
+    "clip_skip", "int64", ("skips",), "how many layers before the end to stop: 0 for none"
+)
+
+
+def _custom_embeddings(width: str) -> TensorSpec:
+    return TensorSpec(
+        "custom_embeddings",
+        FLOAT,
+        ("batch", "tokens", width),
+        "of textual inversion; read where input_ids is -1",
+    )
+
+
+_TEXT_OPTIONAL: Final = frozenset({"custom_embeddings", "clip_skip"})
 # `rows` is the U-Net's batch: twice the images under guidance, the unconditional half first.
 _UNET_INPUTS: Final = (
     TensorSpec(
@@ -85,8 +123,24 @@ _UNET_INPUTS: Final = (
     ),
     # float32 in every precision: a fractional timestep must not be rounded to fp16.
     TensorSpec("timestep", "float32", (1,), "0 … num_train_timesteps − 1, may be fractional"),
-    TensorSpec("encoder_hidden_states", FLOAT, ("rows", "tokens", "cross_width"), "text embeddings"),
+    TensorSpec("encoder_hidden_states", FLOAT, ("rows", "context", "cross_width"), "text embeddings"),
 )
+# What only some checkpoints have.
+_UNET_OPTIONAL_INPUTS: Final = (
+    TensorSpec(
+        "timestep_cond",
+        FLOAT,
+        ("rows", "guidance_width"),
+        "sinusoidal embedding of the guidance scale less 1: of latent consistency models",
+    ),
+    TensorSpec(
+        "inpainting",
+        FLOAT,
+        ("rows", "inpainting_channels", "latent_height", "latent_width"),
+        "mask (1 is drawn), then the masked picture's latents: of inpainting checkpoints",
+    ),
+)
+_UNET_OPTIONAL: Final = frozenset(spec.name for spec in _UNET_OPTIONAL_INPUTS)
 _UNET_OUTPUTS: Final = (
     TensorSpec(
         "noise_pred",
@@ -100,18 +154,19 @@ _UNET_OUTPUTS: Final = (
 COMPONENTS: Final[dict[str, ComponentSpec]] = {
     "text_encoder": ComponentSpec(
         "text_encoder",
-        (_INPUT_IDS,),
+        (_INPUT_IDS, _custom_embeddings("text_width"), _CLIP_SKIP),
         (
             TensorSpec("last_hidden_state", FLOAT, ("batch", "tokens", "text_width"), "normalised"),
             TensorSpec(
                 "penultimate_hidden_state",
                 FLOAT,
                 ("batch", "tokens", "text_width"),
-                "output of the last layer but one, not normalised",
+                "output of the layer before that, not normalised",
             ),
         ),
+        _TEXT_OPTIONAL,
     ),
-    "unet": ComponentSpec("unet", _UNET_INPUTS, _UNET_OUTPUTS),
+    "unet": ComponentSpec("unet", (*_UNET_INPUTS, *_UNET_OPTIONAL_INPUTS), _UNET_OUTPUTS, _UNET_OPTIONAL),
     "vae_decoder": ComponentSpec(
         "vae_decoder",
         (
@@ -149,7 +204,7 @@ _SDXL_COMPONENTS: Final[dict[str, ComponentSpec]] = {
     "text_encoder": COMPONENTS["text_encoder"],
     "text_encoder_2": ComponentSpec(
         "text_encoder_2",
-        (_INPUT_IDS,),
+        (_INPUT_IDS, _custom_embeddings("text_width_2"), _CLIP_SKIP),
         (
             TensorSpec(
                 "penultimate_hidden_state",
@@ -157,8 +212,11 @@ _SDXL_COMPONENTS: Final[dict[str, ComponentSpec]] = {
                 ("batch", "tokens", "text_width_2"),
                 "output of the last layer but one, not normalised",
             ),
-            TensorSpec("text_embeds", FLOAT, ("batch", "projection_width"), "pooled and projected"),
+            TensorSpec(
+                "text_embeds", FLOAT, ("batch", "projection_width"), "pooled and projected, of the last layer"
+            ),
         ),
+        _TEXT_OPTIONAL,
     ),
     "unet": ComponentSpec(
         "unet",
@@ -171,14 +229,40 @@ _SDXL_COMPONENTS: Final[dict[str, ComponentSpec]] = {
                 ("rows", 6),
                 "original height and width, top and left of the crop, target height and width; pixels",
             ),
+            *_UNET_OPTIONAL_INPUTS,
         ),
         _UNET_OUTPUTS,
+        _UNET_OPTIONAL,
     ),
     "vae_decoder": COMPONENTS["vae_decoder"],
     "vae_encoder": COMPONENTS["vae_encoder"],
 }
 
-_BY_FAMILY: Final = {"sd": COMPONENTS, "sdxl": _SDXL_COMPONENTS}
+# Image variations (the `StableDiffusionImageVariationPipeline` kind): a picture's embedding in place of a
+# text's; that of "no picture" is zeros.
+_IMAGE_VARIATIONS_COMPONENTS: Final[dict[str, ComponentSpec]] = {
+    "image_encoder": ComponentSpec(
+        "image_encoder",
+        (
+            TensorSpec(
+                "pixel_values",
+                FLOAT,
+                ("batch", 3, "encoder_size", "encoder_size"),
+                "RGB as the manifest's image_processor says",
+            ),
+        ),
+        (TensorSpec("image_embeds", FLOAT, ("batch", 1, "cross_width"), "pooled and projected"),),
+    ),
+    "unet": COMPONENTS["unet"],
+    "vae_decoder": COMPONENTS["vae_decoder"],
+    "vae_encoder": COMPONENTS["vae_encoder"],
+}
+
+_BY_FAMILY: Final = {
+    "sd": COMPONENTS,
+    "sdxl": _SDXL_COMPONENTS,
+    "image-variations": _IMAGE_VARIATIONS_COMPONENTS,
+}
 FAMILIES: Final = tuple(_BY_FAMILY)
 
 
@@ -186,7 +270,7 @@ def components_of(family: str) -> dict[str, ComponentSpec]:
     """The components table of one family, in the order in which they are exported.
 
     Args:
-        family: ``sd`` (Stable Diffusion 1.x and 2.x) or ``sdxl``.
+        family: ``sd`` (Stable Diffusion 1.x and 2.x), ``sdxl`` or ``image-variations``.
 
     Raises:
         KeyError: No such family.

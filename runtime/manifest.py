@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, is_dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import PurePosixPath
-from typing import Any, Final, TypeVar, get_type_hints
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from sdrt.runtime.components import (
     DYNAMIC_AXES,
@@ -29,7 +30,9 @@ from sdrt.runtime.solvers import SAMPLERS
 
 FORMAT: Final = "sdrt-bundle"
 # Version 2 added the family sdxl with `tokenizer_2` and `force_zeros_for_empty_prompt`, and `ranges`.
-FORMAT_VERSION: Final = 2
+# Version 3 added the family image-variations with `image_processor`, `preview`, `limits.max_chunks`, and
+# optional inputs.
+FORMAT_VERSION: Final = 3
 MANIFEST_NAME: Final = "manifest.json"
 
 _Record = TypeVar("_Record")
@@ -74,6 +77,30 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageProcessorFacts:
+    """How a CLIP image encoder wants its picture: ``size`` pixels a side, less ``mean``, over ``std``.
+
+    The shorter side is brought to ``size`` with a bicubic filter, the middle is cut out, and mean and std are
+    of RGB in [0, 1].
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The affine map from latents to RGB in [-1, 1] that is nearest to the VAE decoder at the latents' size.
+
+    ``rgb = latents · weights + bias``; ``weights`` has a row of three for each latent channel.
+    """
+
+    weights: tuple[tuple[float, ...], ...]
+    bias: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class SizeLimit:
     """Sizes of one side in pixels that the graphs admit: ``minimum … maximum`` in steps of ``multiple``."""
 
@@ -93,12 +120,16 @@ class SizeLimit:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one call may ask of the graphs; more images than ``max_batch`` are drawn in several batches."""
+    """What one call may ask of the graphs; more images than ``max_batch`` are drawn in several batches.
+
+    A prompt may have ``max_chunks`` times the tokens that the text encoder reads at once.
+    """
 
     min_batch: int
     max_batch: int
     height: SizeLimit
     width: SizeLimit
+    max_chunks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +148,13 @@ class Manifest:
     """The parsed manifest.
 
     Attributes:
-        family: ``sd`` or ``sdxl``: which table of `sdrt.runtime.components` the components are of.
+        family: ``sd``, ``sdxl`` or ``image-variations``: which table of `sdrt.runtime.components` the
+            components are of.
         components: By name.
         latents: Their geometry.
         schedule: The noise schedule the model was trained on.
-        tokenizer: Of the (first) text encoder.
-        text_output: The text encoder's output that the U-Net was trained on.
+        tokenizer: Of the (first) text encoder; None where there is none (image-variations).
+        text_output: The text encoder's output that the U-Net was trained on; empty where there is none.
         defaults: Of a request.
         limits: Of a request.
         provenance: Where the bundle comes from.
@@ -131,13 +163,15 @@ class Manifest:
         force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
             zeros in place of the empty text's (SDXL base).
         ranges: Component → its range audit: the largest magnitudes on a calibration run of an fp16 graph.
+        image_processor: Of the image encoder; None in families without one.
+        preview: From latents to a small picture without the decoder; None in bundles before version 3.
     """
 
     family: str
     components: Mapping[str, Component]
     latents: LatentGeometry
     schedule: NoiseSchedule
-    tokenizer: TokenizerFacts
+    tokenizer: TokenizerFacts | None
     text_output: str
     defaults: Defaults
     limits: Limits
@@ -146,6 +180,8 @@ class Manifest:
     tokenizer_2: TokenizerFacts | None = None
     force_zeros_for_empty_prompt: bool = False
     ranges: Mapping[str, Any] = field(default_factory=dict)
+    image_processor: ImageProcessorFacts | None = None
+    preview: Preview | None = None
 
     @property
     def required_components(self) -> tuple[str, ...]:
@@ -154,8 +190,8 @@ class Manifest:
 
     @property
     def tokenizers(self) -> tuple[TokenizerFacts, ...]:
-        """The tokenizer, and the second one where there is one."""
-        return (self.tokenizer,) if self.tokenizer_2 is None else (self.tokenizer, self.tokenizer_2)
+        """The tokenizer, and the second one where there is one; none in a family without text."""
+        return tuple(facts for facts in (self.tokenizer, self.tokenizer_2) if facts is not None)
 
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the bundle except the manifest itself."""
@@ -179,11 +215,16 @@ def to_json(manifest: Manifest) -> str:
     }
     document["latents"] = asdict(manifest.latents)
     document["schedule"] = manifest.schedule.to_dict()
-    document["tokenizer"] = asdict(manifest.tokenizer)
+    if manifest.tokenizer is not None:
+        document["tokenizer"] = asdict(manifest.tokenizer)
+        document["text_output"] = manifest.text_output
     if manifest.tokenizer_2 is not None:
         document["tokenizer_2"] = asdict(manifest.tokenizer_2)
         document["force_zeros_for_empty_prompt"] = manifest.force_zeros_for_empty_prompt
-    document["text_output"] = manifest.text_output
+    if manifest.image_processor is not None:
+        document["image_processor"] = asdict(manifest.image_processor)
+    if manifest.preview is not None:
+        document["preview"] = asdict(manifest.preview)
     document["defaults"] = asdict(manifest.defaults)
     document["limits"] = asdict(manifest.limits)
     document["provenance"] = dict(manifest.provenance)
@@ -230,14 +271,16 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
     missing = [name for name in required_components(family) if name not in parts]
     if missing:
         raise BundleError(f"{MANIFEST_NAME} lacks the component {', '.join(missing)}")
+    reads_text = "text_encoder" in table
+    first = document["tokenizer"] if reads_text else None
     second = document["tokenizer_2"] if family == "sdxl" else None
     return Manifest(
         family=family,
         components=parts,
         latents=_value(LatentGeometry, document["latents"], "latents"),
         schedule=NoiseSchedule.from_dict(_value(dict, document["schedule"], "schedule")),
-        tokenizer=_value(TokenizerFacts, document["tokenizer"], "tokenizer"),
-        text_output=_value(str, document["text_output"], "text_output"),
+        tokenizer=None if first is None else _value(TokenizerFacts, first, "tokenizer"),
+        text_output=_value(str, document["text_output"], "text_output") if reads_text else "",
         defaults=_value(Defaults, document["defaults"], "defaults"),
         limits=_value(Limits, document["limits"], "limits"),
         provenance=_value(dict, document.get("provenance", {}), "provenance"),
@@ -245,6 +288,12 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
         tokenizer_2=None if second is None else _value(TokenizerFacts, second, "tokenizer_2"),
         force_zeros_for_empty_prompt=family == "sdxl" and _flag(document, "force_zeros_for_empty_prompt"),
         ranges=_value(dict, document.get("ranges", {}), "ranges"),
+        image_processor=(
+            None
+            if reads_text
+            else _value(ImageProcessorFacts, document["image_processor"], "image_processor")
+        ),
+        preview=_value(Preview, document["preview"], "preview") if "preview" in document else None,
     )
 
 
@@ -272,10 +321,20 @@ def _value(kind: type[_Record], value: Any, where: str) -> _Record:
         given = _value(dict, value, where)
         if unknown := sorted(set(given) - set(fields)):
             raise BundleError(f"{MANIFEST_NAME}: {where} has the unknown field {_shown(unknown)}")
-        record = kind(**{name: _value(hint, given[name], f"{where}.{name}") for name, hint in fields.items()})
+        optional = {entry.name for entry in dataclass_fields(kind) if entry.default is not MISSING}
+        record = kind(
+            **{
+                name: _value(hint, given[name], f"{where}.{name}")
+                for name, hint in fields.items()
+                if name in given or name not in optional
+            }
+        )
         if isinstance(record, FileEntry):
             _check_path(record.path)
         return record
+    if get_origin(kind) is tuple:
+        entries: _Record = _tuple(get_args(kind), value, where)
+        return entries
     # In JSON 7 is a number like 7.5; Python's bool is an int, JSON's is not.
     allowed = (int, float) if kind is float else kind
     fits = isinstance(value, allowed) and not isinstance(value, bool)
@@ -285,7 +344,24 @@ def _value(kind: type[_Record], value: Any, where: str) -> _Record:
     return checked
 
 
-_KINDS: Final = {int: "a whole number", float: "a finite number", str: "a text", dict: "an object"}
+def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """A list from JSON as a tuple: of any length for ``(kind, ...)``, else of just these kinds."""
+    given = _value(list, value, where)
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(given)
+    if len(given) != len(kinds):
+        raise BundleError(f"{MANIFEST_NAME}: {where} has {len(given)} entries, not {len(kinds)}")
+    pairs = enumerate(zip(kinds, given, strict=True))
+    return tuple(_value(kind, entry, f"{where}[{index}]") for index, (kind, entry) in pairs)
+
+
+_KINDS: Final = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -302,13 +378,19 @@ def _component(name: str, part: Mapping[str, Any], family: Mapping[str, Componen
     table = family[name]
     spec = ComponentSpec(
         name,
-        _tensors(f"the inputs of {name}", part["inputs"], table.inputs, precision),
+        _tensors(f"the inputs of {name}", part["inputs"], _without_absent(table, part["inputs"]), precision),
         _tensors(f"the outputs of {name}", part["outputs"], table.outputs, precision),
     )
     files = tuple(_value(FileEntry, entry, f"a file of {name}") for entry in part["files"])
     if part["model"] not in {entry.path for entry in files}:
         raise BundleError(f"component {name}: its model {part['model']!r} is not among its files")
     return Component(part["model"], files, precision, spec)
+
+
+def _without_absent(table: ComponentSpec, entries: Any) -> tuple[TensorSpec, ...]:
+    """The table's inputs, but for optional ones that the manifest does not name."""
+    named = {entry["name"] for entry in entries}
+    return tuple(spec for spec in table.inputs if spec.name in named or spec.name not in table.optional)
 
 
 def _tensors(
@@ -329,8 +411,10 @@ def _tensors(
 
 
 def _axis_fits(want: int | str, given: object) -> bool:
-    if want in DYNAMIC_AXES:
-        return given == want
+    if want in DYNAMIC_AXES and given == want:
+        return True
+    if want in DYNAMIC_AXES and want != "context":  # which was a number before format version 3
+        return False
     return type(given) is int and given > 0 and (given == want or isinstance(want, str))
 
 
@@ -359,6 +443,7 @@ def _number_rules(manifest: Manifest) -> dict[str, bool]:
     return {
         "latents: channels and factor are at least 1": min(factor, manifest.latents.channels) >= 1,
         "limits: 1 ≤ min_batch ≤ max_batch": 1 <= limits.min_batch <= limits.max_batch,
+        "limits: max_chunks is at least 1": limits.max_chunks >= 1,
         "limits: 1 ≤ minimum ≤ maximum, and multiple is at least 1": all(
             1 <= side.minimum <= side.maximum and side.multiple >= 1 for side in sides
         ),
@@ -377,24 +462,64 @@ def _number_rules(manifest: Manifest) -> dict[str, bool]:
 def _fit_rules(manifest: Manifest) -> dict[str, bool]:
     """Rule → whether it holds: what one component gives is what the next one takes."""
     parts = manifest.components
+    latents = (
+        parts["unet"].spec.inputs[0],
+        *parts["unet"].spec.outputs,
+        *parts["vae_decoder"].spec.inputs,
+    )
+    rules = _text_rules(manifest) if manifest.tokenizers else _image_rules(manifest)
+    return rules | {
+        "the unet and the vae_decoder have the latents' channels": all(
+            spec.shape[1] == manifest.latents.channels for spec in latents
+        ),
+        "preview has a row for each channel of the latents": (
+            manifest.preview is None
+            or (
+                len(manifest.preview.weights) == manifest.latents.channels
+                and all(len(row) == 3 for row in manifest.preview.weights)
+            )
+        ),
+    }
+
+
+def _image_rules(manifest: Manifest) -> dict[str, bool]:
+    """Rule → whether it holds: the image encoder and what it gives."""
+    encoder, facts = manifest.components["image_encoder"].spec, manifest.image_processor
+    embeddings = manifest.components["unet"].spec.inputs[2]
+    return {
+        "the image encoder's output fits the unet": encoder.outputs[0].shape[2] == embeddings.shape[2],
+        "the image_processor's size is the image encoder's": (
+            facts is not None and encoder.inputs[0].shape[2:] == (facts.size, facts.size)
+        ),
+        "the image_processor's std are above 0": facts is not None and min(facts.std) > 0,
+    }
+
+
+def _text_rules(manifest: Manifest) -> dict[str, bool]:
+    """Rule → whether it holds: text encoders, tokenizers and what the U-Net reads of them."""
+    parts = manifest.components
     texts = {spec.name: spec.shape[1:] for spec in parts["text_encoder"].spec.outputs}
-    sample, _, embeddings, *added = parts["unet"].spec.inputs
-    latents = (sample, *parts["unet"].spec.outputs, *parts["vae_decoder"].spec.inputs)
+    unet = parts["unet"].spec
+    embeddings = unet.inputs[2]
     encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
     given = texts.get(manifest.text_output)
     rules = {"text_output is an output of the text encoder": given is not None}
     if manifest.tokenizer_2 is not None:
         hidden, pooled = parts["text_encoder_2"].spec.outputs
         given = None if given is None else (given[0], _sum(given[1], hidden.shape[2]))
-        rules["text_encoder_2's text_embeds fit the unet"] = pooled.shape[1:] == added[0].shape[1:]
+        added = unet.input("text_embeds")
+        rules["text_encoder_2's text_embeds fit the unet"] = (
+            added is not None and pooled.shape[1:] == added.shape[1:]
+        )
+    context = embeddings.shape[1]
     return rules | {
-        "the text encoder's output fits the unet": given == embeddings.shape[1:],
+        "the text encoder's output fits the unet": given is not None and given[1:] == embeddings.shape[2:],
         "the tokenizer's max_length fits the text encoder and the unet": all(
-            part.spec.inputs[0].shape[1] == embeddings.shape[1] == facts.max_length
+            part.spec.inputs[0].shape[1] == facts.max_length and context in ("context", facts.max_length)
             for part, facts in zip(encoders, manifest.tokenizers, strict=True)
         ),
-        "the unet and the vae_decoder have the latents' channels": all(
-            spec.shape[1] == manifest.latents.channels for spec in latents
+        "limits: max_chunks is 1 where the unet's context has one size": (
+            context == "context" or manifest.limits.max_chunks == 1
         ),
     }
 
