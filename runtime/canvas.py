@@ -7,6 +7,7 @@ and the result cut back.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,8 +98,8 @@ def fit(
 def finish(drawn: NDArray[np.uint8], canvas: Canvas) -> NDArray[np.uint8]:
     """What is handed back of the pictures that the model drew.
 
-    Given pixels where the mask is 0, drawn ones where it is 1, and between them the mean that the mask weighs,
-    rounded half to even.
+    Given pixels where the mask is 0, drawn ones where it is 1, and between them the mean with the mask's
+    weights, rounded half to even.
 
     Args:
         drawn: uint8 [N, H, W, 3], of the canvas's size.
@@ -131,8 +132,8 @@ def latent_mask(mask: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
         float32 [1, 1, H / factor, W / factor].
     """
     rows, columns = mask.shape[0] // factor, mask.shape[1] // factor
-    blocks = mask.reshape(rows, factor, columns, factor)
-    return blocks.max(axis=(1, 3))[np.newaxis, np.newaxis]
+    latents: NDArray[np.float32] = mask.reshape(rows, factor, columns, factor).max(axis=(1, 3))
+    return latents[np.newaxis, np.newaxis]
 
 
 def image_to_float(image: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -179,7 +180,7 @@ def clip_pixels(image: NDArray[np.uint8], facts: ImageProcessorFacts) -> NDArray
     top, left = (small.shape[0] - facts.size) // 2, (small.shape[1] - facts.size) // 2
     small = small[top : top + facts.size, left : left + facts.size]
     values = (small / 255).astype(np.float32)
-    normal = (values - np.float32(facts.mean)) / np.float32(facts.std)
+    normal = (values - np.array(facts.mean, np.float32)) / np.array(facts.std, np.float32)
     return np.ascontiguousarray(normal.transpose(2, 0, 1)[np.newaxis])
 
 
@@ -213,8 +214,9 @@ def _largest(limit: SizeLimit) -> int:
 
 
 def _nearest(size: float, limit: SizeLimit) -> int:
-    """The admitted size nearest to ``size``."""
-    return min(max(round(size / limit.multiple) * limit.multiple, _smallest(limit)), _largest(limit))
+    """The admitted size nearest to ``size``, the smaller one of two."""
+    nearest = math.ceil(size / limit.multiple - 0.5) * limit.multiple
+    return min(max(nearest, _smallest(limit)), _largest(limit))
 
 
 def _next_size(size: int, limit: SizeLimit) -> int:
@@ -238,7 +240,7 @@ def _resized_mask(mask: NDArray[np.float32], rows: int, columns: int) -> NDArray
 
 
 def _middle(height: int, width: int, rows: int, columns: int) -> tuple[float, float, float, float]:
-    """The largest box in the middle with the proportions of ``rows`` and ``columns``: left, top, right, bottom."""
+    """Left, top, right and bottom of the largest box in the middle with the proportions of the size."""
     scale = min(height / rows, width / columns)
     left, top = (width - scale * columns) / 2, (height - scale * rows) / 2
     return max(left, 0.0), max(top, 0.0), min(width - left, width), min(height - top, height)
@@ -251,7 +253,8 @@ def _sampled(
     left, top, right, bottom = box
     down = top + (np.arange(rows) + 0.5) * (bottom - top) / rows
     across = left + (np.arange(columns) + 0.5) * (right - left) / columns
-    return mask[np.ix_(down.astype(int), across.astype(int))]
+    sampled: NDArray[np.float32] = mask[np.ix_(down.astype(int), across.astype(int))]
+    return sampled
 
 
 def _mask_of_size(mask: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
@@ -271,8 +274,8 @@ def _check_room(image: NDArray[np.uint8], limits: Limits) -> None:
     if rows > _largest(limits.height) or columns > _largest(limits.width):
         raise UsageError(
             f"the picture is {columns}x{rows} pixels (width x height), and this bundle draws up to "
-            f"{_largest(limits.width)}x{_largest(limits.height)}: with a mask or an expansion it keeps its size, "
-            "so give height and width to have it resized first, or a smaller picture"
+            f"{_largest(limits.width)}x{_largest(limits.height)}: with a mask or an expansion a picture keeps "
+            "its size, so give height and width to have it resized first, or a smaller picture"
         )
 
 
@@ -287,8 +290,8 @@ def _checked_expansion(
     ):
         if size + grown > _largest(limit):
             raise UsageError(
-                f"expand adds {grown} pixels at {names} to a picture that is {size} {axis}: this bundle draws up "
-                f"to {_largest(limit)}, so at most {_largest(limit) - size} together"
+                f"expand adds {grown} pixels at {names} to a picture that is {size} {axis}: this bundle draws "
+                f"up to {_largest(limit)}, so at most {_largest(limit) - size} together"
             )
     return sides
 
@@ -300,7 +303,9 @@ def _four_numbers(expand: Any) -> tuple[int, int, int, int]:
         raise UsageError(f"expand is {expand!r}: four whole numbers of pixels, {', '.join(_SIDES)}") from None
     sides = (left, top, right, bottom)
     if min(sides) < 0:
-        raise UsageError(f"expand is {sides}: a side grows by 0 pixels or more; to cut, crop the picture first")
+        raise UsageError(
+            f"expand is {sides}: a side grows by 0 pixels or more; to cut, crop the picture first"
+        )
     if not any(sides):
         raise UsageError("expand is 0 on all four sides: give at least one side some pixels")
     return sides

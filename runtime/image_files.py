@@ -268,7 +268,9 @@ def _in_8_bits(image: Image, label: str) -> Image:
         return image
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
-        raise UsageError(f"{label} has grey values from {values.min()} to {values.max()}: 0 to 65535 are read")
+        raise UsageError(
+            f"{label} has grey values from {values.min()} to {values.max()}: 0 to 65535 are read"
+        )
     grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     transparent = image.info.get("transparency")
     if not isinstance(transparent, int):
