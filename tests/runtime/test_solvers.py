@@ -84,7 +84,7 @@ def formula_error(
         more = step_options(name, options)
         run = diffusers_run(name, scheduler, fake_model, start, noise, told=table.timesteps, **more)
     rows = len(table) - keep
-    table = replace(table, timesteps=table.timesteps[:rows], rows=table.rows[:rows])
+    table = replace(table, timesteps=table.timesteps[:rows], rows=table.rows[:rows], steps=table.steps[:rows])
     return relative_error(run_table(table, fake_model, start, noise), run.xs[rows])
 
 

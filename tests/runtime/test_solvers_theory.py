@@ -200,7 +200,7 @@ def variance_error(table: SamplerTable, std: float) -> float:
     The recurrence is linear then, so one run on unit vectors gives how much of x each noise becomes.
     """
     rows = len(table) - 1
-    most = replace(table, timesteps=table.timesteps[:rows], rows=table.rows[:rows])
+    most = replace(table, timesteps=table.timesteps[:rows], rows=table.rows[:rows], steps=table.steps[:rows])
     gaussian = Gaussian(table, "epsilon", 0.0, std)
     start = np.zeros(rows + 1)
     start[0] = gaussian.signal[0] * np.hypot(std, gaussian.sigmas[0])  # the exact spread
