@@ -24,9 +24,8 @@ from sdrt.runtime.manifest import (
     Manifest,
     SizeLimit,
     TokenizerFacts,
-    from_json,
-    to_json,
 )
+from sdrt.runtime.manifest_json import from_json, to_json
 
 if TYPE_CHECKING:
     from sdrt.export.bundle_writer import ExportOptions

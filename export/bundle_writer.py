@@ -53,8 +53,8 @@ from sdrt.runtime.manifest import (
     FileEntry,
     Manifest,
     TokenizerFacts,
-    to_json,
 )
+from sdrt.runtime.manifest_json import to_json
 
 SEED: Final = 20240229  # of the random inputs that components are compared on
 

@@ -142,7 +142,7 @@ def _random(
     shape = entry.concrete(sizes)
     manifest = bundle.manifest
     if entry.name == "input_ids":
-        return generator.integers(0, manifest.tokenizer.bos, shape)
+        return generator.integers(0, manifest.tokenizers[0].bos, shape)
     if entry.name == "timestep":
         return generator.uniform(0, manifest.schedule.num_train_timesteps - 1, shape)
     if entry.name == "time_ids":

@@ -141,6 +141,10 @@ def test_inputs_are_those_of_real_use_and_the_same_every_time(bundle: Bundle, co
         assert np.array_equal(array, again[entry.name])
         low, high = float(array.min()), float(array.max())
         assert low < high or array.size == 1
-        limits = {"input_ids": (0, bundle.manifest.tokenizer.bos - 1), "timestep": (0, 999), "image": (-1, 1)}
+        limits = {
+            "input_ids": (0, bundle.manifest.tokenizers[0].bos - 1),
+            "timestep": (0, 999),
+            "image": (-1, 1),
+        }
         least, most = limits.get(entry.name, (-6, 6))
         assert least <= low <= high <= most

@@ -115,7 +115,7 @@ class Scene:
 def tokenizers(tiny_bundle: Path) -> list[Tokenizer]:
     """As SDXL's: the second pads with another token."""
     bundle = Bundle.open(tiny_bundle)
-    facts = bundle.manifest.tokenizer
+    facts = bundle.manifest.tokenizers[0]
     return [
         Tokenizer.from_file(bundle.file(facts.file), max_length=77, bos=facts.bos, eos=facts.eos, pad=pad)
         for pad in (facts.pad, 0)
