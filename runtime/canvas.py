@@ -274,8 +274,8 @@ def _check_room(image: NDArray[np.uint8], limits: Limits) -> None:
     if rows > _largest(limits.height) or columns > _largest(limits.width):
         raise UsageError(
             f"the picture is {columns}x{rows} pixels (width x height), and this bundle draws up to "
-            f"{_largest(limits.width)}x{_largest(limits.height)}: with a mask or an expansion a picture keeps "
-            "its size, so give height and width to have it resized first, or a smaller picture"
+            f"{_largest(limits.width)}x{_largest(limits.height)}: with a mask or an expansion a picture "
+            "keeps its size, so give height and width to have it resized first, or a smaller picture"
         )
 
 
@@ -290,8 +290,8 @@ def _checked_expansion(
     ):
         if size + grown > _largest(limit):
             raise UsageError(
-                f"expand adds {grown} pixels at {names} to a picture that is {size} {axis}: this bundle draws "
-                f"up to {_largest(limit)}, so at most {_largest(limit) - size} together"
+                f"expand adds {grown} pixels at {names} to a picture that is {size} {axis}: this bundle "
+                f"draws up to {_largest(limit)}, so at most {_largest(limit) - size} together"
             )
     return sides
 
