@@ -80,7 +80,8 @@ def consistency_model(table: SamplerTable) -> Callable[[FloatArray, float], Floa
         sigma = float(row[Column.NOISE] / row[Column.SIGNAL])
         exploding = z / (row[Column.INPUT_SCALE] * row[Column.SIGNAL])
         x0 = np.interp(np.interp(exploding, *mixture_shares(sigma)), *mixture_shares(0.0)[::-1])
-        return (exploding - x0) / sigma
+        noise: FloatArray = (exploding - x0) / sigma
+        return noise
 
     return predict
 
