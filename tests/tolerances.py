@@ -41,6 +41,12 @@ TORCH_CPU_NORMAL_SMALL = 2 * EPS32
 # 58. Seen over 150 runs: 27. (The cosine schedule has sigma_max = 20,000: only where it starts lower.)
 SAMPLER_RUN = 64 * EPS32
 
+# The same of DEIS, whose coefficients diffusers finds as differences of antiderivatives, each some sigma / L
+# with L, 0.15 to 0.4, the logarithm of the ratio of neighbouring sigmas: rounded by 2 EPS32 each, times alpha
+# up to 24 EPS32 of what a coefficient multiplies. Two coefficients in each of 19 steps add up as a random
+# walk: sqrt(38) * 24. Seen: 86 with the logarithms that NumPy has for AVX-512.
+SAMPLER_RUN_DEIS = 148 * EPS32
+
 # Euler's timesteps, absolute. diffusers finds them in a float32 table of log sigma: 1 ulp of sigma and
 # the logarithm's rounding, 2 EPS32 each, over the table's smallest slope, 0.0031; then it rounds them
 # (half a spacing below 1024). Seen: 8.2e-5.
