@@ -95,7 +95,7 @@ def _side_by_side(pictures: NDArray[np.uint8], columns: int, lines: int) -> list
 
 
 def _shown_size(height: int, width: int, columns: int, lines: int) -> tuple[int, int]:
-    """Height and width in pixels, which are half a cell high and a cell wide; zeros where there is no room."""
+    """Height and width in pixels, a cell wide and half of one high; zeros where there is no room."""
     largest = min(columns / width, 2 * lines / height)
     if largest <= 0:
         return 0, 0
