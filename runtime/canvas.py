@@ -337,7 +337,8 @@ def _expanded(
 
 def _mean_of_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     sides = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    return np.rint(sides.mean(axis=0)).astype(np.uint8)
+    mean: NDArray[np.uint8] = np.rint(sides.mean(axis=0)).astype(np.uint8)
+    return mean
 
 
 def _distance(before: int, size: int, after: int) -> NDArray[np.int64]:

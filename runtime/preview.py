@@ -33,7 +33,8 @@ def rgb_from_latents(latents: NDArray[np.float32], preview: Preview) -> NDArray[
     with np.errstate(invalid="ignore", over="ignore"):
         rgb = np.einsum("nchw,ck->nhwk", latents, weights) + np.asarray(preview.bias, np.float32)
     shares = np.nan_to_num(rgb, nan=-1.0, posinf=1.0, neginf=-1.0)
-    return np.rint((np.clip(shares, -1, 1) + 1) * 127.5).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.rint((np.clip(shares, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return pixels
 
 
 class TerminalPreview:
