@@ -56,7 +56,8 @@ def fit(
     and larger if it is too small.
 
     With them the picture is not resized (unless ``height`` or ``width`` say so, and then before anything
-    else, its mask with it): its edges are continued to the right and below, up to the next admitted size.
+    else, its mask with it): its edges are continued to the right and below, up to the next admitted size, and
+    so are the mask's, since what lies beside a drawn area should not hold on to what was there.
 
     Args:
         image: uint8 [H, W, 3].
@@ -90,7 +91,7 @@ def fit(
     beside = _next_size(columns, limits.width) - columns
     return Canvas(
         np.pad(image, ((0, below), (0, beside), (0, 0)), mode="edge"),
-        np.pad(mask, ((0, below), (0, beside))),
+        np.pad(mask, ((0, below), (0, beside)), mode="edge"),
         (rows, columns),
     )
 
@@ -274,8 +275,8 @@ def _check_room(image: NDArray[np.uint8], limits: Limits) -> None:
     if rows > _largest(limits.height) or columns > _largest(limits.width):
         raise UsageError(
             f"the picture is {columns}x{rows} pixels (width x height), and this bundle draws up to "
-            f"{_largest(limits.width)}x{_largest(limits.height)}: with a mask or an expansion a picture "
-            "keeps its size, so give height and width to have it resized first, or a smaller picture"
+            f"{_largest(limits.width)}x{_largest(limits.height)}: with a mask or an expansion it keeps its "
+            "size, so give height and width to have it resized first, or a smaller picture"
         )
 
 
@@ -320,8 +321,11 @@ def _expanded(
     left, top, right, bottom = sides
     around = ((top, bottom), (left, right))
     edges = np.pad(image, (*around, (0, 0)), mode="edge")
-    blurred = np.asarray(Image.fromarray(edges).filter(ImageFilter.GaussianBlur(_FADE)), np.float32)
     rows, columns = image.shape[:2]
+    ground = edges.copy()
+    # The picture's middle must not shine through: only its border is continued.
+    ground[top : top + rows, left : left + columns] = _mean_of_border(image)
+    blurred = np.asarray(Image.fromarray(ground).filter(ImageFilter.GaussianBlur(_FADE)), np.float32)
     # How many pixels away the picture is, which itself is 0 away.
     down = _distance(top, rows, bottom)[:, np.newaxis]
     across = _distance(left, columns, right)[np.newaxis]
@@ -329,6 +333,12 @@ def _expanded(
     filled = np.rint(edges + share * (blurred - edges)).astype(np.uint8)
     kept = np.zeros((rows, columns), np.float32) if mask is None else mask
     return filled, np.pad(kept, around, constant_values=1)
+
+
+def _mean_of_border(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    sides = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    mean: NDArray[np.uint8] = np.rint(sides.mean(axis=0)).astype(np.uint8)
+    return mean
 
 
 def _distance(before: int, size: int, after: int) -> NDArray[np.int64]:

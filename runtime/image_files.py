@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ FORMATS: Final = (
     "QOI",
 )
 _READ: Final = "PNG, JPEG, WebP, AVIF, GIF, TIFF, BMP, JPEG 2000, PPM, TGA, ICO and QOI are read"
-_ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|https?:/")  # a Path has one slash
 _ORIENTATION: Final = 0x0112  # EXIF's tag
 _PROFILE_ROUNDING: Final = 1  # of 255: a profile that changes no colour by more is sRGB's own
 
@@ -122,15 +122,15 @@ def _decoded(source: Any, what: str, *, managed: bool) -> tuple[Image, Image | N
     """
     from PIL import Image
 
-    path = source if isinstance(source, str | os.PathLike) else None
-    label = what if path is None else f"{what} {str(path)[:300]}"
+    name = os.fsdecode(source) if isinstance(source, str | os.PathLike) else None
+    label = what if name is None else f"{what} {name[:300]}"
     if isinstance(source, np.ndarray):
         return _separated(_from_array(source, what), b"")
     with _decoding(label):
         if isinstance(source, Image.Image):
             return _upright(source, label, managed=managed)
-        if path is not None:
-            stream: Any = _regular_file(Path(path), label)
+        if name is not None:
+            stream = _regular_file(name, label)
         elif isinstance(source, bytes | bytearray | memoryview):
             stream = io.BytesIO(source)
         else:
@@ -142,23 +142,23 @@ def _decoded(source: Any, what: str, *, managed: bool) -> tuple[Image, Image | N
             return _upright(image, label, managed=managed)
 
 
-def _regular_file(path: Path, label: str) -> Any:
+def _regular_file(name: str, label: str) -> IO[bytes]:
     """The file, open for reading; a pipe or a device, which could block or never end, is refused."""
-    if _ADDRESS.match(os.fspath(path)) or re.match(r"https?:/", os.fspath(path)):
+    if _ADDRESS.match(name):
         raise UsageError(f"{label} is an address: download the picture first and give the file's name")
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise UsageError(f"{label} is a folder: the name of a picture's file is wanted")
-        if not stat.S_ISREG(mode):
-            raise UsageError(f"{label} is a pipe or a device: the name of a picture's file is wanted")
-        return path.open("rb")
+        mode = Path(name).stat().st_mode
+        stream = Path(name).open("rb") if stat.S_ISREG(mode) else None  # noqa: SIM115 - the caller closes it
     except FileNotFoundError:
         raise UsageError(f"{label} does not exist; check the name") from None
     except OSError as error:
         raise UsageError(f"cannot read {label}: {error.strerror}") from error
     except ValueError:  # a NUL in it
-        raise UsageError(f"cannot read {str(path)[:300]!r}: that can be no file's name") from None
+        raise UsageError(f"cannot read {name[:300]!r}: that can be no file's name") from None
+    if stream is None:
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UsageError(f"{label} is {kind}: the name of a picture's file is wanted")
+    return stream
 
 
 @contextmanager

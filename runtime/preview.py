@@ -33,7 +33,8 @@ def rgb_from_latents(latents: NDArray[np.float32], preview: Preview) -> NDArray[
     with np.errstate(invalid="ignore", over="ignore"):
         rgb = np.einsum("nchw,ck->nhwk", latents, weights) + np.asarray(preview.bias, np.float32)
     shares = np.nan_to_num(rgb, nan=-1.0, posinf=1.0, neginf=-1.0)
-    return np.rint((np.clip(shares, -1, 1) + 1) * 127.5).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.rint((np.clip(shares, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return pixels
 
 
 class TerminalPreview:
@@ -95,7 +96,7 @@ def _side_by_side(pictures: NDArray[np.uint8], columns: int, lines: int) -> list
 
 
 def _shown_size(height: int, width: int, columns: int, lines: int) -> tuple[int, int]:
-    """Height and width in pixels, half a cell high and a cell wide; zeros where there is no room."""
+    """Height and width in pixels, a cell wide and half of one high; zeros where there is no room."""
     largest = min(columns / width, 2 * lines / height)
     if largest <= 0:
         return 0, 0
