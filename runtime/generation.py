@@ -10,9 +10,10 @@ import numpy as np
 
 from sdrt.runtime.callbacks import StepHook
 from sdrt.runtime.decode import ImageDecoder
-from sdrt.runtime.denoise import DenoiseLoop
+from sdrt.runtime.denoise import DenoiseLoop, StepKind
 from sdrt.runtime.devices import Device
 from sdrt.runtime.executors import Executor
+from sdrt.runtime.loop_buffers import TIME_IDS
 from sdrt.runtime.noise import NoiseSource, noise_source
 from sdrt.runtime.output import Collected, DeviceCollected
 from sdrt.runtime.prompts import PromptEncoder
@@ -61,7 +62,7 @@ class Generation:
         # The decoder first: it wants more scratch memory than the U-Net, whose graph then has it in common.
         if decodes and self._decoder is None:
             self._decoder = ImageDecoder(self._decoder_executor, self._device, self._loop)
-        self._loop.prepare(draws_noise=_drawn_on_device(request))
+        self._loop.prepare([_kind(request)])
 
     def draw(
         self,
@@ -109,21 +110,27 @@ class Generation:
         source = noise_source(request.rng, [request.seeds[image] for image in batch])
         loop.start(
             table,
-            request.guidance_scale,
+            np.full(len(table), request.guidance_scale, np.float32),
             seeds=source.seeds,
             latents=_initial(request, batch, source, shape),
-            time_ids=_time_ids(request, len(rows)),
+            inputs=_inputs(request, len(rows)),
         )
+        kind = _kind(request)
         uploads_noise = table.uses_noise and not _drawn_on_device(request)
         for step in range(len(table.timesteps)):
             if uploads_noise:
                 loop.set_noise(source.step(step, shape))
-            loop.step()
+            loop.step(kind)
             if on_step is not None:
                 on_step(loop, table, step, lambda: self._raise_faults(request, rows))
 
     def _raise_faults(self, request: Request, rows: Sequence[str | None]) -> None:
         self._encoder.raise_faults(self._loop.faults(), request.table, rows)
+
+
+def _kind(request: Request) -> StepKind:
+    """Of every step of the request."""
+    return StepKind(guided=request.guided, draws_noise=_drawn_on_device(request))
 
 
 def _drawn_on_device(request: Request) -> bool:
@@ -140,7 +147,9 @@ def _initial(request: Request, batch: Sequence[int], source: NoiseSource, shape:
     return None if request.rng == "philox" else source.initial(shape)
 
 
-def _time_ids(request: Request, rows: int) -> np.ndarray[Any, Any] | None:
+def _inputs(request: Request, rows: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What the U-Net reads beside texts: SDXL's sizes."""
     if not request.sizes:
-        return None
-    return np.array([[number for pair in request.sizes.values() for number in pair]] * rows, np.float32)
+        return {}
+    sizes = [number for pair in request.sizes.values() for number in pair]
+    return {TIME_IDS: np.array([sizes] * rows, np.float32)}

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from sdrt.runtime.denoise import MAX_ROWS
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.loop_buffers import MAX_ROWS
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng, validate_seed
 from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, make_table
