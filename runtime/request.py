@@ -9,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.loop_buffers import MAX_ROWS
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng
 from sdrt.runtime.options import OPTIONS, check_names

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.runtime.denoise import MAX_ROWS
+from sdrt.runtime.loop_buffers import MAX_ROWS
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.guidance import guidance_weights
 from sdrt.runtime.manifest import Manifest
