@@ -122,7 +122,8 @@ class SizeLimit:
 class Limits:
     """What one call may ask of the graphs; more images than ``max_batch`` are drawn in several batches.
 
-    A prompt may have ``max_chunks`` times the tokens that the text encoder reads at once.
+    A prompt may have ``max_chunks`` times the tokens that the text encoder reads at once. ``max_clip_skip``
+    layers of the text encoders may be left out.
     """
 
     min_batch: int
@@ -130,6 +131,7 @@ class Limits:
     height: SizeLimit
     width: SizeLimit
     max_chunks: int = 1
+    max_clip_skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,11 @@ class Manifest:
     def tokenizers(self) -> tuple[TokenizerFacts, ...]:
         """The tokenizer, and the second one where there is one; none in a family without text."""
         return tuple(facts for facts in (self.tokenizer, self.tokenizer_2) if facts is not None)
+
+    @property
+    def tokens(self) -> int:
+        """What the U-Net reads of one chunk of a prompt; 1, an embedding, in a family without text."""
+        return 1 if self.tokenizer is None else self.tokenizer.max_length
 
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the bundle except the manifest itself."""
@@ -444,6 +451,7 @@ def _number_rules(manifest: Manifest) -> dict[str, bool]:
         "latents: channels and factor are at least 1": min(factor, manifest.latents.channels) >= 1,
         "limits: 1 ≤ min_batch ≤ max_batch": 1 <= limits.min_batch <= limits.max_batch,
         "limits: max_chunks is at least 1": limits.max_chunks >= 1,
+        "limits: max_clip_skip is at least 0": limits.max_clip_skip >= 0,
         "limits: 1 ≤ minimum ≤ maximum, and multiple is at least 1": all(
             1 <= side.minimum <= side.maximum and side.multiple >= 1 for side in sides
         ),
@@ -520,6 +528,10 @@ def _text_rules(manifest: Manifest) -> dict[str, bool]:
         ),
         "limits: max_chunks is 1 where the unet's context has one size": (
             context == "context" or manifest.limits.max_chunks == 1
+        ),
+        "limits: max_clip_skip is 0 where the text encoders do not read clip_skip": (
+            manifest.limits.max_clip_skip == 0
+            or all(part.spec.input("clip_skip") is not None for part in encoders)
         ),
     }
 
