@@ -64,6 +64,7 @@ class DenoiseLoop:
         *,
         guided: bool,
         factor: int = 1,
+        context: int = 77,
     ) -> None:
         """Allocate every buffer and bind the U-Net to them.
 
@@ -74,6 +75,7 @@ class DenoiseLoop:
             size: Height and width of the latents.
             guided: Whether the unconditional half runs too; the U-Net's batch is then 2·N.
             factor: Image pixels per latent and side.
+            context: Embeddings that the U-Net reads of each text, if its graph leaves the number open.
 
         Raises:
             DeviceMemoryError: The buffers do not fit.
@@ -81,7 +83,7 @@ class DenoiseLoop:
         """
         self._device, self._unet = device, unet
         rows = 2 * images if guided else images
-        axes = {"rows": rows, "latent_height": size[0], "latent_width": size[1]}
+        axes = {"rows": rows, "latent_height": size[0], "latent_width": size[1], "context": context}
         arena = Arena(device, _sections(unet.spec, axes, images, factor))
         self.arena = arena
         (output,) = unet.spec.outputs
