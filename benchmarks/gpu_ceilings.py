@@ -57,6 +57,7 @@ def guided_step_flop(checkpoint: Checkpoint, size: int) -> int:
 
     side = size // checkpoint.factor
     axes = {"rows": 2, "latent_height": side, "latent_width": side}
+    axes["context"] = checkpoint.sizes()["tokens"]
     inputs = example_inputs(checkpoint, "unet", axes, torch.Generator().manual_seed(0))
     wrapper = SdxlUNet if checkpoint.family == "sdxl" else UNet
     module = wrapper(meta_module(checkpoint, "unet")).to("meta")

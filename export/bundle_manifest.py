@@ -80,6 +80,8 @@ def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Axis
     if compared_small(checkpoint, options):
         height, width = (_traced_side(checkpoint, side) for side in (height, width))
 
+    tokens = checkpoint.sizes().get("tokens", 1)
+
     def latent(side: AxisRange) -> AxisRange:
         multiple = 1 if side.fixed else side.multiple // factor
         return AxisRange(side.minimum // factor, side.maximum // factor, multiple)
@@ -90,6 +92,7 @@ def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Axis
         "rows": AxisRange(options.batch.minimum, 2 * options.batch.maximum),
         "height": height,
         "width": width,
+        "context": AxisRange(tokens, tokens * options.chunks, tokens),
         "latent_height": latent(height),
         "latent_width": latent(width),
     }
@@ -152,6 +155,8 @@ def manifest_of(
             options.batch.maximum,
             SizeLimit(options.height.minimum, options.height.maximum, options.height.multiple),
             SizeLimit(options.width.minimum, options.width.maximum, options.width.multiple),
+            max_chunks=options.chunks,
+            max_clip_skip=checkpoint.max_clip_skip,
         ),
     )
 

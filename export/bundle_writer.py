@@ -69,6 +69,7 @@ class ExportOptions:
         batch: Images per call.
         height: Pixels.
         width: Pixels.
+        chunks: The most chunks of a long prompt.
         opset: ONNX opset.
         full_parity: Compare a large model at its own size too: minutes longer.
     """
@@ -78,6 +79,7 @@ class ExportOptions:
     batch: AxisRange
     height: AxisRange
     width: AxisRange
+    chunks: int
     opset: int
     full_parity: bool = False
 

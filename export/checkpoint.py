@@ -21,8 +21,10 @@ SDXL_SUBFOLDERS: Final = ("text_encoder", "text_encoder_2", "unet", "vae")
 TOKENIZERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # What an export reads of each config.json.
 CONFIG_KEYS: Final = {
-    "text_encoder": ("hidden_size", "max_position_embeddings", "vocab_size"),
-    "text_encoder_2": ("hidden_size", "max_position_embeddings", "projection_dim", "vocab_size"),
+    "text_encoder": ("hidden_size", "max_position_embeddings", "num_hidden_layers", "vocab_size"),
+    "text_encoder_2": (
+        *("hidden_size", "max_position_embeddings", "num_hidden_layers", "projection_dim", "vocab_size"),
+    ),
     "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels", "sample_size"),
     "vae": ("block_out_channels", "latent_channels"),
 }
@@ -82,12 +84,22 @@ class Checkpoint:
         """Sizes in pixels that every level of the U-Net halves without a remainder."""
         return int(self.factor * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1))
 
+    def text_layers(self, name: str) -> int:
+        """The layers of one text encoder."""
+        return int(self.configs[name]["num_hidden_layers"])
+
+    @property
+    def max_clip_skip(self) -> int:
+        """The layers that can be left out, so that each text encoder still has a penultimate state."""
+        return min((self.text_layers(name) for name in self.configs if name in TOKENIZERS), default=1) - 1
+
     def sizes(self) -> dict[str, int]:
         """The checkpoint's entries for the axes that `sdrt.runtime.components` leaves open."""
         text, unet, vae = (self.configs[name] for name in SUBFOLDERS)
         sizes = {
             "tokens": self.tokenizer.ids["max_length"],
             "text_width": int(text["hidden_size"]),
+            "skips": 1,
             "cross_width": int(unet["cross_attention_dim"]),
             "unet_channels": int(unet["in_channels"]),
             "latent_channels": int(vae["latent_channels"]),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sdrt.export.cli_options import DEFAULT_BATCH, parse
+from sdrt.export.cli_options import DEFAULT_BATCH, DEFAULT_CHUNKS, parse
 from sdrt.export.engine_flavours import check_flavour
 from sdrt.export.engine_options import parse_extent
 from sdrt.runtime.command import put, run_command, say
@@ -72,6 +72,7 @@ def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None
         batch=AxisRange(batch.minimum, batch.maximum),
         height=_side(checkpoint, "height", arguments),
         width=_side(checkpoint, "width", arguments),
+        chunks=arguments.sizes["chunks"].maximum if "chunks" in arguments.sizes else DEFAULT_CHUNKS,
         opset=arguments.opset,
         full_parity=arguments.full_parity,
     )

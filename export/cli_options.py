@@ -26,8 +26,10 @@ ARCHITECTURES: Final = ("sd15", "sd21", "sdxl")
 MAX_BATCH: Final = 64
 MIN_OPSET: Final = 18
 MAX_OPSET: Final = 23
-SIZES: Final = ("batch", "height", "width")
+SIZES: Final = ("batch", "height", "width", "chunks")
 DEFAULT_BATCH: Final = "1..4"
+MAX_CHUNKS: Final = 16
+DEFAULT_CHUNKS: Final = 4
 
 EPILOG: Final = """examples:
   sd-export stable-diffusion-v1-5/stable-diffusion-v1-5 sd15 --fp16 --engine tensorrt-rtx
@@ -77,8 +79,14 @@ def _add_sizes(result: argparse.ArgumentParser) -> None:
             f"--{side}",
             metavar="N|MIN..MAX",
             help="pixels, fixed or a range (default: the model's own, fixed; for engines alone: all that "
-            "the bundle admits). For engines all three may be MIN..OPT..MAX, OPT being the fastest",
+            "the bundle admits). For engines all four may be MIN..OPT..MAX, OPT being the fastest",
         )
+    result.add_argument(
+        "--chunks",
+        metavar="N|MIN..MAX",
+        help="of long prompts, 75 tokens each: graphs admit 1 to the largest number that stands here "
+        f"(default: {DEFAULT_CHUNKS}), engines just what stands here (default: 1, which is the fastest)",
+    )
 
 
 def _add_export(group: Any) -> None:
@@ -244,6 +252,9 @@ def _check_values(arguments: argparse.Namespace) -> None:
     batch = arguments.sizes.get("batch")
     if batch is not None and batch.maximum > MAX_BATCH:
         raise UsageError(f"--batch is {arguments.batch!r}: at most {MAX_BATCH}")
+    chunks = arguments.sizes.get("chunks")
+    if chunks is not None and chunks.maximum > MAX_CHUNKS:
+        raise UsageError(f"--chunks is {arguments.chunks!r}: at most {MAX_CHUNKS}")
     if not MIN_OPSET <= arguments.opset <= MAX_OPSET:
         raise UsageError(f"--opset is {arguments.opset}: {MIN_OPSET} to {MAX_OPSET}")
     if arguments.fp16_weights and arguments.dtype != "fp32":

@@ -139,10 +139,17 @@ def random_inputs(bundle: Bundle, component: str, sizes: Mapping[str, int]) -> d
 def _random(
     entry: TensorSpec, bundle: Bundle, sizes: Mapping[str, int], generator: np.random.Generator
 ) -> NDArray[Any]:
+    from sdrt.export.modules import CUSTOM_SHARE, EMBEDDING_DEVIATION  # it loads PyTorch
+
     shape = entry.concrete(sizes)
     manifest = bundle.manifest
     if entry.name == "input_ids":
-        return generator.integers(0, manifest.tokenizers[0].bos, shape)
+        own = generator.random(shape) < CUSTOM_SHARE
+        return np.where(own, -1, generator.integers(0, manifest.tokenizers[0].bos, shape))
+    if entry.name == "custom_embeddings":
+        return EMBEDDING_DEVIATION * generator.standard_normal(shape)
+    if entry.name == "clip_skip":
+        return generator.integers(0, manifest.limits.max_clip_skip + 1, shape)
     if entry.name == "timestep":
         return generator.uniform(0, manifest.schedule.num_train_timesteps - 1, shape)
     if entry.name == "time_ids":

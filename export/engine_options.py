@@ -19,7 +19,7 @@ from sdrt.runtime.manifest import Manifest, SizeLimit
 
 EXTENT: Final = re.compile(r"(\d{1,9})(?:\.\.(\d{1,9}))?(?:\.\.(\d{1,9}))?")
 EXTENT_FORMS: Final = "a number, MIN..MAX or MIN..OPT..MAX, such as 512, 256..768 or 256..512..768"
-PROFILE_AXES: Final = ("batch", "rows", "height", "width")
+PROFILE_AXES: Final = ("batch", "rows", "height", "width", "chunks")
 MAX_PROFILES: Final = 8
 MAX_LEVEL: Final = 5
 CURRENT: Final = "current"  # the GPU of this machine, in place of a compute capability
@@ -39,6 +39,9 @@ class Extent:
         """With an optimum: the one given, else ``usual``, brought inside."""
         best = self.optimum if self.optimum is not None else usual
         return AxisProfile(self.minimum, min(max(best, self.minimum), self.maximum), self.maximum)
+
+
+ONE: Final = Extent(1, None, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,8 @@ def sizes_of_profile(manifest: Manifest, given: Mapping[str, Extent]) -> dict[st
     """One profile in the user's units, complete: what was not given is all that the bundle admits.
 
     Without an optimum, sides take the bundle's default size and the batch its smallest, one image as a rule.
-    ``rows`` is the U-Net's batch: from one row an image (no guidance) to two (guidance), best at two.
+    ``rows`` is the U-Net's batch: from one row an image (no guidance) to two (guidance), best at two. Of
+    ``chunks`` there is one unless more are asked for: a fixed size is the fastest.
 
     Raises:
         UsageError: The bundle's graphs do not admit a size.
@@ -168,12 +172,23 @@ def sizes_of_profile(manifest: Manifest, given: Mapping[str, Extent]) -> dict[st
         raise UsageError(
             f"rows {asked.at(1)}: the bundle's graphs admit {limits.min_batch} to {2 * limits.max_batch} rows"
         )
+    chunks = given.get("chunks", ONE).at(1)
+    if chunks.maximum > limits.max_chunks:
+        raise UsageError(
+            f"chunks {chunks}: the bundle's graphs admit prompts of {_counted(limits.max_chunks)}; give "
+            "fewer, or export the bundle again with a larger --chunks"
+        )
     return {
         "batch": batch,
+        "chunks": chunks,
         "rows": asked.at(2 * batch.optimum),
         "height": _side("height", given.get("height"), limits.height, defaults.height),
         "width": _side("width", given.get("width"), limits.width, defaults.width),
     }
+
+
+def _counted(chunks: int) -> str:
+    return "one chunk only" if chunks == 1 else f"1 to {chunks} chunks"
 
 
 def _side(name: str, given: Extent | None, limit: SizeLimit, usual: int) -> AxisProfile:
@@ -188,19 +203,23 @@ def _side(name: str, given: Extent | None, limit: SizeLimit, usual: int) -> Axis
     return side
 
 
-def component_profile(spec: ComponentSpec, sizes: Mapping[str, AxisProfile], factor: int) -> Profile:
-    """The profile of one component: the named axes of its inputs, latents in latents.
+def component_profile(
+    spec: ComponentSpec, sizes: Mapping[str, AxisProfile], factor: int, tokens: int
+) -> Profile:
+    """The profile of one component: the named axes of its inputs, latents in latents, chunks in tokens.
 
     Args:
         spec: The component, from the manifest.
         sizes: From `sizes_of_profile`.
         factor: Pixels of one latent.
+        tokens: Of one chunk.
     """
     latents = {
         f"latent_{side}": AxisProfile(*(size // factor for size in _three(sizes[side])))
         for side in ("height", "width")
     }
-    every = {**sizes, **latents}
+    context = AxisProfile(*(chunks * tokens for chunks in _three(sizes["chunks"])))
+    every = {**sizes, **latents, "context": context}
     named = dict.fromkeys(axis for entry in spec.inputs for axis in entry.shape if isinstance(axis, str))
     return Profile({axis: every[axis] for axis in named})
 

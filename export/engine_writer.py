@@ -16,6 +16,7 @@ from sdrt.export.engine_flavours import ORT_CUDA, TENSORRT, flavour_version, res
 from sdrt.export.engine_options import (
     CURRENT,
     EngineOptions,
+    Extent,
     component_profile,
     input_shapes,
     sizes_of_profile,
@@ -126,8 +127,10 @@ def engine_key(
     """
     manifest = bundle.manifest
     part, factor = bundle.component(component), manifest.latents.factor
-    sizes = [sizes_of_profile(manifest, given) for given in options.profiles]
-    every = [component_profile(part.spec, row, factor) for row in sizes]
+    # A rewritten graph loses nothing by admitting every length.
+    usual = {"chunks": Extent(1, None, manifest.limits.max_chunks)} if options.flavour == ORT_CUDA else {}
+    sizes = [sizes_of_profile(manifest, {**usual, **given}) for given in options.profiles]
+    every = [component_profile(part.spec, row, factor, manifest.tokens) for row in sizes]
     # Profiles that differ only in axes which this component has not are one to it.
     profiles = tuple(profile for index, profile in enumerate(every) if profile not in every[:index])
     chosen: dict[str, Any] = {}

@@ -7,51 +7,97 @@ results stand in the order of `sdrt.runtime.components.components_of`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
 
 from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.weights import load_module
 from sdrt.runtime.components import TensorSpec, components_of
 
+# Of the random inputs of text encoders: how many tokens have an embedding of their own, and the standard
+# deviation of CLIP's embeddings as they are initialised, which training leaves as it is (1.x: 0.014).
+CUSTOM_SHARE: Final = 0.1
+EMBEDDING_DEVIATION: Final = 0.02
+
 
 class TextEncoder(nn.Module):
-    """Token ids → last (normalised) and penultimate hidden state.
+    """Token ids → last (normalised) and penultimate hidden state, counted from where `clip_skip` stops.
 
-    Shapes: ``input_ids`` int64 [batch, tokens]; both results [batch, tokens, text_width].
+    Shapes: ``input_ids`` int64 [batch, tokens], −1 where ``custom_embeddings`` [batch, tokens, text_width]
+    stands for the token; ``clip_skip`` int64 [1], 0 … layers − 1; both results [batch, tokens, text_width].
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(input_ids=input_ids, output_hidden_states=True)
-        return output.last_hidden_state, output.hidden_states[-2]
+    def forward(
+        self, input_ids: Tensor, custom_embeddings: Tensor, clip_skip: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        states = hidden_states(self.model, input_ids, custom_embeddings)
+        return self.model.final_layer_norm(_state(states, clip_skip)), _state(states, clip_skip + 1)
 
 
 class TextEncoder2(nn.Module):
     """Token ids → penultimate hidden state and the pooled, projected embedding (SDXL's second encoder).
 
-    Shapes: ``input_ids`` int64 [batch, tokens]; [batch, tokens, text_width_2], [batch, projection_width].
+    Shapes: as for `TextEncoder` with text_width_2; [batch, tokens, text_width_2], [batch, projection_width].
+    The pooled embedding is that of the last layer whatever ``clip_skip`` is, as in diffusers.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(input_ids=input_ids, output_hidden_states=True)
-        return output.hidden_states[-2], output.text_embeds
+    def forward(
+        self, input_ids: Tensor, custom_embeddings: Tensor, clip_skip: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        text = self.model.text_model
+        states = hidden_states(text, input_ids, custom_embeddings)
+        last = text.final_layer_norm(states[-1])
+        end = _end_of_text(input_ids, text.eos_token_id)
+        pooled = last[torch.arange(last.shape[0], device=last.device), end]
+        return _state(states, clip_skip + 1), self.model.text_projection(pooled)
+
+
+def hidden_states(text: Any, input_ids: Tensor, custom_embeddings: Tensor) -> list[Tensor]:
+    """The embeddings and what each layer of a CLIPTextModel gives, each [batch, tokens, width].
+
+    ``CLIPTextModel.forward`` itself, but for the tokens that have an embedding of their own.
+    """
+    known = text.embeddings.token_embedding(input_ids.clamp(min=0))
+    tokens = torch.where(input_ids[..., None] < 0, custom_embeddings, known)
+    state = text.embeddings(inputs_embeds=tokens)
+    mask = create_causal_mask(
+        config=text.config, inputs_embeds=state, attention_mask=None, past_key_values=None
+    )
+    states = [state]
+    for layer in text.encoder.layers:
+        state = layer(state, mask, is_causal=True)
+        states.append(state)
+    return states
+
+
+def _state(states: list[Tensor], before_last: Tensor) -> Tensor:
+    """The state that lies ``before_last`` (int64 [1]) layers before the last one."""
+    return torch.stack(states).index_select(0, len(states) - 1 - before_last)[0]
+
+
+def _end_of_text(input_ids: Tensor, eos: int) -> Tensor:
+    """Where each text's first end-of-text token stands, as CLIPTextModel finds it: int64 [batch]."""
+    if eos == 2:  # of configurations written before the id was right: the token with the highest id
+        return input_ids.to(torch.int).argmax(dim=-1)
+    return (input_ids == eos).to(torch.int).argmax(dim=-1)
 
 
 class UNet(nn.Module):
     """Noisy latents, timestep and text embeddings → noise prediction.
 
     Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [1], one for all rows;
-    ``encoder_hidden_states`` [rows, tokens, cross_width]; result like ``sample``.
+    ``encoder_hidden_states`` [rows, context, cross_width]; result like ``sample``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -184,7 +230,13 @@ def _example(
     match entry.name:
         case "input_ids":
             vocabulary = int(checkpoint.configs[component]["vocab_size"])
-            return torch.randint(0, vocabulary, shape, generator=generator)
+            ids = torch.randint(0, vocabulary, shape, generator=generator)
+            own = torch.rand(shape, generator=generator) < CUSTOM_SHARE
+            return torch.where(own, -1, ids)
+        case "custom_embeddings":
+            return torch.randn(shape, generator=generator) * EMBEDDING_DEVIATION
+        case "clip_skip":
+            return torch.randint(0, checkpoint.text_layers(component), shape, generator=generator)
         case "timestep":
             return torch.rand(shape, generator=generator) * 999
         case "image":

@@ -210,7 +210,7 @@ def probe_sizes(
     """Axis sizes to compare at, each once.
 
     All smallest, all one step up, one image of the native size; ``small`` asks for only one image of a small
-    size, and as many rows as guidance takes.
+    size, as many rows as guidance takes, and a prompt of two chunks where the graph takes one.
     """
     if small:
         return [_small_probe(checkpoint, axes)]
@@ -233,6 +233,8 @@ def _small_probe(checkpoint: Checkpoint, axes: Mapping[str, AxisRange]) -> dict[
     side = large_side(checkpoint)
     latent = side // checkpoint.factor
     wanted = {"height": side, "width": side, "latent_height": latent, "latent_width": latent, "rows": 2}
+    if context := axes.get("context"):
+        wanted["context"] = 2 * context.minimum  # the sampling run has a prompt of one chunk
     return {name: extent.nearest(wanted.get(name, extent.minimum)) for name, extent in axes.items()}
 
 

@@ -35,18 +35,21 @@ class RequestShape:
         height: Pixels.
         width: Pixels.
         guided: Whether the U-Net runs on two rows for each picture.
+        chunks: Of the longest prompt.
     """
 
     images: int
     height: int
     width: int
     guided: bool = True
+    chunks: int = 1
 
-    def axes(self, factor: int) -> dict[str, int]:
-        """The named axes of the components; ``factor`` is pixels per latent."""
+    def axes(self, factor: int, tokens: int) -> dict[str, int]:
+        """The named axes of the components; ``factor`` is pixels per latent, ``tokens`` those of a chunk."""
         return {
             "rows": self.images * (2 if self.guided else 1),
             "batch": self.images,
+            "context": self.chunks * tokens,
             "height": self.height,
             "width": self.width,
             "latent_height": self.height // factor,
@@ -259,7 +262,7 @@ def _probe_tensorrt(flavour: str) -> Callable[[Bundle, Gpu | None, RequestShape 
         assert gpu is not None
         trt = import_tensorrt(flavour)
         version = trt.__version__
-        axes = shape.axes(bundle.manifest.latents.factor) if shape else {}
+        axes = shape.axes(bundle.manifest.latents.factor, bundle.manifest.tokens) if shape else {}
         for name in required_components(bundle.manifest.family):
             engine = find_engine(bundle, name, flavour, version, gpu.capability, _axes_of(name, axes))
             _refuse_unfit(trt, engine, name, gpu)
@@ -293,7 +296,7 @@ def _probe_onnxruntime_cuda(bundle: Bundle, gpu: Gpu | None, shape: RequestShape
     from sdrt.runtime.executor_onnxruntime_cuda import find_graph, import_with_cuda
 
     version = import_with_cuda().__version__
-    axes = shape.axes(bundle.manifest.latents.factor) if shape else {}
+    axes = shape.axes(bundle.manifest.latents.factor, bundle.manifest.tokens) if shape else {}
     graphs = [
         find_graph(bundle, name, version, _axes_of(name, axes))[1]
         for name in required_components(bundle.manifest.family)

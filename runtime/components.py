@@ -97,9 +97,9 @@ class ComponentSpec:
 _INPUT_IDS: Final = TensorSpec(
     "input_ids", "int64", ("batch", "tokens"), "token ids; -1 where custom_embeddings stands for the token"
 )
-# Bundles of format version 3 have both in every text encoder. The sizes `custom_width` and `skips` say so.
+# Bundles of format version 3 have both in every text encoder.
 _CLIP_SKIP: Final = TensorSpec(
-    "clip_skip", "int64", ("skips",), "how many layers before the end to stop: 0 for none"
+    "clip_skip", "int64", ("skips",), "how many of the last layers are left out: 0 for none"
 )
 
 
@@ -156,7 +156,12 @@ COMPONENTS: Final[dict[str, ComponentSpec]] = {
         "text_encoder",
         (_INPUT_IDS, _custom_embeddings("text_width"), _CLIP_SKIP),
         (
-            TensorSpec("last_hidden_state", FLOAT, ("batch", "tokens", "text_width"), "normalised"),
+            TensorSpec(
+                "last_hidden_state",
+                FLOAT,
+                ("batch", "tokens", "text_width"),
+                "output of the last layer that is not skipped, normalised",
+            ),
             TensorSpec(
                 "penultimate_hidden_state",
                 FLOAT,
@@ -210,7 +215,7 @@ _SDXL_COMPONENTS: Final[dict[str, ComponentSpec]] = {
                 "penultimate_hidden_state",
                 FLOAT,
                 ("batch", "tokens", "text_width_2"),
-                "output of the last layer but one, not normalised",
+                "output of the layer before the last that is not skipped, not normalised",
             ),
             TensorSpec(
                 "text_embeds", FLOAT, ("batch", "projection_width"), "pooled and projected, of the last layer"

@@ -21,7 +21,7 @@ from sdrt.runtime.engines import (
     engine_from_json,
 )
 from sdrt.runtime.errors import BackendError, BundleError
-from sdrt.runtime.manifest import FileEntry
+from sdrt.runtime.manifest import FileEntry, Manifest
 
 Capability = tuple[int, int]  # compute capability: major, minor
 _MAX_ENGINE_JSON_BYTES: Final = 4 << 20
@@ -170,7 +170,8 @@ def build_command(
     Args:
         bundle: The bundle to add them to.
         flavour: Which engines.
-        axes: Named axes of one component; ``rows`` counts two for an image under guidance.
+        axes: Named axes of one component; ``rows`` counts two for an image under guidance, ``context`` is in
+            tokens.
         capability: A compute capability to build for, where the builder's own choice leaves it out.
     """
     asked = axes or {}
@@ -182,6 +183,8 @@ def build_command(
         pixels = asked.get(side) or asked.get(f"latent_{side}", 0) * factor
         if pixels:
             words += [f"--{side}", str(pixels)]
+    if (chunks := asked.get("context", 0) // bundle.manifest.tokens) > 1:
+        words += ["--chunks", str(chunks)]
     if capability is not None:
         words += ["--compute-capability", _dotted(capability)]
     return " ".join(words)
@@ -189,12 +192,11 @@ def build_command(
 
 def rebuild_command(bundle: Bundle, key: EngineKey) -> str:
     """The ``sd-export`` command that builds an engine of the same sizes, targets and kind anew."""
-    factor = bundle.manifest.latents.factor
     words = ["sd-export", shlex.quote(str(bundle.path)), "--engine", key.flavour]
     for profile in key.profiles:
         sizes = [
             f"{name}={low}" if low == high else f"{name}={low}..{best}..{high}"
-            for name, (low, best, high) in _user_axes(profile.axes, factor).items()
+            for name, (low, best, high) in _user_axes(profile.axes, bundle.manifest).items()
         ]
         words += ["--profile", ",".join(sizes)] if sizes else []
     targets = [target for target in key.targets if not target.endswith("+")]
@@ -205,13 +207,16 @@ def rebuild_command(bundle: Bundle, key: EngineKey) -> str:
     return " ".join(words)
 
 
-def _user_axes(axes: Mapping[str, AxisProfile], factor: int) -> dict[str, tuple[int, int, int]]:
-    """Minimum, optimum and maximum in what a user knows: pixels in place of latents."""
+def _user_axes(axes: Mapping[str, AxisProfile], manifest: Manifest) -> dict[str, tuple[int, int, int]]:
+    """Minimum, optimum and maximum in what a user knows: pixels in place of latents, chunks of tokens."""
+    factor, tokens = manifest.latents.factor, manifest.tokens
     result = {}
-    for name, limit in axes.items():
-        unit = factor if name.startswith("latent_") else 1
-        sizes = (limit.minimum * unit, limit.optimum * unit, limit.maximum * unit)
-        result[name.removeprefix("latent_")] = sizes
+    for axis, limit in axes.items():
+        times = factor if axis.startswith("latent_") else 1
+        over = tokens if axis == "context" else 1
+        name = "chunks" if axis == "context" else axis.removeprefix("latent_")
+        low, best, high = (size * times // over for size in (limit.minimum, limit.optimum, limit.maximum))
+        result[name] = (low, best, high)
     return result
 
 
@@ -271,10 +276,9 @@ def _misfits(
     if key.precision != component.precision:
         reasons.append(f"its precision is {key.precision}, the {key.component}'s is {component.precision}")
     if not any(profile.admits(asked) for profile in key.profiles):
-        factor = bundle.manifest.latents.factor
-        admitted = " or ".join(_sizes(profile.axes, factor) for profile in key.profiles)
+        admitted = " or ".join(_sizes(profile.axes, bundle.manifest) for profile in key.profiles)
         own = {name: AxisProfile(*[asked[name]] * 3) for name in key.profiles[0].axes if name in asked}
-        reasons.append(f"it admits {admitted}; asked for is {_sizes(own, factor)}")
+        reasons.append(f"it admits {admitted}; asked for is {_sizes(own, bundle.manifest)}")
     return reasons
 
 
@@ -298,11 +302,11 @@ def _runs_on(targets: Sequence[str], capability: Capability) -> bool:
     return not targets
 
 
-def _sizes(axes: Mapping[str, AxisProfile], factor: int) -> str:
+def _sizes(axes: Mapping[str, AxisProfile], manifest: Manifest) -> str:
     """Limits in words."""
     words = [
         f"{name} {AxisProfile(*sizes)}{_ABOUT.get(name, '')}"
-        for name, sizes in _user_axes(axes, factor).items()
+        for name, sizes in _user_axes(axes, manifest).items()
     ]
     return ", ".join(words) or "one size"
 

@@ -105,7 +105,8 @@ class SizeLimit:
 class Limits:
     """What one call may ask of the graphs; more images than ``max_batch`` are drawn in several batches.
 
-    A prompt may have ``max_chunks`` times the tokens that the text encoder reads at once.
+    A prompt may have ``max_chunks`` times the tokens that the text encoder reads at once. ``max_clip_skip``
+    layers of the text encoders may be left out.
     """
 
     min_batch: int
@@ -113,6 +114,7 @@ class Limits:
     height: SizeLimit
     width: SizeLimit
     max_chunks: int = 1
+    max_clip_skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,11 @@ class Manifest:
     def tokenizers(self) -> tuple[TokenizerFacts, ...]:
         """The tokenizer, and the second one where there is one; none in a family without text."""
         return tuple(facts for facts in (self.tokenizer, self.tokenizer_2) if facts is not None)
+
+    @property
+    def tokens(self) -> int:
+        """What the U-Net reads of one chunk of a prompt; 1, an embedding, in a family without text."""
+        return 1 if self.tokenizer is None else self.tokenizer.max_length
 
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the bundle except the manifest itself."""

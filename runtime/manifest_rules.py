@@ -31,6 +31,7 @@ def _number_rules(manifest: Manifest) -> dict[str, bool]:
         "latents: channels and factor are at least 1": min(factor, manifest.latents.channels) >= 1,
         "limits: 1 ≤ min_batch ≤ max_batch": 1 <= limits.min_batch <= limits.max_batch,
         "limits: max_chunks is at least 1": limits.max_chunks >= 1,
+        "limits: max_clip_skip is at least 0": limits.max_clip_skip >= 0,
         "limits: 1 ≤ minimum ≤ maximum, and multiple is at least 1": all(
             1 <= side.minimum <= side.maximum and side.multiple >= 1 for side in sides
         ),
@@ -83,7 +84,9 @@ def _image_rules(manifest: Manifest) -> dict[str, bool]:
             facts is not None and encoder.inputs[0].shape[2:] == (facts.size, facts.size)
         ),
         "the image_processor's std are above 0": facts is not None and min(facts.std) > 0,
-        "limits: max_chunks is 1 without text": manifest.limits.max_chunks == 1,
+        "limits: max_chunks is 1 and max_clip_skip 0 without text": (
+            manifest.limits.max_chunks == 1 and manifest.limits.max_clip_skip == 0
+        ),
     }
 
 
@@ -119,6 +122,10 @@ def _text_rules(manifest: Manifest) -> dict[str, bool]:
         ),
         "limits: max_chunks is 1 where the unet's context has one size": (
             context == "context" or manifest.limits.max_chunks == 1
+        ),
+        "limits: max_clip_skip is 0 where the text encoders do not read clip_skip": (
+            manifest.limits.max_clip_skip == 0
+            or all(part.spec.input("clip_skip") is not None for part in encoders)
         ),
     }
 

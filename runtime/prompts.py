@@ -20,6 +20,7 @@ from sdrt.runtime.tokenizer import Tokenizer
 MAX_QUOTED: Final = 400  # characters of a prompt's cut-off end that a warning repeats
 MAX_CACHED: Final = 64  # texts; a negative prompt and a few favourites stay
 
+IDS = "input_ids"
 EMBEDDINGS, POOLED = "encoder_hidden_states", "text_embeds"  # inputs of the U-Net
 
 
@@ -109,13 +110,13 @@ class PromptEncoder:
             for name, section in self._record.items()
         }
         self._arena = Arena(device, {**_encoder_sections(encoders, batch), **slots})
-        self._upload = self._arena.span(_ids(0), _in_slot(_FRESH, _FAULTS))
+        self._upload = self._arena.span(_input(0, IDS), _in_slot(_FRESH, _FAULTS))
         self._upload_bytes = self._upload.new_host_bytes()
         self._cache: OrderedDict[str | None, _Cached] = OrderedDict()
         self._free = list(range(capacity))
         evaluations = [
             encoder.executor.bind(
-                {encoder.executor.spec.inputs[0].name: self._arena[_ids(index)]},
+                {spec.name: self._arena[_input(index, spec.name)] for spec in encoder.executor.spec.inputs},
                 {name: self._arena[_output(index, name)] for name in encoder.outputs},
             )
             for index, encoder in enumerate(encoders)
@@ -179,7 +180,7 @@ class PromptEncoder:
             given = self._upload.arrays(self._upload_bytes)
             for index, encoder in enumerate(self._encoders):
                 encoded = encoder.tokenizer.encode(text)
-                given[_ids(index)][...] = encoded.ids
+                given[_input(index, IDS)][...] = encoded.ids
                 cut_off = cut_off or encoded.truncated_text
             self._device.upload(self._upload_bytes, self._upload.buffer)
             self._encode()
@@ -244,8 +245,8 @@ _FRESH: Final = -1  # the slot of the text that is being encoded
 _FAULTS: Final = "faults"
 
 
-def _ids(index: int) -> str:
-    return f"ids {index}"
+def _input(index: int, name: str) -> str:
+    return f"input {index} {name}"
 
 
 def _output(index: int, name: str) -> str:
@@ -264,8 +265,8 @@ def _encoder_sections(encoders: Sequence[TextEncoder], batch: int) -> Sections:
         for spec in encoder.executor.spec.outputs:
             if spec.name in encoder.outputs:
                 outputs[_output(index, spec.name)] = (spec.concrete(axes), spec.dtype)
-        (ids,) = encoder.executor.spec.inputs
-        inputs[_ids(index)] = (ids.concrete(axes), ids.dtype)
+        for spec in encoder.executor.spec.inputs:
+            inputs[_input(index, spec.name)] = (spec.concrete(axes), spec.dtype)
     return {**outputs, **inputs}
 
 

@@ -64,7 +64,7 @@ def example(**changes: Any) -> Manifest:
         tokenizer=TokenizerFacts(entry("tokenizer.json"), 77, 1, 2, 2),
         text_output="last_hidden_state",
         defaults=Defaults(64, 64, 20, 7.5, "dpmpp_2m"),
-        limits=Limits(1, 4, SizeLimit(64, 128, 8), SizeLimit(64, 64, 1), max_chunks=3),
+        limits=Limits(1, 4, SizeLimit(64, 128, 8), SizeLimit(64, 64, 1), max_chunks=3, max_clip_skip=2),
         preview=PREVIEW,
         provenance={"source": "ein Bild — 🍎"},
         parity={"figures": []},

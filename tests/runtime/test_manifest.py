@@ -144,6 +144,7 @@ OPTIONAL = {
     ("components", "vae_encoder"),
     ("preview",),
     ("limits", "max_chunks"),
+    ("limits", "max_clip_skip"),
 }
 
 
@@ -218,6 +219,7 @@ def test_missing_component(missing: str) -> None:
         ),
         (("limits", "max_chunks"), 0, "max_chunks is at least 1"),
         (("limits", "max_chunks"), True, "limits.max_chunks is 'True', not a whole number"),
+        (("limits", "max_clip_skip"), -1, "max_clip_skip is at least 0"),
         (("preview", "weights"), [[1, 2, 3]] * 3, "preview has a row for each channel"),
         (("preview", "weights", 0), [1, 2], "preview has a row for each channel"),
         (("preview", "weights", 3, 0), None, "preview.weights[3][0] is 'None', not a finite number"),

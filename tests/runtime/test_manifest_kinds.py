@@ -37,7 +37,7 @@ def of_version(version: int, document: dict[str, Any] = DOCUMENT) -> dict[str, A
     for part in document["components"].values():
         part["inputs"] = [entry for entry in part["inputs"] if entry["name"] not in OPTIONAL_INPUTS]
     document["components"]["unet"]["inputs"][2]["shape"][1] = 77
-    del document["preview"], document["limits"]["max_chunks"]
+    del document["preview"], document["limits"]["max_chunks"], document["limits"]["max_clip_skip"]
     if version == 1:
         del document["ranges"]
     return document
@@ -50,7 +50,7 @@ def of_version(version: int, document: dict[str, Any] = DOCUMENT) -> dict[str, A
 )
 def test_older_versions_are_still_read(document: dict[str, Any], manifest: Manifest) -> None:
     read = from_json(json.dumps(document))
-    assert read.limits == replace(manifest.limits, max_chunks=1)
+    assert read.limits == replace(manifest.limits, max_chunks=1, max_clip_skip=0)
     assert read.preview is None
     assert read.components["unet"].spec.inputs[2].shape == ("rows", 77, manifest_width(manifest))
     for part in read.components.values():
@@ -68,10 +68,17 @@ def test_the_embedded_bundle_is_read() -> None:
     assert Bundle.open(EMBEDDED).manifest.family == "sd"
 
 
-def test_an_older_bundle_has_no_longer_prompts() -> None:
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("max_chunks", "max_chunks is 1 where the unet's context has one size"),
+        ("max_clip_skip", "max_clip_skip is 0 where the text encoders do not read clip_skip"),
+    ],
+)
+def test_an_older_bundle_has_no_longer_prompts_and_skips_no_layers(limit: str, words: str) -> None:
     document = of_version(2)
-    document["limits"]["max_chunks"] = 2
-    assert "max_chunks is 1 where the unet's context has one size" in refused(document)
+    document["limits"][limit] = 2
+    assert words in refused(document)
 
 
 def test_optional_inputs_are_those_of_the_checkpoint() -> None:
@@ -116,7 +123,8 @@ def test_image_variations_without_a_part(path: KeyPath) -> None:
         (("image_processor", "crop"), 1, "unknown field 'crop'"),
         (("components", "image_encoder", "outputs", 0, "shape", 2), 24, "output fits the unet"),
         (("components", "image_encoder", "outputs", 0, "shape", 1), 2, "image_embeds is float32"),
-        (("limits", "max_chunks"), 2, "max_chunks is 1 without text"),
+        (("limits", "max_chunks"), 2, "max_chunks is 1 and max_clip_skip 0 without text"),
+        (("limits", "max_clip_skip"), 1, "max_chunks is 1 and max_clip_skip 0 without text"),
     ],
     ids=str,
 )
