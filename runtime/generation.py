@@ -94,12 +94,12 @@ class Generation:
             context=tokens * shape.chunks,
         )
 
-    def prepare(self, request: Request, hook: StepHook | None, *, decodes: bool, masked: bool) -> None:
+    def prepare(self, request: Request, hook: StepHook | None, *, decodes: bool) -> None:
         """Make what the request needs beyond the loop, before anything is drawn; errors as `__init__`."""
         # The decoder first: it wants more scratch memory than the U-Net, whose graph then has it in common.
         if decodes and self._decoder is None:
             self._decoder = ImageDecoder(self._decoder_executor, self._device, self._loop)
-        self._loop.prepare(set(_kinds(request, hook, masked=masked)))
+        self._loop.prepare(set(self._kinds(request, hook)))
 
     def draw(
         self,
@@ -141,7 +141,7 @@ class Generation:
         return timer.seconds()
 
     def invert(
-        self, request: Request, image: int, table: SamplerTable, known: KnownPicture
+        self, request: Request, image: int, table: SamplerTable, known: KnownPicture, hook: StepHook
     ) -> NDArray[np.float32]:
         """The noise that a picture would be drawn from, float32 [1, C, h, w] of about unit variance.
 
@@ -152,6 +152,7 @@ class Generation:
             image: Number of the image whose prompt the inversion is told.
             table: Of `sdrt.runtime.solvers.inversion_table`.
             known: The picture.
+            hook: Asked between steps whether the call was cancelled; the caller's function is not called.
 
         Raises:
             NumericsError: A component gave NaN or infinity.
@@ -170,6 +171,7 @@ class Generation:
         arguments = start_arguments(plain, batch, images, source, loop.noise.shape[1:], None, self._manifest)
         loop.start(table, np.ones(len(table), np.float32), **arguments)
         for _ in range(len(table)):
+            hook.check()
             loop.step(kind)
         result = loop.result(pixels=False)
         self._encoder.raise_faults(result.faults, table, rows)
@@ -190,30 +192,31 @@ class Generation:
         arguments = start_arguments(request, batch, len(rows), source, shape, known, self._manifest)
         loop.start(table, request.sampling.weights, **arguments)
         uploads_noise = table.uses_noise and not _drawn_on_device(request)
-        for step, kind in enumerate(_kinds(request, hook, masked=blends(known))):
+        for step, kind in enumerate(self._kinds(request, hook)):
+            if hook is not None:
+                hook.check()
             if uploads_noise:
                 loop.set_noise(source.step(step, shape))
             loop.step(kind)
             if hook is not None:
                 hook(loop, table, step, lambda: self._raise_faults(request, rows))
 
+    def _kinds(self, request: Request, hook: StepHook | None) -> list[StepKind]:
+        """What each row's step does."""
+        sampling, masked = request.sampling, blends(request, self._manifest)
+        return [
+            StepKind(
+                guided=bool(weight > 1.0),
+                draws_noise=_drawn_on_device(request),
+                rescales=sampling.guidance_rescale > 0 and bool(weight > 1.0),
+                blends=masked,
+                keeps_denoised=hook is not None and hook.wants_denoised,
+            )
+            for weight in sampling.weights
+        ]
+
     def _raise_faults(self, request: Request, rows: Sequence[Hashable]) -> None:
         self._encoder.raise_faults(self._loop.faults(), request.sampling.table, rows)
-
-
-def _kinds(request: Request, hook: StepHook | None, *, masked: bool) -> list[StepKind]:
-    """What each row's step does."""
-    sampling = request.sampling
-    return [
-        StepKind(
-            guided=bool(weight > 1.0),
-            draws_noise=_drawn_on_device(request),
-            rescales=sampling.guidance_rescale > 0 and bool(weight > 1.0),
-            blends=masked,
-            keeps_denoised=hook is not None and hook.wants_denoised,
-        )
-        for weight in sampling.weights
-    ]
 
 
 def _drawn_on_device(request: Request) -> bool:

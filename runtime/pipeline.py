@@ -320,7 +320,7 @@ class Pipeline:
             known = self._pictures.known(request.picture)
             seconds["vae_encoder"] = time.perf_counter() - begun
         if known is not None and request.picture is not None and request.picture.variation is not None:
-            request, known = self._inverted(request, known, seconds), None
+            request, known = self._inverted(request, known, hook, seconds), None
         wanted = len(request.conditions)
         canvas = None if request.picture is None else request.picture.canvas
         on_device = DeviceCollected(self._device, wanted) if output_type == "device" else None
@@ -334,7 +334,9 @@ class Pipeline:
         seconds["total"] = time.perf_counter() - started
         return PipelineOutput(images, latents, self._recipes(request), seconds)
 
-    def _inverted(self, request: Request, known: KnownPicture, seconds: dict[str, float]) -> Request:
+    def _inverted(
+        self, request: Request, known: KnownPicture, hook: StepHook, seconds: dict[str, float]
+    ) -> Request:
         """The request with the noise that its picture comes from, mixed with noise of the seeds."""
         started = time.perf_counter()
         assert request.picture is not None
@@ -348,7 +350,7 @@ class Pipeline:
             if condition not in inverted:
                 images, chunks = manifest.limits.min_batch, self._encoder.chunks(condition)
                 generation = self._generation(alone, images, chunks, None, decodes=False)
-                inverted[condition] = generation.invert(alone, image, table, known)
+                inverted[condition] = generation.invert(alone, image, table, known, hook)
             fresh = noise_source(request.rng, [request.seeds[image]]).initial(known.latents.shape[1:])
             noise.append(slerp(inverted[condition], fresh, request.picture.variation))
         seconds["invert"] = time.perf_counter() - started

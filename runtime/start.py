@@ -75,7 +75,7 @@ def start_arguments(
             np.float32(first[Column.SIGNAL]) * kept + np.float32(first[Column.NOISE]) * noise
         )
         arguments["scale"] = 1.0
-    if blends(known):
+    if known.mask is not None and known.masked_latents is None:
         mask = np.broadcast_to(known.mask, (len(batch), 1, *shape[1:]))
         arguments |= {"known": kept, "known_noise": noise, "mask": mask}
     return arguments
@@ -98,12 +98,13 @@ def with_device_latents(device: Device, manifest: Manifest, request: Request) ->
     return replace(request, latents=rows)
 
 
-def blends(known: KnownPicture | None) -> bool:
+def blends(request: Request, manifest: Manifest) -> bool:
     """Whether the step kernel puts the kept latents back after each step.
 
     A U-Net that reads mask and picture does without it, as in diffusers.
     """
-    return known is not None and known.mask is not None and known.masked_latents is None
+    masked = request.picture is not None and request.picture.canvas.mask is not None
+    return masked and manifest.components["unet"].spec.input("inpainting") is None
 
 
 def _noise(
