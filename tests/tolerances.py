@@ -182,3 +182,22 @@ SAMPLER_VARIANCE = 0.4
 # evaluation of a tiny network is 15 EPS32 from PyTorch's (seen, GRAPH_FP32), guidance of 4 weighs the halves
 # by 4 and 3, and four steps add up: 15 * 7 * 4. Seen: 18. What the arguments change is 380,000 and more.
 SDXL_RUN = 420 * EPS32
+
+# clip_pixels against transformers' CLIPImageProcessor, absolute, after the same resize in uint8 (one level of
+# which would be 1 / 255 / 0.28 = 0.014). Both round x / 255, then the difference and the quotient, each to
+# float32: 3 EPS32 of values up to 1 for the first two, over a std of at least 0.26, and of results up to 2.3
+# for the last: (2 / 0.26 + 2.3) EPS32 for each of the two sides. Seen: 0.
+CLIP_PIXELS = 2 * 10 * EPS32
+
+# masked_image against diffusers' pipelines, absolute, of values up to 1: x / 127.5 - 1 rounds twice, and so
+# does their 2 (x / 255) - 1; quotients are up to 2 and round by 2 EPS32, differences by 1: 3 for each side.
+MASKED_IMAGE = 6 * EPS32
+
+# A flat block of a JPEG of quality 100 without subsampling, levels of 255. Rounding Y, Cb and Cr moves blue
+# by 0.5 + 1.772 * 0.5, the DC coefficient's step of 1, an eighth of a level, by 0.17, and blue is rounded at
+# the end by 0.5: 2.06, to which the transform's fixed point adds less than 0.5. Levels are whole numbers.
+JPEG_FLAT = 2
+
+# A preview's level before it is rounded, of 255, float32 against float64: four products and as many sums,
+# each EPS32 of terms that add up to 5 at most, times 127.5; the shift and the scale round levels up to 255.
+PREVIEW_LEVEL = (8 * 5 * 127.5 + 2 * 255) * EPS32
