@@ -37,7 +37,7 @@ from sdrt.runtime.saving import BASE64, check_output, encoded, save
 if TYPE_CHECKING:
     from sdrt.runtime.pipeline import Pipeline
 
-MAX_LINE_BYTES: Final = 1 << 26  # with pictures in it; what has no line ends must not fill the memory
+MAX_LINE_BYTES: Final = 1 << 24  # with pictures in it; what has no line ends must not fill the memory
 
 
 def serve(

@@ -63,14 +63,14 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     chosen = _sampler_options(sampler, options, karras=karras, eta=eta)
     steps = _steps(manifest, chosen, options.get("num_inference_steps"))
     start = 0 if strength is None else first_step(steps, strength)
-    table = make_table(sampler, manifest.schedule, steps, chosen, start=start)
+    table = make_table(sampler, manifest.schedule, steps, chosen, start=start, karras=karras)
     if len(table) > MAX_ROWS:
         raise UsageError(
             f"num_inference_steps is {steps}, which is {len(table)} evaluations of the unet with "
             f"{sampler}: at most {MAX_ROWS}"
         )
     scale = options.get("guidance_scale")
-    scale = defaults.guidance_scale if scale is None else scale
+    scale = defaults.guidance_scale if scale is None else _scale(scale)
     interval = options.get("guidance_interval")
     told = manifest.components["unet"].spec.input("timestep_cond") is not None
     rescale = share("guidance_rescale", options.get("guidance_rescale", 0.0))
@@ -92,6 +92,13 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         embedded_guidance=_embedded(scale, interval) if told else None,
         recipe=recipe,
     )
+
+
+def _scale(given: object) -> float | list[float]:
+    """One w, or one for each step."""
+    if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str):
+        return [number("an entry of guidance_scale", entry) for entry in given]
+    return number("guidance_scale", given)
 
 
 def _embedded(scale: object, interval: object) -> float:
@@ -117,9 +124,9 @@ def _sampler_options(
             given[name] = whole(name, options[name])
     given["lower_order_final"] = flag("lower_order_final", options.get("lower_order_final", True))
     if karras:
-        if given.get("sigma_schedule", "karras") != "karras":
-            raise UsageError(f"karras and sigma_schedule {given['sigma_schedule']!r} contradict each other")
-        given["sigma_schedule"] = "karras"
+        if given.pop("sigma_schedule", "karras") != "karras":
+            name = options["sigma_schedule"]
+            raise UsageError(f"karras and sigma_schedule {name!r} are given: they contradict each other")
     # No noise is what a sampler without `eta` has anyway; one that has it must be told of a zero.
     has_eta = sampler in SAMPLERS and "eta" in SAMPLERS[sampler].options
     if eta or (has_eta and eta is not None):
@@ -154,6 +161,4 @@ def _plain(value: Any) -> Any:
 def _beyond_usual(chosen: SamplerOptions) -> dict[str, Any]:
     """Options that are not at their defaults; `karras` and `eta` have entries of their own."""
     entries = {name: getattr(chosen, name) for name in chosen.given if name != "eta"}
-    if entries.get("sigma_schedule") == "karras":
-        del entries["sigma_schedule"]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
