@@ -1,12 +1,12 @@
-"""``guidance_rescale``: by how much each image's guided prediction is to shrink, so that it is not overexposed.
+"""``guidance_rescale``: by how much each image's guided prediction is to shrink, against overexposure.
 
 The reference in NumPy. A kernel with the same sums in the same order gives the same bits.
 
-The kernel reads both halves once (`bytes_moved`): for SD 1.5 at 512², one image in half precision, 65,536 bytes,
-0.02 µs at the 3.3 TB/s of an H100's memory. But one block does an image, some twelve operations in double
-precision an element: about 200,000, so that what counts is how fast one multiprocessor does those (64 a clock on
-an H100, 2 on a GeForce, where it comes to some 50 µs, beside an evaluation of several milliseconds). More blocks
-would need a second launch, or sums in an order that is not fixed.
+The kernel reads both halves once (`bytes_moved`): for SD 1.5 at 512², one image in half precision, 65,536
+bytes, 0.02 µs at the 3.3 TB/s of an H100's memory. But one block does an image, some twelve operations in
+double precision an element, about 200,000: what counts is how fast one multiprocessor does those. By its
+data sheet an H100 does 64 a clock, a GeForce 2, where they come to some 50 µs beside an evaluation of several
+milliseconds. More blocks would need a second launch, or sums in an order that is not fixed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ LANES: Final = 256  # partial sums of an image, one for each thread of its block
 def guidance_rescale(buffers: StepBuffers) -> None:
     """Write each image's factor for the row at the counter: ``phi * std(c) / std(g) + 1 - phi``.
 
-    c is the conditional half, g the guided prediction, and the standard deviations are over C, h and w (Lin et
-    al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", eq. 15 and 16; diffusers'
-    ``rescale_noise_cfg``). The step multiplies g by it. Where g is the same number everywhere there is nothing
-    to rescale, and the factor is 1. After the last row nothing happens.
+    c is the conditional half, g the guided prediction, and the standard deviations are over C, h and w (Lin
+    et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4; diffusers'
+    ``rescale_noise_cfg``). The step multiplies g by it. Where g is the same number everywhere there is
+    nothing to rescale, and the factor is 1. After the last row nothing happens.
 
     Sums are of float64: of the differences from the image's first element, and of their squares. So nothing
     cancels that matters: the first element is at most sqrt(elements) standard deviations from the mean.
 
     Args:
-        buffers: ``noise_pred`` must have both halves; ``guidance_rescale`` (phi) is read, ``factors`` written.
+        buffers: ``noise_pred`` must have both halves; phi is in ``guidance_rescale``, the factors go into
+            ``factors``.
     """
     step = int(buffers.counter[0])
     if step >= row_count(buffers):
@@ -63,7 +64,8 @@ def _scatter(values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _lane_sum(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums along the last axis: lane k adds elements k, k + LANES, … in turn, then half the lanes the other."""
+    """Sums along the last axis: lane k adds elements k, k + LANES, … in turn; then lanes are added, half to
+    half, until one is left."""
     images, elements = values.shape
     padded = np.zeros((images, -(-elements // LANES) * LANES))
     padded[:, :elements] = values

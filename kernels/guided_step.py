@@ -4,12 +4,13 @@ The reference in NumPy. Every operation is on float32 in the order written here,
 without contraction gives the same bits.
 
 A step is one launch; one more where the sampler adds noise (`sdrt.kernels.philox_normal`, before the U-Net)
-and where guidance is rescaled (`sdrt.kernels.guidance_rescale`, after it). It is bound by memory: for SD 1.5 at 512², one guided image in half precision, a sampler that reads one earlier d
-moves 393,216 bytes (`bytes_moved`), 0.12 µs at the 3.3 TB/s of an H100's memory, and all of it fits in the
-second-level cache. That is less than any launch costs. So what counts is latency: the number of kernels, and
-loads that wait for loads (counter, row, earlier d). Hence one kernel for all of it, that counts up too;
-what does not depend on the counter is loaded beside it, the guidance scale comes with the row, and small blocks
-spread over many multiprocessors.
+and where guidance is rescaled (`sdrt.kernels.guidance_rescale`, after it). It is bound by memory: for SD 1.5
+at 512², one guided image in half precision, a sampler that reads one earlier d moves 393,216 bytes
+(`bytes_moved`), 0.12 µs at the 3.3 TB/s of an H100's memory, and all of it fits in the second-level cache.
+That is less than any launch costs. So what counts is latency: the number of kernels, and loads that wait for
+loads (counter, row, earlier d). Hence one kernel for all of it, that counts up too; what does not depend on
+the counter is loaded beside it, the guidance scale comes with the row, and small blocks spread over many
+multiprocessors.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class StepBuffers:
         factors: float32 [N], what each image's prediction is multiplied with after guidance, or None;
             `sdrt.kernels.guidance_rescale` writes them.
         guidance_rescale: float32 [1], phi of that kernel, or None; the step does not read it.
-        denoised: float32 [N, C, h, w], where each step writes the model's guess of the clean latents, or None.
+        denoised: float32 [N, C, h, w], where each step writes the guess of the clean latents, or None.
         seeds: uint64 [N], of the noise; `sdrt.kernels.philox_normal` reads them, the step does not.
         ticket: uint32 [1], zero between launches: how many blocks are done. The CUDA kernel needs it.
         count: int32 [1], rows in use, at most n; None for all n.
@@ -87,11 +88,11 @@ class StepBuffers:
 def guided_step(buffers: StepBuffers) -> None:
     """Combine the halves, apply the row at the counter, write the U-Net's next input, count up.
 
-    Classifier-free guidance (Ho & Salimans 2022, eq. 6) in the form ``u + w·(c − u)``, w of the row, times the
-    image's factor if there are factors; then the recurrence of `sdrt.runtime.solvers`; then, with a mask, what
-    is known at the noise level of the next row (Lugmayr et al. 2022, "RePaint", eq. 8, without resampling;
-    diffusers' inpainting with a 4-channel U-Net). ``denoised`` is made of x before the step and of m as it goes
-    into the recurrence. After the last row nothing happens.
+    Classifier-free guidance (Ho & Salimans 2022, eq. 6) in the form ``u + w·(c − u)``, w of the row, times
+    the image's factor if there are factors; then the recurrence of `sdrt.runtime.solvers`; then, with a mask,
+    what is known at the noise level of the next row (Lugmayr et al. 2022, "RePaint", eq. 8, without
+    resampling; diffusers' inpainting with a 4-channel U-Net). ``denoised`` is made of x before the step and
+    of m as it goes into the recurrence. After the last row nothing happens.
     """
     step = int(buffers.counter[0])
     if step >= row_count(buffers):

@@ -242,7 +242,7 @@ class DenoiseLoop:
         there = {name: array for name, array in blend.items() if array is not None}
         if 0 < len(there) < len(blend):
             raise UsageError(
-                f"of mask, known and known_noise only {' and '.join(there)} were given: give all of them, or none"
+                f"of mask, known and known_noise only {' and '.join(there)} were given: give all, or none"
             )
         for name, array in there.items():
             check_array(name, array, tuple(self.arena[name].shape))

@@ -19,8 +19,8 @@ from sdrt.runtime.faults import MAX_ENCODERS
 
 MAX_ROWS: Final = 2048  # that the table's buffer holds: two evaluations for each trained timestep, and a few
 
-# What the U-Net may read beside the sample and the timestep. These are numbers of the request; everything else
-# is made by the text or image encoders.
+# What the U-Net may read. The last three are numbers of the request; what is not named here is made by the
+# text or image encoders.
 SAMPLE, TIMESTEP = "sample", "timestep"
 TIME_IDS, TIMESTEP_COND, INPAINTING = "time_ids", "timestep_cond", "inpainting"
 REQUEST_INPUTS: Final = (TIME_IDS, TIMESTEP_COND, INPAINTING)
@@ -40,8 +40,8 @@ DENOISED: Final = ("denoised",)
 def loop_sections(spec: ComponentSpec, axes: Mapping[str, int], images: int, factor: int) -> Sections:
     """What the loop's memory holds, in an order in which whatever is copied together lies together.
 
-    What only some kinds of steps use is there in any case: a mask, two latents to keep and one to show come to
-    some 0.2 MB for an image of 512², beside a U-Net's hundreds. So a change of kind allocates nothing.
+    What only some kinds of steps use is there in any case: a mask, two latents to keep and one to show come
+    to some 0.2 MB for an image of 512², beside a U-Net's hundreds. So a change of kind allocates nothing.
 
     Args:
         spec: The U-Net's.
@@ -103,8 +103,8 @@ def step_buffers(arena: Arena, spec: ComponentSpec) -> StepBuffers:
 class ConditionalHalf:
     """The U-Net's buffers for the conditional half alone, in the memory of a loop that has both.
 
-    The half is a view where it starts at an address that the backends take. Where it does not, as that of a few
-    numbers a row, it has memory of its own, and its numbers are copied there.
+    The half is a view where it starts at an address that the backends take (`ALIGNMENT`). Where it does not,
+    as that of a few numbers a row, it has memory of its own, and its numbers are copied there.
 
     Attributes:
         inputs: A buffer for every input of the U-Net.
@@ -129,13 +129,20 @@ class ConditionalHalf:
             for name, half in halves.items()
             if math.prod(half.shape) * np.dtype(half.dtype).itemsize % ALIGNMENT
         }
-        own = Arena(device, apart) if apart else {}
+        own = _allocated(device, apart)
         buffers = {name: own[name] if name in apart else halves.get(name, arena[name]) for name in entries}
         self.output = buffers.pop(output.name)
         self.inputs: dict[str, Buffer] = buffers
         copied = [name for name in apart if name != output.name]
         self.copies_each_step = [(halves[name], own[name]) for name in copied if name == SAMPLE]
         self.copies_at_start = [(halves[name], own[name]) for name in copied if name != SAMPLE]
+
+
+def _allocated(device: Device, sections: Sections) -> dict[str, Buffer]:
+    if not sections:
+        return {}
+    arena = Arena(device, sections)
+    return {name: arena[name] for name in sections}
 
 
 def _second_half(arena: Arena, name: str) -> Buffer:

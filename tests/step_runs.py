@@ -78,7 +78,7 @@ def make_run(
         random.standard_normal((steps, rows, *shape[1:])).astype(dtype),
         (random.standard_normal(shape) * table.init_noise_sigma).astype(np.float32),
         random.standard_normal((steps, *shape)).astype(np.float32),
-        7.5 - 0.25 * np.arange(steps),
+        7.5 - 0.25 * np.arange(steps, dtype=np.float64),
     )
 
 

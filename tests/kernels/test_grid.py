@@ -60,7 +60,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
             "#undef ENTRY",
             f'#include "{SOURCES / module}.cu"',
             f'extern "C" void run_{module}(void (*kernel)(const {params}), const {params} *params,',
-            f"    unsigned blocks, unsigned threads) {{ emulate(kernel, *params, blocks, threads, {in_turn}); }}",
+            "    unsigned blocks, unsigned threads) {",
+            f"  emulate(kernel, *params, blocks, threads, {in_turn});",
+            "}",
         ]
     source.write_text("\n".join([*lines, ""]))
     options = ["-std=c++20", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread"]
