@@ -44,7 +44,7 @@ FORMATS: Final = (
 _READ: Final = "PNG, JPEG, WebP, AVIF, GIF, TIFF, BMP, JPEG 2000, PPM, TGA, ICO and QOI are read"
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|https?:/")  # a Path has one slash
 _ORIENTATION: Final = 0x0112  # EXIF's tag
-_PROFILE_ROUNDING: Final = 1  # of 255: a profile that changes no colour by more is sRGB's own
+_PROFILE_ROUNDING: Final = 1  # of 255: a profile that moves no colour of a grid further is sRGB's own
 
 
 def read_image(source: Any, what: str = "image") -> NDArray[np.uint8]:
