@@ -453,5 +453,16 @@ def test_mask_that_draws_nothing(source: Any) -> None:
     assert refusal(source, read_mask).startswith("mask_image is black all over: nothing would be drawn")
 
 
+def test_mask_of_zeros_and_ones_that_is_uint8() -> None:
+    assert "white is 255; give 0 and 1 as bool or float" in refusal(HALF.astype(np.uint8), read_mask)
+    assert np.array_equal(read_mask(HALF.astype(np.uint8) * 2), np.float32(2 / 255) * HALF.astype(np.float32))
+
+
+def test_pair_of_pictures_from_a_phone() -> None:
+    """An MPO file, which is a JPEG and more: the first picture."""
+    data = encoded(flat("RGB", "red"), "MPO", save_all=True, append_images=[flat("RGB", "blue")], quality=100)
+    assert np.abs(read_image(data).astype(int) - RED).max() <= JPEG_FLAT
+
+
 def test_float_mask_out_of_range() -> None:
     assert "from 0 to 2" in refusal(HALF * 2, read_mask)
