@@ -152,7 +152,7 @@ def _exif(recipe: Mapping[str, Any]) -> bytes:
 
     exif = Exif()
     text = parameters_text(recipe).encode("utf-16-be", "replace")
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text
+    exif[_EXIF_IFD] = {_USER_COMMENT: b"UNICODE\0" + text}
     return exif.tobytes().removeprefix(b"Exif\0\0")
 
 

@@ -44,7 +44,7 @@ FORMATS: Final = (
 _READ: Final = "PNG, JPEG, WebP, AVIF, GIF, TIFF, BMP, JPEG 2000, PPM, TGA, ICO and QOI are read"
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|https?:/")  # a Path has one slash
 _ORIENTATION: Final = 0x0112  # EXIF's tag
-_PROFILE_ROUNDING: Final = 1  # of 255: a profile that changes no colour by more is sRGB's own
+_PROFILE_ROUNDING: Final = 1  # of 255: a profile that moves no colour of a grid further is sRGB's own
 
 
 def read_image(source: Any, what: str = "image") -> NDArray[np.uint8]:
@@ -89,7 +89,8 @@ def read_mask(source: Any, what: str = "mask_image") -> NDArray[np.float32]:
         float32 [H, W] in [0, 1].
 
     Raises:
-        UsageError: As for `read_image`; or the mask is black all over, so that nothing would be drawn.
+        UsageError: As for `read_image`; or the mask is black all over, so that nothing would be drawn; or it
+            has no level above 1 of 255, as an array of 0 and 1 that is uint8.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.bool:
         source = source.astype(np.float32)
@@ -98,6 +99,10 @@ def read_mask(source: Any, what: str = "mask_image") -> NDArray[np.float32]:
         mask = source.astype(np.float32)
     else:
         mask = _shares(*_decoded(source, what, managed=False))
+        if 0 < mask.max() <= np.float32(1 / 255):
+            raise UsageError(
+                f"{what} has no level above 1 of 255: white is 255; give 0 and 1 as bool or float"
+            )
     if not mask.any():
         raise UsageError(f"{what} is black all over: nothing would be drawn; white is what is drawn anew")
     return mask

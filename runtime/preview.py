@@ -55,7 +55,9 @@ class TerminalPreview:
         """``below`` is what is shown under the pictures, and alone before there are any."""
         self._below = below
         self._pictures: NDArray[np.uint8] | None = None
-        self._drawn: tuple[tuple[int, int], list[list[Segment]]] | None = None  # for a room, the lines
+        # Of which pictures and for what room, and the lines: the terminal is refreshed more often than they
+        # change, and by another thread.
+        self._drawn: tuple[NDArray[np.uint8], tuple[int, int], list[list[Segment]]] | None = None
 
     @staticmethod
     def can_show(console: Console) -> bool:
@@ -66,7 +68,6 @@ class TerminalPreview:
 
     def update(self, pictures: NDArray[np.uint8]) -> None:
         """Show other pictures, uint8 [N, h, w, 3], the next time that the terminal is refreshed."""
-        self._drawn = None
         self._pictures = pictures
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
@@ -78,9 +79,10 @@ class TerminalPreview:
         if pictures is not None:
             # A last line stays free for the cursor.
             room = (options.max_width, max(console.height - len(below) - 1, 0))
-            if self._drawn is None or self._drawn[0] != room:
-                self._drawn = room, _lines(_side_by_side(pictures, *room))
-            below = self._drawn[1] + below
+            drawn = self._drawn
+            if drawn is None or drawn[0] is not pictures or drawn[1] != room:
+                drawn = self._drawn = pictures, room, _lines(_side_by_side(pictures, *room))
+            below = drawn[2] + below
         for line in below:
             yield from line
             yield Segment.line()

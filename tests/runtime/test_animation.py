@@ -80,6 +80,21 @@ def test_other_frames_other_sizes() -> None:
         assert np.array_equal(read(animation_bytes(flat, suffix, 12, RECIPE))[0], flat)
 
 
+@pytest.mark.parametrize("prompt", ["a", "aa"])
+def test_chunks_of_a_webp_are_padded(prompt: str) -> None:
+    """RFC 9649, section 2.3: a chunk of odd length is followed by a byte that its length does not count."""
+    data = animation_bytes(frames(), ".webp", 12, {**RECIPE, "prompt": prompt})
+    assert (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
+    assert int.from_bytes(data[4:8], "little") + 8 == len(data)
+    names, at = [], 12
+    while at < len(data):
+        names.append(data[at : at + 4].decode())
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + length + length % 2
+    assert at == len(data)
+    assert names == ["VP8X", "ANIM", *["ANMF"] * 6, "EXIF", "XMP "]
+
+
 def test_recipe_in_a_png() -> None:
     recipe = {**RECIPE, "prompt": "a red apple 🍎"}
     image = Image.open(io.BytesIO(animation_bytes(frames(), ".png", 12, recipe)))

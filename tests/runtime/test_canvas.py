@@ -59,6 +59,7 @@ def half(height: int, width: int) -> NDArray[np.float32]:
         ((96, 128), (96, 128)),
         ((100, 140), (96, 128)),  # the nearest
         ((72, 80), (64, 64)),  # of two that are as near, the smaller
+        ((88, 112), (80, 96)),
         ((73, 81), (80, 96)),
         ((500, 625), (128, 160)),  # too large: as large as may be, in its proportions
         ((500, 500), (128, 128)),
@@ -301,6 +302,7 @@ REFUSED: dict[str, tuple[tuple[int, int], dict[str, Any], str]] = {
         {"mask": half(64, 64)},
         r"the mask is 64x64 pixels and the picture 96x64 \(width x height\)",
     ),
+    "mask that is two pixels too wide": ((64, 96), {"mask": half(64, 98)}, "the mask is 98x64 pixels"),
     "mask that is turned": ((64, 96), {"mask": half(96, 64)}, "the mask is 64x96 pixels"),
     "expand by nothing": ((64, 64), {"expand": (0, 0, 0, 0)}, "expand is 0 on all four sides"),
     "expand by less than nothing": (

@@ -179,23 +179,34 @@ def test_orientation_of_a_pillow_image_and_an_unknown_one() -> None:
     assert np.array_equal(read_image(encoded(Image.fromarray(colours()), exif=exif.tobytes())), colours())
 
 
-def wide_profile() -> bytes:
+def exchanged_profile() -> bytes:
     """sRGB's profile with red and green exchanged: no viewer could take it for sRGB."""
     profile = ImageCms.ImageCmsProfile(SRGB).tobytes()
     return profile.replace(b"rXYZ", b"tXYZ").replace(b"gXYZ", b"rXYZ").replace(b"tXYZ", b"gXYZ")
 
 
 def test_profile_is_applied() -> None:
-    data = encoded(flat("RGB", "red"), icc_profile=wide_profile())
+    data = encoded(flat("RGB", "red"), icc_profile=exchanged_profile())
     assert (read_image(data) == [0, 255, 0]).all()
-    translucent = encoded(flat("RGBA", (255, 0, 0, 0)), icc_profile=wide_profile())
+    translucent = encoded(flat("RGBA", (255, 0, 0, 0)), icc_profile=exchanged_profile())
     assert (read_image(translucent) == WHITE).all()
+
+
+def nearly_srgb() -> bytes:
+    """sRGB's profile as another maker may round it: the red primary's X is 0.0005 larger."""
+    profile = bytearray(ImageCms.ImageCmsProfile(SRGB).tobytes())
+    at = int.from_bytes(profile[(entry := profile.index(b"rXYZ")) + 4 : entry + 8], "big") + 8
+    x = int.from_bytes(profile[at : at + 4], "big") + round(0.0005 * 2**16)
+    profile[at : at + 4] = x.to_bytes(4, "big")
+    return bytes(profile)
 
 
 def test_profile_of_srgb_changes_no_pixel() -> None:
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    data = encoded(picture, icc_profile=ImageCms.ImageCmsProfile(SRGB).tobytes())
-    assert np.array_equal(read_image(data), np.asarray(picture))
+    changed = ImageCms.profileToProfile(picture, io.BytesIO(nearly_srgb()), SRGB)
+    assert not np.array_equal(np.asarray(changed), np.asarray(picture))
+    for profile in (ImageCms.ImageCmsProfile(SRGB).tobytes(), nearly_srgb()):
+        assert np.array_equal(read_image(encoded(picture, icc_profile=profile)), np.asarray(picture))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +226,10 @@ def test_arrays(array: NDArray[Any]) -> None:
     assert np.array_equal(pixels, colours())
     pixels[:] = 0
     assert np.array_equal(array, before)
+
+
+def test_floats_are_rounded() -> None:
+    assert read_image(np.array([[0.001, 0.5, 0.997, 0.999]]))[0, :, 0].tolist() == [0, 128, 254, 255]
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1)])
@@ -419,8 +434,9 @@ def test_mask_of_several_greys_and_transparency() -> None:
 
 
 def test_profile_does_not_change_a_mask() -> None:
-    data = encoded(flat("RGB", (128, 128, 128)), icc_profile=wide_profile())
-    assert np.array_equal(np.rint(read_mask(data) * 255), np.full((4, 6), 128))
+    image = flat("RGB", (0, 200, 0))
+    data = encoded(image, icc_profile=exchanged_profile())
+    assert np.array_equal(np.rint(read_mask(data) * 255), np.asarray(image.convert("L")))
 
 
 @pytest.mark.parametrize(
@@ -435,6 +451,17 @@ def test_profile_does_not_change_a_mask() -> None:
 )
 def test_mask_that_draws_nothing(source: Any) -> None:
     assert refusal(source, read_mask).startswith("mask_image is black all over: nothing would be drawn")
+
+
+def test_mask_of_zeros_and_ones_that_is_uint8() -> None:
+    assert "white is 255; give 0 and 1 as bool or float" in refusal(HALF.astype(np.uint8), read_mask)
+    assert np.array_equal(read_mask(HALF.astype(np.uint8) * 2), np.float32(2 / 255) * HALF.astype(np.float32))
+
+
+def test_pair_of_pictures_from_a_phone() -> None:
+    """An MPO file, which is a JPEG and more: the first picture."""
+    data = encoded(flat("RGB", "red"), "MPO", save_all=True, append_images=[flat("RGB", "blue")], quality=100)
+    assert np.abs(read_image(data).astype(int) - RED).max() <= JPEG_FLAT
 
 
 def test_float_mask_out_of_range() -> None:
