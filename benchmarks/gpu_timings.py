@@ -220,7 +220,7 @@ def fidelity(contenders: Sequence[Contender], latents: NDArray[np.float32], step
 
 def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
     """The tokenizer of a bundle."""
-    facts = bundle.manifest.tokenizer
+    facts = bundle.manifest.tokenizers[0]
     return Tokenizer.from_file(
         bundle.file(facts.file), max_length=facts.max_length, bos=facts.bos, eos=facts.eos, pad=facts.pad
     )

@@ -145,7 +145,7 @@ def _random(
     manifest = bundle.manifest
     if entry.name == "input_ids":
         own = generator.random(shape) < CUSTOM_SHARE
-        return np.where(own, -1, generator.integers(0, manifest.tokenizer.bos, shape))
+        return np.where(own, -1, generator.integers(0, manifest.tokenizers[0].bos, shape))
     if entry.name == "custom_embeddings":
         return EMBEDDING_DEVIATION * generator.standard_normal(shape)
     if entry.name == "clip_skip":
