@@ -335,7 +335,8 @@ def test_an_embedding_of_ones_own_is_a_token_that_the_vocabulary_does_not_have(
     table = model.get_input_embeddings()
     places = [(0, 3), (0, 4), (1, 76)]
     grown = torch.cat([table.weight, torch.stack([torch.from_numpy(own[place]) for place in places])])
-    model.set_input_embeddings(nn.Embedding(*grown.shape, _weight=grown))
+    model.set_input_embeddings(nn.Embedding(*grown.shape))
+    model.get_input_embeddings().weight = nn.Parameter(grown)
     for number, place in enumerate(places):
         feeds["input_ids"][place] = -1
         ids[place] = len(table.weight) + number
