@@ -49,6 +49,7 @@ from sdrt.runtime.text_encoders import (
 
 MAX_QUOTED: Final = 400  # characters of a prompt's cut-off end that a warning repeats
 MAX_CACHED: Final = 64  # chunks; a negative prompt and a few favourites stay
+MIN_MEAN: Final = 1e-3  # of hidden states whose mean is restored, as a share of their size
 MAX_PLANS: Final = 256  # prompts that need not be cut into tokens again
 
 
@@ -370,9 +371,10 @@ def weighted(states: NDArray[Any], weights: Sequence[float]) -> NDArray[np.float
     """Hidden states times the tokens' weights, as stable-diffusion-webui does it, in float64.
 
     ``z' = z · w · mean(z) / mean(z · w)``: each token's state is multiplied, then all of them, so that their
-    mean is what it was (``process_tokens`` of its ``modules/sd_hijack_clip.py``). Where the two means are
-    more than `MAX_WEIGHT` times apart or of different sign, they say nothing of the size of the states (one
-    of them is near zero by chance, and dividing by it would only blow the states up): no scaling then.
+    mean is what it was (``process_tokens`` of its ``modules/sd_hijack_clip.py``). Where a mean is below
+    `MIN_MEAN` of the numbers' root mean square, or the two are more than `MAX_WEIGHT` times apart or of
+    different sign, they say nothing of the size of the states, and the quotient would blow them up or turn
+    them round: there is no second factor then.
 
     Args:
         states: [1, tokens, width], of one encoder and one chunk.
@@ -381,9 +383,9 @@ def weighted(states: NDArray[Any], weights: Sequence[float]) -> NDArray[np.float
     exact = states.astype(np.float64)
     product: NDArray[np.float64] = exact * np.array(weights)[:, None]
     before, after = float(exact.mean()), float(product.mean())
-    scale = before / after if after else math.inf
-    if 1 / MAX_WEIGHT <= scale <= MAX_WEIGHT:
-        product *= scale
+    small = [abs(array.mean()) <= MIN_MEAN * math.sqrt(np.mean(array**2)) for array in (exact, product)]
+    if not any(small) and 1 / MAX_WEIGHT <= before / after <= MAX_WEIGHT:
+        product *= before / after
     return product
 
 

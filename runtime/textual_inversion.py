@@ -55,7 +55,7 @@ def read_embedding(path: str | Path, token: str | None = None, *, widths: Sequen
         if vectors.shape[1] != width:
             raise UsageError(
                 f"{file} has vectors of {vectors.shape[1]} numbers, this model's {encoder} takes {width}: it "
-                "was made for another kind of model (768: Stable Diffusion 1.x, 1024: 2.x, 768 and 1280: SDXL)"
+                "was made for another kind (Stable Diffusion 1.x has 768, 2.x 1024, SDXL 768 and 1280)"
             )
         if not np.isfinite(vectors).all():
             raise UsageError(f"{file} holds NaN or infinity: the embedding cannot be used")

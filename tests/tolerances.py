@@ -168,3 +168,8 @@ SAMPLER_VARIANCE = 0.4
 # evaluation of a tiny network is 15 EPS32 from PyTorch's (seen, GRAPH_FP32), guidance of 4 weighs the halves
 # by 4 and 3, and four steps add up: 15 * 7 * 4. Seen: 18. What the arguments change is 380,000 and more.
 SDXL_RUN = 420 * EPS32
+
+# Text embeddings with weights or blended, float32, relative L2: GRAPH_FP32 of the states, and the error of
+# the two means whose quotient is a factor. Each is of n numbers (1232 and more), so its error is 1/sqrt(n) of
+# GRAPH_FP32 times the numbers' size, of which the mean of the tiny networks is a hundredth and more.
+WEIGHTED_TEXT = GRAPH_FP32 * (1 + 2**0.5 * 100 / 1232**0.5)
