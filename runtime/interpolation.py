@@ -11,7 +11,7 @@ import numpy as np
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import noise_source
-from sdrt.runtime.prompts import Blend, Prompt
+from sdrt.runtime.prompt_chunks import Blend, Prompt
 from sdrt.runtime.request import Request, build_request, latent_shape
 from sdrt.runtime.request_checks import whole
 from sdrt.runtime.request_texts import MAX_IMAGES

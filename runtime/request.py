@@ -12,7 +12,7 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng
 from sdrt.runtime.options import OPTIONS, check_names
-from sdrt.runtime.prompts import Prompt
+from sdrt.runtime.prompt_chunks import Prompt
 from sdrt.runtime.request_checks import flag, whole
 from sdrt.runtime.request_picture import PictureTask, build_picture
 from sdrt.runtime.request_sampling import Sampling, build_sampling

@@ -201,3 +201,8 @@ JPEG_FLAT = 2
 # A preview's level before it is rounded, of 255, float32 against float64: four products and as many sums,
 # each EPS32 of terms that add up to 5 at most, times 127.5; the shift and the scale round levels up to 255.
 PREVIEW_LEVEL = (8 * 5 * 127.5 + 2 * 255) * EPS32
+
+# Text embeddings with weights or blended, float32, relative L2: GRAPH_FP32 of the states, and the error of
+# the two means whose quotient is a factor. Each is of n numbers (1232 and more), so its error is 1/sqrt(n) of
+# GRAPH_FP32 times the numbers' size, of which the mean of the tiny networks is a hundredth and more.
+WEIGHTED_TEXT = GRAPH_FP32 * (1 + 2**0.5 * 100 / 1232**0.5)

@@ -44,6 +44,7 @@ def test_an_sdxl_checkpoint_is_opened(sdxl_checkpoint: Path) -> None:
     assert checkpoint.sizes() == {
         "tokens": 77,
         "text_width": WIDTHS[0],
+        "skips": 1,
         "text_width_2": WIDTHS[1],
         "projection_width": PROJECTION,
         "cross_width": sum(WIDTHS),
