@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import tolerances
 from sdrt.export import cli
-from sdrt.export.checkpoint import SUBFOLDERS, open_checkpoint, schedule_from_config
+from sdrt.export.checkpoint import SUBFOLDERS, open_checkpoint
+from sdrt.export.checkpoint_scheduler import schedule_from_config
 from sdrt.export.weights import check_architectures, load_module, release_weights
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.solvers import make_table
@@ -316,6 +317,7 @@ def test_the_untouched_checkpoint_is_accepted(tiny_checkpoint: Path) -> None:
     assert checkpoint.size_multiple == 4
     assert checkpoint.sizes() == {
         "tokens": 77,
+        "skips": 1,
         "text_width": 16,
         "cross_width": 16,
         "unet_channels": 4,

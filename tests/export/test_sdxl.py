@@ -16,7 +16,8 @@ from tiny_sdxl import PROJECTION, SIZE, TIME_WIDTH, WIDTHS
 from transformers import CLIPTokenizer
 
 import tolerances
-from sdrt.export.checkpoint import open_checkpoint, schedule_from_config
+from sdrt.export.checkpoint import open_checkpoint
+from sdrt.export.checkpoint_scheduler import schedule_from_config
 from sdrt.export.parity import MAX_OVER_L2, compare
 from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import Bundle
@@ -43,6 +44,7 @@ def test_an_sdxl_checkpoint_is_opened(sdxl_checkpoint: Path) -> None:
     assert checkpoint.force_zeros_for_empty_prompt
     assert checkpoint.sizes() == {
         "tokens": 77,
+        "skips": 1,
         "text_width": WIDTHS[0],
         "text_width_2": WIDTHS[1],
         "projection_width": PROJECTION,
