@@ -17,7 +17,7 @@ from sdrt.runtime.manifest import Preview
 
 SEED: Final = 20240301
 LATENTS: Final = 16  # a side: at a factor of 8 pictures of 128 pixels, which a large VAE takes a second for
-PICTURES: Final = 4  # 1024 latents for five numbers of each colour
+PICTURES: Final = 2  # 512 latents for five numbers of each colour; more do not come out better
 # Of the pictures' blobs, as shares of the side: from a few latents to large flat areas, as drawings have.
 SMALLEST_BLOB: Final = 0.06
 LARGEST_BLOB: Final = 0.35
