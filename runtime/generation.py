@@ -15,6 +15,7 @@ from sdrt.runtime.devices import Device
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.noise import NoiseSource, noise_source
 from sdrt.runtime.output import Collected, DeviceCollected
+from sdrt.runtime.prompt_chunks import Prompt
 from sdrt.runtime.prompts import PromptEncoder
 from sdrt.runtime.request import Request
 
@@ -81,8 +82,9 @@ class Generation:
             NumericsError: A component gave NaN or infinity; the message names it.
         """
         loop = self._loop
-        texts = [request.prompts[image] for image in batch]
-        rows = [*(request.negative_prompts[image] for image in batch), *texts] if request.guided else [*texts]
+        rows = [Prompt(request.prompts[image]) for image in batch]
+        if request.guided:
+            rows = [*(Prompt(request.negative_prompts[image]) for image in batch), *rows]
         timer = self._device.timer()
         self._encoder.write(rows, loop)
         timer.mark("text_encoder")
@@ -101,7 +103,7 @@ class Generation:
         return timer.seconds()
 
     def _denoise(
-        self, request: Request, batch: Sequence[int], rows: Sequence[str | None], on_step: StepHook | None
+        self, request: Request, batch: Sequence[int], rows: Sequence[Prompt], on_step: StepHook | None
     ) -> None:
         """Queue the whole loop. Nothing here waits, but a callback that asks for latents."""
         loop, table = self._loop, request.table
@@ -122,7 +124,7 @@ class Generation:
             if on_step is not None:
                 on_step(loop, table, step, lambda: self._raise_faults(request, rows))
 
-    def _raise_faults(self, request: Request, rows: Sequence[str | None]) -> None:
+    def _raise_faults(self, request: Request, rows: Sequence[Prompt]) -> None:
         self._encoder.raise_faults(self._loop.faults(), request.table, rows)
 
 

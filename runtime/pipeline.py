@@ -40,7 +40,7 @@ from sdrt.runtime.output import (
     OutputType,
     PipelineOutput,
 )
-from sdrt.runtime.prompts import PromptEncoder, text_encoders
+from sdrt.runtime.prompts import PromptEncoder
 from sdrt.runtime.request import (
     MAX_IMAGES,
     Request,
@@ -50,6 +50,7 @@ from sdrt.runtime.request import (
     latent_shape,
 )
 from sdrt.runtime.schedule import check_integer
+from sdrt.runtime.text_encoders import text_encoders
 
 __all__ = ["BlackImageWarning", "Pipeline", "PipelineOutput"]
 

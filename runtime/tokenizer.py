@@ -32,6 +32,22 @@ _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 _LONGEST_ENTITY: Final = len("&CounterClockwiseContourIntegral;")
 
 
+class Tokenized(NamedTuple):
+    """A text of any length in tokens, without BOS, EOS and padding.
+
+    Attributes:
+        ids: Of the tokens.
+        starts: The index of the character of ``cleaned`` at which each begins.
+        words: For each the number of its word; tokens of one word have the same.
+        cleaned: The text that they were made from; see `clean`.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    words: list[int]
+    cleaned: str
+
+
 class Encoded(NamedTuple):
     """One encoded prompt.
 
@@ -123,7 +139,7 @@ class Tokenizer:
             raise UsageError(f"give a list of prompts, not one string: [{prompts!r}]")
         rows = np.empty((len(prompts), self.max_length), np.int64)
         for row, prompt in zip(rows, prompts, strict=True):
-            row[:] = self._row(self.tokens(prompt))
+            row[:] = self.row(self.tokens(prompt))
         return rows
 
     def encode(self, prompt: str) -> Encoded:
@@ -133,11 +149,9 @@ class Tokenizer:
             UsageError: Not a string, or not Unicode text (a lone surrogate).
         """
         prompt = checked_text(prompt)
-        cleaned = clean(prompt)
-        tokens, starts = self._tokenize(cleaned)
-        room = self.max_length - 2
-        cut = "" if len(tokens) <= room else _cut_off(prompt, cleaned, starts[room])
-        return Encoded(np.array(self._row(tokens), np.int64), len(tokens), cut)
+        tokens = self.tokenize(prompt)
+        cut = self.cut_off(prompt, tokens, self.room)
+        return Encoded(np.array(self.row(tokens.ids), np.int64), len(tokens.ids), cut)
 
     def tokens(self, prompt: str) -> list[int]:
         """All token ids of a prompt, of any number, without BOS, EOS and padding.
@@ -145,7 +159,7 @@ class Tokenizer:
         Raises:
             UsageError: As for `encode`.
         """
-        return self._tokenize(clean(checked_text(prompt)))[0]
+        return self.tokenize(prompt).ids
 
     def count(self, prompt: str) -> int:
         """How many tokens a prompt has, without BOS and EOS; ``max_length - 2`` of them fit.
@@ -155,22 +169,42 @@ class Tokenizer:
         """
         return len(self.tokens(prompt))
 
-    def _row(self, tokens: list[int]) -> list[int]:
-        room = self.max_length - 2
-        padding = [self.pad] * (room - len(tokens))
-        return [self.bos, *tokens[:room], self.eos, *padding]
+    @property
+    def room(self) -> int:
+        """Tokens of a text that a row holds."""
+        return self.max_length - 2
 
-    def _tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of cleaned text, and the index of the character at which each token begins."""
+    def row(self, tokens: Sequence[int]) -> list[int]:
+        """BOS, the tokens as far as there is room, EOS, and padding up to ``max_length``."""
+        padding = [self.pad] * (self.room - len(tokens))
+        return [self.bos, *tokens[: self.room], self.eos, *padding]
+
+    def tokenize(self, prompt: str) -> Tokenized:
+        """A text of any length in tokens.
+
+        Raises:
+            UsageError: As for `encode`.
+        """
+        text = clean(checked_text(prompt))
         tokens: list[int] = []
         starts: list[int] = []
+        words: list[int] = []
         position = 0
         for begin, end, special in self._special_spans(text):
             part = self._rust.encode(text[position:begin], add_special_tokens=False)
+            following = words[-1] + 1 if words else 0
+            words += [following + int(word or 0) for word in part.word_ids]
+            words += [words[-1] + 1 if words else 0 for _ in special]
             tokens += [*part.ids, *special]
             starts += [*(position + start for start, _ in part.offsets), *(begin for _ in special)]
             position = end
-        return tokens, starts
+        return Tokenized(tokens, starts, words, text)
+
+    def cut_off(self, prompt: str, tokens: Tokenized, kept: int) -> str:
+        """The end of a prompt that its tokens from number ``kept`` on were made from, as it was typed."""
+        if kept >= len(tokens.ids):
+            return ""
+        return _cut_off(prompt, tokens.cleaned, tokens.starts[kept])
 
     def _special_spans(self, text: str) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """Where typed special tokens count: begin, end, id; last the text's end, without an id."""

@@ -19,11 +19,24 @@ from sdrt.runtime.engines import (
     component_sha256,
     engine_to_json,
 )
-from sdrt.runtime.manifest import FileEntry
+from sdrt.runtime.manifest import FileEntry, Manifest
 
 PLAN = b"a plan " * 100
 Sizes = Mapping[str, tuple[int, int, int]]
 UNET_SIZES: Sizes = {"rows": (1, 2, 4), "latent_height": (16, 16, 32), "latent_width": (16, 16, 32)}
+
+
+def long_prompts(manifest: Manifest) -> Manifest:
+    """The manifest with a U-Net that takes 1 to 4 chunks, whatever its own takes."""
+    unet = manifest.components["unet"]
+    inputs = tuple(
+        replace(entry, shape=(entry.shape[0], "context", entry.shape[2]))
+        if entry.name == "encoder_hidden_states"
+        else entry
+        for entry in unet.spec.inputs
+    )
+    components = {**manifest.components, "unet": replace(unet, spec=replace(unet.spec, inputs=inputs))}
+    return replace(manifest, components=components, limits=replace(manifest.limits, max_chunks=4))
 
 
 def profile(sizes: Sizes) -> Profile:

@@ -15,6 +15,15 @@ from numpy.typing import NDArray
 from sdrt.export.graph import save_graph
 
 
+def text_inputs(ids: NDArray[np.int64], width: int, dtype: str = "float32") -> dict[str, NDArray[Any]]:
+    """A text encoder's inputs [batch, tokens] and the rest, without embeddings of one's own."""
+    return {
+        "input_ids": ids,
+        "custom_embeddings": np.zeros((*ids.shape, width), dtype),
+        "clip_skip": np.zeros(1, np.int64),
+    }
+
+
 def run(model: ir.Model, feeds: Mapping[str, NDArray[Any]], folder: Path) -> list[NDArray[Any]]:
     """Save, check and run a model without ONNX Runtime's own graph changes; all outputs in order."""
     path = save_graph(model, folder / "model.onnx")[0]

@@ -147,6 +147,7 @@ def test_activations_stay_near_one_in_the_published_widths(component: str) -> No
         opened.configs["unet"].update(narrow)
         opened.configs["text_encoder"]["hidden_size"] = 64
     axes = {"batch": 1, "rows": 1, "height": 64, "width": 64, "latent_height": 8, "latent_width": 8}
+    axes["context"] = 77
     inputs = example_inputs(opened, component, axes, torch.Generator().manual_seed(0))
     found = activations(wrapped(opened, component), inputs)
     if component == "vae_decoder":

@@ -36,7 +36,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def options(height: AxisRange, width: AxisRange) -> ExportOptions:
-    return ExportOptions("fp32", False, AxisRange(1, 2), height, width, 23)
+    return ExportOptions("fp32", False, AxisRange(1, 2), height, width, 4, 23)
 
 
 # --- settled before the first trace ---
@@ -152,6 +152,7 @@ def test_a_large_model_is_compared_small_on_graphs_that_serve_its_own_size() -> 
             "rows": 2,
             "height": 128,
             "width": 128,
+            "context": 154,
             "latent_height": 16,
             "latent_width": 16,
         }

@@ -217,8 +217,8 @@ def test_the_untouched_checkpoint_is_accepted(tiny_checkpoint: Path) -> None:
     assert checkpoint.size_multiple == 4
     assert checkpoint.sizes() == {
         "tokens": 77,
-        "skips": 1,
         "text_width": 16,
+        "skips": 1,
         "cross_width": 16,
         "unet_channels": 4,
         "latent_channels": 4,

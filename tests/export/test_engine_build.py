@@ -157,15 +157,15 @@ def test_several_profiles_and_targets_are_one_engine(fp16_copy: Path) -> None:
         "--profile",
         "batch=1,rows=2,height=64,width=64",
         "--profile",
-        "batch=1..2,height=64..96..128",
+        "batch=1..2,height=64..96..128,chunks=1..4",
     ]
     targets = ["--compute-capability", "8.9", "8.6"]
     assert cli.main([str(fp16_copy), "--engine", RTX, *profiles, *targets, "--quiet"]) == 0
     unet = engines_of(fp16_copy)["unet"]
     assert unet.key.targets == ("8.6", "8.9")
     assert [str(profile) for profile in unet.key.profiles] == [
-        "rows 2, latent_height 16, latent_width 16",
-        "rows 1..4, latent_height 16..32, latent_width 16..32",
+        "rows 2, latent_height 16, latent_width 16, context 77",
+        "rows 1..4, latent_height 16..32, latent_width 16..32, context 77..308",
     ]
     assert unet.facts["attention"]["fused"] == len(attention_nodes(fp16_copy, "unet"))
     bundle, version = Bundle.open(fp16_copy), flavour_version(RTX)
@@ -179,6 +179,7 @@ def test_onnxruntimes_engine_is_a_graph_that_shares_the_weights(tmp_path: Path) 
     assert cli.main([str(place), "--engine", "onnxruntime-cuda", "--quiet"]) == 0
     bundle = Bundle.open(place)
     sizes = {"batch": 2, "rows": 2, "latent_height": 16, "latent_width": 24, "height": 64, "width": 96}
+    sizes["context"] = 77
     for name, engine in engines_of(place).items():
         assert [entry.path for entry in engine.files] == ["model.onnx"]
         assert engine.files[0].size < (place / name / "model.onnx.data").stat().st_size / 2

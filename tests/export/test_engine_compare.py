@@ -133,6 +133,7 @@ def test_a_bundle_without_figures_cannot_be_judged(bundle: Bundle) -> None:
 @pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
 def test_inputs_are_those_of_real_use_and_the_same_every_time(bundle: Bundle, component: str) -> None:
     sizes = {"batch": 2, "rows": 4, "latent_height": 16, "latent_width": 24, "height": 64, "width": 96}
+    sizes["context"] = 77
     first, again = (random_inputs(bundle, component, sizes) for _ in range(2))
     for entry in bundle.component(component).spec.inputs:
         array = first[entry.name]
@@ -141,10 +142,7 @@ def test_inputs_are_those_of_real_use_and_the_same_every_time(bundle: Bundle, co
         assert np.array_equal(array, again[entry.name])
         low, high = float(array.min()), float(array.max())
         assert low < high or array.size == 1
-        limits = {
-            "input_ids": (0, bundle.manifest.tokenizers[0].bos - 1),
-            "timestep": (0, 999),
-            "image": (-1, 1),
-        }
+        ids = (-1, bundle.manifest.tokenizers[0].bos - 1)
+        limits = {"input_ids": ids, "timestep": (0, 999), "image": (-1, 1), "clip_skip": (0, 1)}
         least, most = limits.get(entry.name, (-6, 6))
         assert least <= low <= high <= most

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
+from engine_bundles import long_prompts
 
 from sdrt.export.engine_options import (
     Extent,
@@ -26,8 +27,11 @@ from sdrt.runtime.manifest import Manifest
 
 @pytest.fixture(scope="module")
 def manifest() -> Manifest:
-    """The embedded bundle's: factor 4, batches of 1 to 8, sides of 64 to 128 in steps of 16."""
-    return Bundle.open(EMBEDDED, verify=False).manifest
+    """The embedded bundle's: factor 4, batches of 1 to 8, sides of 64 to 128 in steps of 16.
+
+    Its U-Net takes 1 to 4 chunks here.
+    """
+    return long_prompts(Bundle.open(EMBEDDED, verify=False).manifest)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,7 @@ def test_targets_are_sorted_as_numbers() -> None:
 def test_without_sizes_a_profile_is_all_that_the_bundle_admits(manifest: Manifest) -> None:
     assert sizes_of_profile(manifest, {}) == {
         "batch": AxisProfile(1, 1, 8),
+        "chunks": AxisProfile(1, 1, 1),
         "rows": AxisProfile(1, 2, 16),
         "height": AxisProfile(64, manifest.defaults.height, 128),
         "width": AxisProfile(64, manifest.defaults.width, 128),
@@ -131,6 +136,7 @@ def test_an_optimum_outside_the_range_is_brought_inside(manifest: Manifest) -> N
         ({"width": Extent(64, 72, 128)}, "not 72"),
         ({"batch": Extent(1, None, 9)}, "batch 1..9: the bundle's graphs admit 1 to 8 images"),
         ({"rows": Extent(1, None, 17)}, "rows 1..17: .* 1 to 16 rows"),
+        ({"chunks": Extent(2, None, 5)}, "chunks 2..5: .* prompts of 1 to 4 chunks; give fewer, or export"),
     ],
 )
 def test_sizes_that_the_graphs_do_not_admit_are_refused(
@@ -148,15 +154,16 @@ def test_the_smallest_batch_of_the_bundle_is_a_limit_too(manifest: Manifest) -> 
 
 def test_every_component_gets_its_own_axes_in_its_own_units(manifest: Manifest) -> None:
     given = {"batch": Extent(1, None, 2), "height": Extent(64, None, 64), "width": Extent(64, 96, 128)}
+    given["chunks"] = Extent(1, 2, 4)
     sizes = sizes_of_profile(manifest, given)
     axes = {
-        name: component_profile(part.spec, sizes, manifest.latents.factor).axes
+        name: component_profile(part.spec, sizes, manifest.latents.factor, 77).axes
         for name, part in manifest.components.items()
     }
     latents = {"latent_height": AxisProfile(16, 16, 16), "latent_width": AxisProfile(16, 24, 32)}
     assert axes == {
         "text_encoder": {"batch": AxisProfile(1, 1, 2)},
-        "unet": {"rows": AxisProfile(1, 2, 4), **latents},
+        "unet": {"rows": AxisProfile(1, 2, 4), "context": AxisProfile(77, 154, 308), **latents},
         "vae_decoder": {"batch": AxisProfile(1, 1, 2), **latents},
         "vae_encoder": {
             "batch": AxisProfile(1, 1, 2),
@@ -168,9 +175,9 @@ def test_every_component_gets_its_own_axes_in_its_own_units(manifest: Manifest) 
 
 def test_input_shapes_are_the_corners_of_the_profile(manifest: Manifest) -> None:
     unet = manifest.components["unet"].spec
-    profile = component_profile(unet, sizes_of_profile(manifest, {}), manifest.latents.factor)
+    profile = component_profile(unet, sizes_of_profile(manifest, {}), manifest.latents.factor, 77)
     shapes = input_shapes(unet, profile)
     side = manifest.defaults.height // manifest.latents.factor
     assert shapes["sample"] == ((1, 4, 16, 16), (2, 4, side, side), (16, 4, 32, 32))
     assert shapes["timestep"] == ((1,), (1,), (1,))
-    assert [shape[0] for shape in shapes["encoder_hidden_states"]] == [1, 2, 16]
+    assert [shape[:2] for shape in shapes["encoder_hidden_states"]] == [(1, 77), (2, 77), (16, 77)]

@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx_runs import text_inputs
 from torch import Tensor, nn
 
 import tolerances
@@ -94,8 +95,8 @@ def test_every_dynamic_axis_of_the_table_is_symbolic_in_some_graph(tiny_bundle: 
 def test_fixed_sizes_are_constants_in_the_graphs(fp16_bundle: Path) -> None:
     # 18 x 16 pixels at a factor of 2; the rows of the U-Net are one without guidance and two with it.
     expected: dict[str, list[tuple[int | str, ...]]] = {
-        "text_encoder": [(1, 77), (1, 77, 16), (1, 77, 16)],
-        "unet": [("rows", 4, 9, 8), (1,), ("rows", 77, 16), ("rows", 4, 9, 8)],
+        "text_encoder": [(1, 77), (1, 77, 16), (1,), (1, 77, 16), (1, 77, 16)],
+        "unet": [("rows", 4, 9, 8), (1,), ("rows", "context", 16), ("rows", 4, 9, 8)],
         "vae_decoder": [(1, 4, 9, 8), (1, 3, 18, 16)],
         "vae_encoder": [(1, 3, 18, 16), (1, 4, 9, 8), (1, 4, 9, 8)],
     }
@@ -167,14 +168,15 @@ def test_a_lower_opset_writes_attention_out_and_computes_the_same(
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     spec = COMPONENTS["text_encoder"].resolve(checkpoint.sizes(), "fp32")
     module = WRAPPERS["text_encoder"][1](load_module(checkpoint, "text_encoder")).eval()
-    ids = torch.arange(2 * 77).reshape(2, 77)
-    model = onnx_from_module(module, (ids,), spec, {"batch": AxisRange(1, 2)}, 18)
+    inputs = text_inputs(np.arange(2 * 77).reshape(2, 77), 16)
+    example = tuple(map(torch.from_numpy, inputs.values()))
+    model = onnx_from_module(module, example, spec, {"batch": AxisRange(1, 2)}, 18)
     (tmp_path / "text_encoder").mkdir()
     save_graph(model, tmp_path / "text_encoder" / "model.onnx")
     saved = graph_of(tmp_path, "text_encoder")
     assert {entry.domain: entry.version for entry in saved.opset_import}[""] == 18
     assert "Attention" not in {node.op_type for node in saved.graph.node}
-    feeds = {"input_ids": ids.numpy()[:1]}
+    feeds = text_inputs(inputs["input_ids"][:1], 16)
     for low, high in zip(
         run(tmp_path, "text_encoder", **feeds), run(tiny_bundle, "text_encoder", **feeds), strict=True
     ):
@@ -188,17 +190,17 @@ def test_the_text_encoder_gives_transformers_last_and_penultimate_states(
     ids = torch.randint(0, 714, (BATCH, 77), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True)
-    last, penultimate = run(tiny_bundle, "text_encoder", input_ids=ids.numpy())
+    last, penultimate = run(tiny_bundle, "text_encoder", **text_inputs(ids.numpy(), 16))
     assert_close(last, expected.last_hidden_state)
     assert_close(penultimate, expected.hidden_states[-2])
 
 
-@pytest.mark.parametrize("rows", [1, 2 * BATCH])
+@pytest.mark.parametrize(("rows", "context"), [(1, 77), (2 * BATCH, 77), (2, 308)])
 def test_the_unet_gives_diffusers_prediction_at_any_size(
-    tiny_bundle: Path, tiny_checkpoint: Path, rows: int
+    tiny_bundle: Path, tiny_checkpoint: Path, rows: int, context: int
 ) -> None:
     model: Any = load_module(open_checkpoint(str(tiny_checkpoint)), "unet")
-    sample, states = noise(rows, 4, HEIGHT // 2, WIDTH // 2), noise(rows, 77, 16, seed=8)
+    sample, states = noise(rows, 4, HEIGHT // 2, WIDTH // 2), noise(rows, context, 16, seed=8)
     timestep = np.array([987.65], np.float32)
     with torch.no_grad():
         expected = model(*map(torch.from_numpy, (sample, timestep, states))).sample
@@ -301,3 +303,45 @@ def test_the_manifest_names_every_file_of_a_component(tiny_bundle: Path) -> None
     named = {entry["path"] for part in document["components"].values() for entry in part["files"]}
     present = {file.relative_to(tiny_bundle).as_posix() for file in tiny_bundle.glob("*/*")}
     assert named == present
+
+
+def text_model(folder: Path) -> Any:
+    """The text encoder in PyTorch."""
+    return load_module(open_checkpoint(str(folder)), "text_encoder")
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_skipped_layers_are_those_of_diffusers(tiny_bundle: Path, tiny_checkpoint: Path, skip: int) -> None:
+    """As in `StableDiffusionPipeline.encode_prompt`; the penultimate state is one layer further back."""
+    model = text_model(tiny_checkpoint)
+    ids = torch.randint(0, 714, (BATCH, 77), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True).hidden_states
+        expected = model.final_layer_norm(states[-(skip + 1)])
+    feeds = text_inputs(ids.numpy(), 16) | {"clip_skip": np.array([skip])}
+    last, penultimate = run(tiny_bundle, "text_encoder", **feeds)
+    assert_close(last, expected)
+    assert_close(penultimate, states[-(skip + 2)])
+
+
+def test_an_embedding_of_ones_own_is_a_token_that_the_vocabulary_does_not_have(
+    tiny_bundle: Path, tiny_checkpoint: Path
+) -> None:
+    """As transformers computes it when the embedding is put into its table."""
+    model = text_model(tiny_checkpoint)
+    ids = torch.randint(0, 712, (BATCH, 77), generator=torch.Generator().manual_seed(3))
+    own = 0.02 * noise(BATCH, 77, 16, seed=9)
+    feeds = text_inputs(ids.numpy().copy(), 16) | {"custom_embeddings": own}
+    table = model.get_input_embeddings()
+    places = [(0, 3), (0, 4), (1, 76)]
+    grown = torch.cat([table.weight, torch.stack([torch.from_numpy(own[place]) for place in places])])
+    model.set_input_embeddings(nn.Embedding(*grown.shape))
+    model.get_input_embeddings().weight = nn.Parameter(grown)
+    for number, place in enumerate(places):
+        feeds["input_ids"][place] = -1
+        ids[place] = len(table.weight) + number
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True)
+    last, penultimate = run(tiny_bundle, "text_encoder", **feeds)
+    assert_close(last, expected.last_hidden_state)
+    assert_close(penultimate, expected.hidden_states[-2])

@@ -39,6 +39,7 @@ AXES = {
     "rows": AxisRange(1, 4),
     "height": AxisRange(16, 32, 4),
     "width": AxisRange(16, 32, 4),
+    "context": AxisRange(77, 308, 77),
     "latent_height": AxisRange(8, 16, 2),
     "latent_width": AxisRange(8, 16, 2),
 }

@@ -44,8 +44,8 @@ def test_an_sdxl_checkpoint_is_opened(sdxl_checkpoint: Path) -> None:
     assert checkpoint.force_zeros_for_empty_prompt
     assert checkpoint.sizes() == {
         "tokens": 77,
-        "skips": 1,
         "text_width": WIDTHS[0],
+        "skips": 1,
         "text_width_2": WIDTHS[1],
         "projection_width": PROJECTION,
         "cross_width": sum(WIDTHS),

@@ -367,15 +367,16 @@ def test_driver_that_is_too_old(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_axes_of_a_request() -> None:
-    assert RequestShape(3, 64, 128).axes(8) == {
+    assert RequestShape(3, 64, 128, chunks=2).axes(8, 77) == {
         "rows": 6,
         "batch": 3,
+        "context": 154,
         "height": 64,
         "width": 128,
         "latent_height": 8,
         "latent_width": 16,
     }
-    assert RequestShape(3, 64, 128, guided=False).axes(8)["rows"] == 3
+    assert RequestShape(3, 64, 128, guided=False).axes(8, 77)["rows"] == 3
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_bundles import PLAN, UNET_SIZES, add_engine, engine_key
+from engine_bundles import PLAN, UNET_SIZES, add_engine, engine_key, long_prompts
 
 from sdrt.export.cli_options import parse
 from sdrt.export.engine_options import component_profile, sizes_of_profile
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.engine_search import Engine, build_command, find_engine, list_engines, rebuild_command
+from sdrt.runtime.engines import AxisProfile
 from sdrt.runtime.errors import BackendError, BundleError
 
 ADA = (8, 9)
@@ -29,7 +30,7 @@ def bundle(tmp_path: Path) -> Bundle:
     """The shipped bundle's manifest in a folder of its own: engines are searched without its graphs."""
     folder = tmp_path / "bundle"
     folder.mkdir()
-    return Bundle(folder, Bundle.open(EMBEDDED, verify=False).manifest)
+    return Bundle(folder, long_prompts(Bundle.open(EMBEDDED, verify=False).manifest))
 
 
 def find(bundle: Bundle, component: str = "unet", **changes: Any) -> Engine:
@@ -306,24 +307,47 @@ def test_command_that_rebuilds_has_everything_of_the_key(bundle: Bundle) -> None
     factor = bundle.manifest.latents.factor
     one = {"rows": (2, 2, 2), "latent_height": (16, 16, 32), "latent_width": (16, 24, 32)}
     two = {"rows": (1, 4, 8), "latent_height": (16, 16, 16), "latent_width": (16, 16, 16)}
+    one, two = {**one, "context": (77, 77, 77)}, {**two, "context": (77, 154, 308)}
     key = engine_key(bundle, "unet", one, two, options={"refit": True, "level": 3})
     side = 16 * factor
     command = rebuild_command(bundle, key)
     assert command == (
         f"sd-export {bundle.path} --engine tensorrt-rtx "
-        f"--profile rows=2,height={side}..{side}..{2 * side},width={side}..{side * 3 // 2}..{2 * side} "
-        f"--profile rows=1..4..8,height={side},width={side} "
+        f"--profile rows=2,height={side}..{side}..{2 * side},width={side}..{side * 3 // 2}..{2 * side},"
+        "chunks=1 "
+        f"--profile rows=1..4..8,height={side},width={side},chunks=1..2..4 "
         "--compute-capability 8.0 8.6 8.9 12.0 --refit"
     )
     (bundle.path / "manifest.json").touch()
     (options,) = parse(shlex.split(command)[1:]).engines  # sd-export takes it
     spec, manifest = bundle.component("unet").spec, bundle.manifest
     assert key.profiles == tuple(
-        component_profile(spec, sizes_of_profile(manifest, sizes), factor) for sizes in options.profiles
+        component_profile(spec, sizes_of_profile(manifest, sizes), factor, manifest.tokens)
+        for sizes in options.profiles
     )
     assert (options.flavour, options.targets, options.refit) == ("tensorrt-rtx", key.targets, True)
     fixed = engine_key(bundle, "text_encoder", {"batch": (1, 1, 1)}, targets=("8.0+",), flavour="tensorrt")
     assert rebuild_command(bundle, fixed) == (f"sd-export {bundle.path} --engine tensorrt --profile batch=1")
+
+
+def test_long_prompts_need_an_engine_for_their_chunks(bundle: Bundle) -> None:
+    """The message and both commands speak of chunks; `sd-export` takes the commands."""
+    manifest = bundle.manifest
+    tokens, factor = manifest.tokens, manifest.latents.factor
+    key = engine_key(bundle, "unet", {**UNET_SIZES, "context": (tokens, 2 * tokens, 3 * tokens)})
+    folder = add_engine(bundle, key)
+    assert find(bundle, axes={"rows": 2, "context": 3 * tokens}).folder == folder
+    message = refused(bundle, axes={"rows": 2, "context": 4 * tokens})
+    assert ", chunks 1..3; asked for is rows 2 (two per image under guidance), chunks 4; " in message
+    command = f"sd-export {bundle.path} --engine tensorrt-rtx --batch 1 --chunks 4"
+    assert message.endswith(f"build one: {command}")
+    assert "--chunks" not in build_command(bundle, "tensorrt-rtx", {"context": tokens})
+    (bundle.path / "manifest.json").touch()
+    for words, want in ((command, (4, 4, 4)), (rebuild_command(bundle, key), (1, 2, 3))):
+        (options,) = parse(shlex.split(words)[1:]).engines
+        sizes = sizes_of_profile(manifest, options.profiles[0])
+        profile = component_profile(bundle.component("unet").spec, sizes, factor, tokens)
+        assert profile.axes["context"] == AxisProfile(*(tokens * chunks for chunks in want))
 
 
 def test_flipped_bit_is_found_only_by_hashing(bundle: Bundle) -> None:

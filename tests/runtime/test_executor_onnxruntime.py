@@ -32,7 +32,7 @@ from sdrt.runtime.executor_onnxruntime_cuda import OnnxRuntimeCudaExecutor, impo
 from sdrt.runtime.executors import check_buffer, check_buffers
 from sdrt.runtime.onnx_nodes import read_nodes, shape_nodes
 
-AXES = {"rows": 2, "latent_height": 8, "latent_width": 16}
+AXES = {"rows": 2, "latent_height": 8, "latent_width": 16, "context": 77}
 
 
 def on_host(bundle: Bundle, seed: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,7 +30,7 @@ from sdrt.runtime.executor_tensorrt import TensorRTExecutor, import_tensorrt
 from sdrt.runtime.replay import replayable
 from sdrt.runtime.tensorrt_errors import explain
 
-AXES = {"rows": 2, "latent_height": 16, "latent_width": 16}
+AXES = {"rows": 2, "latent_height": 16, "latent_width": 16, "context": 77}
 
 
 class Bench:
@@ -221,12 +221,14 @@ def test_profile_is_chosen_by_the_shape(bench: Bench) -> None:
 def test_outputs_that_nobody_wants_have_an_address(bench: Bench) -> None:
     bench.add({"batch": (1, 1, 4)}, component="text_encoder")
     spec = bench.bundle.component("text_encoder").spec
-    ids = bench.device.zeros(spec.inputs[0].concrete({"batch": 1}), "int64")
+    inputs = {
+        entry.name: bench.device.zeros(entry.concrete({"batch": 1}), entry.dtype) for entry in spec.inputs
+    }
     wanted = bench.device.zeros(spec.outputs[0].concrete({"batch": 1}), spec.outputs[0].dtype)
-    bench.load("text_encoder").bind({"input_ids": ids}, {spec.outputs[0].name: wanted})()
+    bench.load("text_encoder").bind(inputs, {spec.outputs[0].name: wanted})()
     addresses = dict(map(tuple, bench.calls("set_tensor_address")))
-    assert set(addresses) == {"input_ids", "last_hidden_state", "penultimate_hidden_state"}
-    assert len(set(addresses.values())) == 3
+    assert set(addresses) == {*inputs, "last_hidden_state", "penultimate_hidden_state"}
+    assert len(set(addresses.values())) == 5
 
 
 def test_engines_for_several_sizes(bench: Bench) -> None:

@@ -35,6 +35,7 @@ def sizes_of(engine_bundle: Bundle, rows: int, height: int, width: int) -> dict[
     return {
         "rows": rows,
         "batch": min(rows, 2),
+        "context": 77,
         "height": height,
         "width": width,
         "latent_height": height // factor,

@@ -33,6 +33,7 @@ def test_every_component_gives_what_pytorch_gives_on_this_gpu(
     device = open_device(choose_backend(engine_bundle, gpu_backend))
     assert isinstance(device, CudaDevice)
     sizes = {"rows": 2, "batch": 2, "height": 32, "width": 16, "latent_height": 16, "latent_width": 8}
+    sizes["context"] = 77
     with device, torch.no_grad():
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         for component in ("text_encoder", "unet", "vae_decoder"):

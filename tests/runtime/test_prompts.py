@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from sdrt.runtime.denoise import DenoiseLoop
 from sdrt.runtime.devices import Device, HostDevice
 from sdrt.runtime.errors import NumericsError
 from sdrt.runtime.executors import Executor
-from sdrt.runtime.prompts import PromptEncoder, TextEncoder
+from sdrt.runtime.prompt_chunks import Prompt
+from sdrt.runtime.prompts import PromptEncoder
 from sdrt.runtime.schedule import NoiseSchedule
 from sdrt.runtime.solvers import make_table
+from sdrt.runtime.text_encoders import TextEncoder
 from sdrt.runtime.tokenizer import Tokenizer
 
 SIZES = {
     **{"tokens": 77, "text_width": 3, "text_width_2": 5, "cross_width": 8, "projection_width": 4},
-    **{"unet_channels": 4, "latent_channels": 4},
+    **{"unet_channels": 4, "latent_channels": 4, "skips": 1},
 }
 TABLE = make_table("euler", NoiseSchedule(), 2)
 Array = NDArray[Any]
@@ -41,7 +43,7 @@ class FakeText:
         self.nan_in: str | None = None
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
-        (ids,) = inputs.values()
+        ids = inputs["input_ids"]
 
         def evaluate() -> None:
             self.evaluations += 1
@@ -97,6 +99,9 @@ class Scene:
         for text in self.texts:
             text.evaluations = 0  # the warm-up's
 
+    def write(self, texts: Sequence[str | None]) -> None:
+        self.encoder.write([Prompt(text) for text in texts], self.loop)
+
     def rows(self, name: str) -> Array:
         return np.concatenate([self.device.download(row) for row in self.loop.conditioning[name]])
 
@@ -115,7 +120,7 @@ class Scene:
 def tokenizers(tiny_bundle: Path) -> list[Tokenizer]:
     """As SDXL's: the second pads with another token."""
     bundle = Bundle.open(tiny_bundle)
-    facts = bundle.manifest.tokenizers[0]
+    (facts,) = bundle.manifest.tokenizers
     return [
         Tokenizer.from_file(bundle.file(facts.file), max_length=77, bos=facts.bos, eos=facts.eos, pad=pad)
         for pad in (facts.pad, 0)
@@ -133,7 +138,7 @@ def scene(request: pytest.FixtureRequest, tokenizers: list[Tokenizer]) -> Scene:
 
 def test_two_encoders_side_by_side(scene: Scene) -> None:
     texts = ["a", "b", "a red apple", "a"]
-    scene.encoder.write(texts, scene.loop)
+    scene.write(texts)
     hidden, pooled = scene.rows("encoder_hidden_states"), scene.rows("text_embeds")
     for row, text in enumerate(texts):
         want_hidden, want_pooled = scene.expected(text)
@@ -145,8 +150,8 @@ def test_two_encoders_side_by_side(scene: Scene) -> None:
 
 def test_text_that_was_not_given_is_zeros(scene: Scene) -> None:
     """As diffusers' ``force_zeros_for_empty_prompt``; an empty text is another matter."""
-    scene.encoder.write(["x", "y", "x", "y"], scene.loop)
-    scene.encoder.write([None, "", "a", "a"], scene.loop)
+    scene.write(["x", "y", "x", "y"])
+    scene.write([None, "", "a", "a"])
     hidden, pooled = scene.rows("encoder_hidden_states"), scene.rows("text_embeds")
     assert not hidden[0].any()
     assert not pooled[0].any()
@@ -161,12 +166,12 @@ def test_slots_go_round(scene: Scene) -> None:
     names = [f"text {index}" for index in range(70)]
     for start in range(0, 68, 2):
         texts = [*names[start : start + 3], names[0]]
-        scene.encoder.write(texts, scene.loop)
+        scene.write(texts)
         hidden = scene.rows("encoder_hidden_states")
         for row, text in enumerate(texts):
             assert np.array_equal(hidden[row], scene.expected(text)[0])
     assert scene.texts[0].evaluations == 69  # the first one is used each time and stays
-    scene.encoder.write([names[1]] * 4, scene.loop)
+    scene.write([names[1]] * 4)
     assert np.array_equal(scene.rows("encoder_hidden_states")[3], scene.expected(names[1])[0])
     assert scene.texts[0].evaluations == 70
 
@@ -176,20 +181,20 @@ def test_slots_go_round(scene: Scene) -> None:
     [(0, "penultimate_hidden_state"), (1, "penultimate_hidden_state"), (1, "text_embeds")],
 )
 def test_nan_names_encoder_and_text_and_is_not_kept(scene: Scene, encoder: int, output: str) -> None:
-    scene.encoder.write(["good"] * 4, scene.loop)
+    scene.write(["good"] * 4)
     scene.device.synchronize()
     scene.texts[encoder].nan_in = output
     texts = ["good", "bad", "good", "good"]
-    scene.encoder.write(texts, scene.loop)
+    scene.write(texts)
     scene.device.synchronize()
     scene.texts[encoder].nan_in = None
-    scene.encoder.write(texts, scene.loop)  # from the cache: still known to be bad
+    scene.write(texts)  # from the cache: still known to be bad
     name = scene.texts[encoder].spec.name
     scene.loop.start(TABLE, 5.0, seeds=[1, 2], time_ids=np.zeros((4, 6), np.float32))
     with pytest.raises(NumericsError, match=f"the {name} gave NaN or infinity for the prompt 'bad'"):
-        scene.encoder.raise_faults(scene.loop.faults(), TABLE, texts)
-    scene.encoder.write(texts, scene.loop)  # encoded anew
-    scene.encoder.raise_faults(scene.loop.faults(), TABLE, texts)
+        scene.encoder.raise_faults(scene.loop.faults(), TABLE, list(map(Prompt, texts)))
+    scene.write(texts)  # encoded anew
+    scene.encoder.raise_faults(scene.loop.faults(), TABLE, list(map(Prompt, texts)))
     assert np.array_equal(scene.rows("encoder_hidden_states")[1], scene.expected("bad")[0])
 
 
@@ -205,7 +210,7 @@ def test_nothing_waits(tokenizers: list[Tokenizer]) -> None:
     device = recording_device(driver)
     scene = Scene(tokenizers, device, lambda executor: RecordedExecutor(executor, device, driver))
     before = driver.counts.copy()
-    scene.encoder.write(["a", "b", "a", "b"], scene.loop)
+    scene.write(["a", "b", "a", "b"])
     added = driver.counts - before
     assert (added["uploads"], added["graph_launches"], added["waits"], added["downloads"]) == (2, 2, 0, 0)
     assert added["device_copies"] == 2 + 4 * 3  # a record each; per row two tensors and the fault words

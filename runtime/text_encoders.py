@@ -1,0 +1,110 @@
+"""A family's text encoders, and what their buffers and the records of the texts' cache hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from sdrt.runtime.arena import Sections
+from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.executors import Executor
+from sdrt.runtime.faults import MAX_ENCODERS
+from sdrt.runtime.tokenizer import Tokenizer
+
+IDS, CUSTOM, SKIP = "input_ids", "custom_embeddings", "clip_skip"  # inputs of a text encoder
+EMBEDDINGS, POOLED = "encoder_hidden_states", "text_embeds"  # inputs of the U-Net
+FRESH: Final = -1  # the slot of the text that is being encoded
+FAULTS: Final = "faults"
+
+
+class TextEncoder(NamedTuple):
+    """One of a family's text encoders.
+
+    Attributes:
+        tokenizer: Its own.
+        executor: On the device.
+        hidden: Its output that the U-Net was trained on; of several encoders they stand side by side.
+        pooled: Its output that the U-Net reads as ``text_embeds``, if any.
+    """
+
+    tokenizer: Tokenizer
+    executor: Executor
+    hidden: str
+    pooled: str | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The outputs that are wanted of it."""
+        return (self.hidden,) if self.pooled is None else (self.hidden, self.pooled)
+
+    @property
+    def width(self) -> int:
+        """Numbers that its hidden state has for each token."""
+        (spec,) = (spec for spec in self.executor.spec.outputs if spec.name == self.hidden)
+        return spec.concrete({"batch": 1})[-1]
+
+
+def text_encoders(bundle: Bundle, executors: Mapping[str, Executor]) -> list[TextEncoder]:
+    """The text encoders of a bundle's family, each with its tokenizer.
+
+    Raises:
+        BundleError: A tokenizer's file cannot be used.
+    """
+    manifest = bundle.manifest
+    tokenizers = [
+        Tokenizer.from_file(
+            bundle.file(facts.file), max_length=facts.max_length, bos=facts.bos, eos=facts.eos, pad=facts.pad
+        )
+        for facts in manifest.tokenizers
+    ]
+    encoders = [TextEncoder(tokenizers[0], executors["text_encoder"], manifest.text_output)]
+    if manifest.family == "sdxl":
+        hidden = "penultimate_hidden_state"
+        encoders.append(TextEncoder(tokenizers[1], executors["text_encoder_2"], hidden, POOLED))
+    return encoders
+
+
+def input_name(index: int, name: str) -> str:
+    """The section of one encoder's input."""
+    return f"input {index} {name}"
+
+
+def output_name(index: int, name: str) -> str:
+    """The section of one encoder's output."""
+    return f"output {index} {name}"
+
+
+def in_slot(slot: int, name: str) -> str:
+    """The section of one tensor of a record."""
+    return f"slot {slot} {name}"
+
+
+def encoder_sections(encoders: Sequence[TextEncoder], batch: int) -> Sections:
+    """Inputs and outputs of the encoders; what each text uploads last, beside the fresh slot's faults."""
+    axes = {"batch": batch}
+    sections: dict[str, tuple[tuple[int, ...], str]] = {}
+    uploaded: dict[str, tuple[tuple[int, ...], str]] = {}
+    for index, encoder in enumerate(encoders):
+        for spec in encoder.executor.spec.outputs:
+            if spec.name in encoder.outputs:
+                sections[output_name(index, spec.name)] = (spec.concrete(axes), spec.dtype)
+        for spec in encoder.executor.spec.inputs:
+            kind = sections if spec.name == CUSTOM else uploaded
+            kind[input_name(index, spec.name)] = (spec.concrete(axes), spec.dtype)
+    return {**sections, **uploaded}
+
+
+def record_sections(encoders: Sequence[TextEncoder]) -> Sections:
+    """What is kept of a text: the fault words first."""
+    specs = [{spec.name: spec for spec in encoder.executor.spec.outputs} for encoder in encoders]
+    hidden = [spec[encoder.hidden] for spec, encoder in zip(specs, encoders, strict=True)]
+    (_, tokens, _) = hidden[0].concrete({"batch": 1})
+    width = sum(encoder.width for encoder in encoders)
+    record: dict[str, tuple[tuple[int, ...], str]] = {
+        FAULTS: ((1, MAX_ENCODERS), "int32"),
+        EMBEDDINGS: ((1, tokens, width), hidden[0].dtype),
+    }
+    for spec, encoder in zip(specs, encoders, strict=True):
+        if encoder.pooled is not None:
+            record[POOLED] = (spec[encoder.pooled].concrete({"batch": 1}), spec[encoder.pooled].dtype)
+    return record
