@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +26,15 @@ from sdrt.runtime.start import KnownPicture, blends, start_arguments
 class ConditionEncoder(Protocol):
     """What an image is drawn from, prompts or a picture, as rows of the U-Net's inputs."""
 
-    def chunks(self, condition: Hashable) -> int:
+    def chunks(self, condition: Any) -> int:
         """How many times the tokens of one text it takes; nothing is computed."""
         ...
 
-    def write(self, rows: Sequence[Hashable], loop: DenoiseLoop, chunks: int) -> None:
+    def write(self, rows: Sequence[Any], loop: DenoiseLoop, chunks: int) -> None:
         """Put what each row is drawn from into the loop's conditioning."""
         ...
 
-    def raise_faults(self, faults: Faults, table: SamplerTable, rows: Sequence[Hashable]) -> None:
+    def raise_faults(self, faults: Faults, table: SamplerTable, rows: Sequence[Any]) -> None:
         """Raise what a run's fault words say."""
         ...
 

@@ -36,9 +36,9 @@ def interpolated_request(
         raise UsageError(f"frames is {count}: a whole number from 2 to {MAX_IMAGES}")
     if to_prompt is None and to_seed is None:
         raise UsageError("nothing differs between the first frame and the last: give another prompt or seed")
-    for name, text in (("prompt", prompt), ("the prompt to go to", to_prompt)):
-        if not isinstance(text, str) and not (text is None and text is to_prompt):
-            raise UsageError(f"{name} is {type(text).__name__}: one text is wanted")
+    for name, end in (("prompt", prompt), ("to_prompt", prompt if to_prompt is None else to_prompt)):
+        if not isinstance(end, str):
+            raise UsageError(f"{name} is {type(end).__name__}: one text is wanted")
     if options.get("latents") is not None:
         raise UsageError("latents are given: an interpolation makes its own from the seeds")
     first = build_request(manifest, prompt, {**options, "num_images_per_prompt": 1})
@@ -51,21 +51,23 @@ def interpolated_request(
         raise UsageError("variation is given: an interpolation goes from prompt to prompt or seed to seed")
     shares = [float(share) for share in np.linspace(0.0, 1.0, count)]
     shape = latent_shape(manifest, first.height, first.width)
-    ends = [noise_source(first.rng, request.seeds).initial(shape) for request in (first, last)]
+    noise, to_noise = (noise_source(first.rng, request.seeds).initial(shape) for request in (first, last))
     text = {
         **first.texts[0],
         "to_prompt": last.texts[0]["prompt"],
         "to_seed": last.seeds[0],
         "frames": count,
     }
-    (start,), (end,) = first.conditions, last.conditions
+    (start,), (finish,) = first.conditions, last.conditions
     assert isinstance(start, Prompt)
-    assert isinstance(end, Prompt)
+    assert isinstance(finish, Prompt)
     return replace(
         first,
-        conditions=[start if start == end else Blend(start, end, share) for share in shares],
+        conditions=[start if start == finish else Blend(start, finish, share) for share in shares],
         negatives=first.negatives * count,
         texts=[{**text, "frame": number} for number in range(count)],
         seeds=first.seeds * count,
-        latents=None if to_seed is None else np.concatenate([slerp(*ends, share) for share in shares]),
+        latents=(
+            None if to_seed is None else np.concatenate([slerp(noise, to_noise, share) for share in shares])
+        ),
     )

@@ -13,9 +13,10 @@ from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.generation import ConditionEncoder
 from sdrt.runtime.picture_prompts import PictureEncoder
-from sdrt.runtime.prompts import PromptEncoder, text_encoders
+from sdrt.runtime.prompts import PromptEncoder
 from sdrt.runtime.request_texts import MAX_IMAGES
 from sdrt.runtime.schedule import check_integer
+from sdrt.runtime.text_encoders import text_encoders
 
 MAX_DEVICES: Final = 64
 
@@ -35,6 +36,8 @@ def condition_encoder(bundle: Bundle, executors: Mapping[str, Executor], device:
         device,
         batch=limits.min_batch,
         most_texts=2 * min(limits.max_batch, MAX_IMAGES),
+        max_chunks=limits.max_chunks,
+        max_clip_skip=limits.max_clip_skip,
     )
 
 

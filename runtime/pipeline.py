@@ -235,12 +235,17 @@ class Pipeline:
             The word.
 
         Raises:
-            UsageError: The file cannot be read or does not fit the text encoder.
+            UsageError: The file cannot be read or does not fit the text encoder, or the bundle's text encoder
+                takes no embeddings.
         """
         if not isinstance(self._encoder, PromptEncoder):
             raise UsageError("this bundle reads no text: there is nothing to teach it a word")
+        from sdrt.runtime.textual_inversion import read_embedding
+
         with self._alone():
-            return self._encoder.load_embedding(path, token)
+            embedding = read_embedding(path, token, widths=self._encoder.widths)
+            self._encoder.add_embedding(embedding.name, embedding.vectors)
+        return embedding.name
 
     def count_batches(self, request: Request) -> int:
         """How often the loop will run for a request: for progress bars."""

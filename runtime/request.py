@@ -13,6 +13,7 @@ from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng
 from sdrt.runtime.options import OPTIONS, check_names
 from sdrt.runtime.prompt_chunks import Prompt
+from sdrt.runtime.prompt_syntax import parse_prompt
 from sdrt.runtime.request_checks import flag, whole
 from sdrt.runtime.request_picture import PictureTask, build_picture
 from sdrt.runtime.request_sampling import Sampling, build_sampling
@@ -153,6 +154,8 @@ def _conditions(
     prompts, unwanted = per_image_texts(prompt, negative, options.get("num_images_per_prompt", 1))
     plain = flag("plain_prompt", options.get("plain_prompt", False))
     skip = whole("clip_skip", options.get("clip_skip", 0))
+    for text in (*prompts, *unwanted):
+        parse_prompt(text or "", plain=plain)  # a bracket without its partner is refused now
     conditions: list[Hashable] = [Prompt(text, plain=plain, clip_skip=skip) for text in prompts]
     negatives: list[Hashable] = [Prompt(text, plain=plain, clip_skip=skip) for text in unwanted]
     beyond = {**({"plain_prompt": True} if plain else {}), **({"clip_skip": skip} if skip else {})}

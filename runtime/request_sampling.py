@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.runtime.loop_buffers import MAX_ROWS
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.guidance import guidance_weights
+from sdrt.runtime.loop_buffers import MAX_ROWS
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.request_checks import flag, number, share, whole
 from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, first_step, make_table
@@ -123,10 +123,9 @@ def _sampler_options(
         if options.get(name) is not None:
             given[name] = whole(name, options[name])
     given["lower_order_final"] = flag("lower_order_final", options.get("lower_order_final", True))
-    if karras:
-        if given.pop("sigma_schedule", "karras") != "karras":
-            name = options["sigma_schedule"]
-            raise UsageError(f"karras and sigma_schedule {name!r} are given: they contradict each other")
+    if karras and given.pop("sigma_schedule", "karras") != "karras":
+        name = options["sigma_schedule"]
+        raise UsageError(f"karras and sigma_schedule {name!r} are given: they contradict each other")
     # No noise is what a sampler without `eta` has anyway; one that has it must be told of a zero.
     has_eta = sampler in SAMPLERS and "eta" in SAMPLERS[sampler].options
     if eta or (has_eta and eta is not None):

@@ -23,7 +23,7 @@ from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageE
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.noise import RNGS, noise_source
 from sdrt.runtime.pipeline import BlackImageWarning, Pipeline, PipelineOutput
-from sdrt.runtime.prompts import PromptTruncatedWarning
+from sdrt.runtime.prompts import PromptEncoder, PromptTruncatedWarning
 from sdrt.runtime.solvers import SAMPLERS, make_table
 
 Array = NDArray[Any]
@@ -337,6 +337,7 @@ def test_cache_of_embeddings_is_bounded(fresh: OpenPipeline, monkeypatch: pytest
     arguments = {**SHORT, "num_inference_steps": 1, "output_type": "latents"}
     for prompt in "abcdefgh":
         fresh(prompt, negative_prompt="kept", **arguments)
+        assert isinstance(fresh._encoder, PromptEncoder)
         assert len(fresh._encoder._cache) <= 4
     assert text_encoder.evaluations == 9  # the negative prompt is used each time and stays
 
