@@ -144,7 +144,7 @@ def same_picture() -> tuple[Callable[[], NDArray[np.uint8]], Callable[[], NDArra
     import torch
 
     from sdrt.export.checkpoint import open_checkpoint
-    from sdrt.export.parity import reference_pipeline
+    from sdrt.export.reference import reference_pipeline
     from sdrt.runtime import Pipeline
 
     ours = Pipeline.load()

@@ -8,7 +8,8 @@ exact noise prediction at a row's own noise level, so that only the samplers err
 * samplers without fresh noise: root mean square distance to the exact solution of the probability-flow
   ODE from the same noise, where sampling ends;
 * samplers with fresh noise: distance between the distributions drawn and the data's (Wasserstein-1),
-  down to what the number of samples resolves.
+  down to what the number of samples resolves. ``lcm`` is for models that were distilled: its model is the
+  exact consistency function, which leads to where the ODE ends, so that it errs by the samples alone.
 
 Both over calls of the model, not over steps. Writes ``sampler_convergence.svg`` and ``.json``.
 """
@@ -67,6 +68,24 @@ def exact_model(table: SamplerTable) -> Callable[[FloatArray, float], FloatArray
     return predict
 
 
+def consistency_model(table: SamplerTable) -> Callable[[FloatArray, float], FloatArray]:
+    """As `exact_model`, of a distilled model: its clean latents are where the ODE from x ends.
+
+    In one dimension the ODE keeps the order of its solutions: a quantile of x becomes that of the data.
+    """
+    rows = iter(table.rows)
+
+    def predict(z: FloatArray, _timestep: float) -> FloatArray:
+        row = next(rows)
+        sigma = float(row[Column.NOISE] / row[Column.SIGNAL])
+        exploding = z / (row[Column.INPUT_SCALE] * row[Column.SIGNAL])
+        x0 = np.interp(np.interp(exploding, *mixture_shares(sigma)), *mixture_shares(0.0)[::-1])
+        noise: FloatArray = (exploding - x0) / sigma
+        return noise
+
+    return predict
+
+
 def exact_solution(x: FloatArray, begin: float, end: float) -> FloatArray:
     """The probability-flow ODE from sigma ``begin`` to ``end`` by many steps of Runge-Kutta of order 4."""
     times = np.linspace(math.log(begin), math.log(end), REFERENCE_STEPS + 1)
@@ -95,9 +114,18 @@ def normal_quantiles(count: int) -> FloatArray:
 @cache
 def mixture_quantiles(count: int) -> FloatArray:
     """The same of the data."""
-    grid = np.linspace(-4.0, 5.0, 40001)
-    share = sum(w * _normal_share((grid - mean) / std) for w, mean, std in MIXTURE)
+    grid, share = mixture_shares(0.0)
     return np.interp((np.arange(count) + 0.5) / count, share, grid)
+
+
+@cache
+def mixture_shares(sigma: float) -> tuple[FloatArray, FloatArray]:
+    """Points [8001], and the share of ``x0 + sigma * noise`` that lies below each."""
+    grid = np.linspace(-4.0 - 6.0 * sigma, 5.0 + 6.0 * sigma, 8001)
+    share = np.zeros_like(grid)
+    for weight, mean, std in MIXTURE:
+        share += weight * _normal_share((grid - mean) / math.hypot(std, sigma))
+    return grid, share
 
 
 def ode_error(table: SamplerTable, exact: Callable[[float, float], FloatArray]) -> float:
@@ -118,7 +146,8 @@ def distribution_error(table: SamplerTable) -> float:
     distances = []
     for _ in range(RUNS):
         noise = random.standard_normal((len(table), SAMPLES))
-        drawn = run_table(table, exact_model(table), start, noise)
+        model = consistency_model(table) if table.name == "lcm" else exact_model(table)
+        drawn = run_table(table, model, start, noise)
         distances.append(float(np.mean(np.abs(np.sort(drawn) - mixture_quantiles(SAMPLES)))))
     return float(np.mean(distances))
 
@@ -135,8 +164,6 @@ def measure(steps: Sequence[int]) -> dict[str, dict[str, list[tuple[int, float]]
 
     result: dict[str, dict[str, list[tuple[int, float]]]] = {"ode": {}, "sde": {}}
     for name, sampler in SAMPLERS.items():
-        if name in ("lcm", "tcd"):
-            continue  # these are for models that were distilled, not for the exact one
         karras = SamplerOptions(sigma_schedule="karras")
         options = karras if "sigma_schedule" in sampler.options else SamplerOptions()
         tables = [make_table(name, SCHEDULE, count, options) for count in steps]
@@ -154,7 +181,11 @@ def plotted(result: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> 
     """The two panels as SVG."""
     panels = [
         Panel("Without fresh noise", "RMS error to the exact ODE solution", result["ode"]),
-        Panel("With fresh noise", "Wasserstein-1 distance to the data", result["sde"]),
+        Panel(
+            "With fresh noise (lcm: exact consistency model)",
+            "Wasserstein-1 distance to the data",
+            result["sde"],
+        ),
     ]
     return svg(panels, "calls of the model", "Samplers on a mixture of Gaussians, exact model")
 

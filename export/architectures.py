@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from sdrt.export.checkpoint import Checkpoint, check_fit, read_checkpoint
+from sdrt.export.checkpoint import Checkpoint, read_checkpoint
+from sdrt.export.checkpoint_fit import check_fit
 from sdrt.runtime.errors import UsageError
 
 _FOLDER: Final = Path(__file__).parent / "data" / "architectures"

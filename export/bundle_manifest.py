@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sdrt
 from sdrt.export.checkpoint import Checkpoint, fingerprint
+from sdrt.export.checkpoint_scheduler import DISTILLED
 from sdrt.export.graph import AxisRange
 from sdrt.export.parity import LARGE_PARAMETERS, ParityReport, is_large, large_side
 from sdrt.runtime.components import components_of
@@ -24,15 +25,16 @@ from sdrt.runtime.manifest import (
     Manifest,
     SizeLimit,
     TokenizerFacts,
-    from_json,
-    to_json,
 )
+from sdrt.runtime.manifest_json import from_json, to_json
 
 if TYPE_CHECKING:
     from sdrt.export.bundle_writer import ExportOptions
 
 DEFAULT_STEPS: Final = 20
-DEFAULT_GUIDANCE: Final = {"sd": 7.5, "sdxl": 5.0}  # of diffusers' pipelines
+DISTILLED_STEPS: Final = 4  # LatentConsistencyModelPipeline's
+DEFAULT_GUIDANCE: Final = {"sd": 7.5, "sdxl": 5.0, "image-variations": 7.5}  # of diffusers' pipelines
+TOLD_GUIDANCE: Final = 8.5  # LatentConsistencyModelPipeline's, whose U-Net is told it
 TEXT_OUTPUTS: Final = {"sd": "last_hidden_state", "sdxl": "penultimate_hidden_state"}
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_2.json")
 TOOLS: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
@@ -93,7 +95,7 @@ def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Axis
         "rows": AxisRange(options.batch.minimum, 2 * options.batch.maximum),
         "height": height,
         "width": width,
-        "context": AxisRange(tokens, tokens * options.chunks, tokens),
+        "context": AxisRange(tokens, tokens * most_chunks(checkpoint, options), tokens),
         "latent_height": latent(height),
         "latent_width": latent(width),
     }
@@ -140,26 +142,46 @@ def manifest_of(
     tokenizers: Sequence[TokenizerFacts],
 ) -> Manifest:
     height, width = default_size(checkpoint, options)
-    steps = min(DEFAULT_STEPS, checkpoint.schedule.num_train_timesteps)
     return Manifest(
         family=checkpoint.family,
         components=components,
         latents=LatentGeometry(checkpoint.sizes()["latent_channels"], checkpoint.factor),
         schedule=checkpoint.schedule,
-        tokenizer=tokenizers[0],
+        tokenizer=tokenizers[0] if tokenizers else None,
         tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
-        text_output=TEXT_OUTPUTS[checkpoint.family],
-        defaults=Defaults(height, width, steps, DEFAULT_GUIDANCE[checkpoint.family], checkpoint.sampler),
+        image_processor=checkpoint.image_processor,
+        text_output=TEXT_OUTPUTS.get(checkpoint.family, ""),
+        defaults=Defaults(
+            height, width, default_steps(checkpoint), default_guidance(checkpoint), checkpoint.sampler
+        ),
         limits=Limits(
             options.batch.minimum,
             options.batch.maximum,
             SizeLimit(options.height.minimum, options.height.maximum, options.height.multiple),
             SizeLimit(options.width.minimum, options.width.maximum, options.width.multiple),
-            max_chunks=options.chunks,
+            max_chunks=most_chunks(checkpoint, options),
             max_clip_skip=checkpoint.max_clip_skip,
         ),
     )
+
+
+def default_steps(checkpoint: Checkpoint) -> int:
+    """A few where the sampler says that the model was distilled for that."""
+    steps = DISTILLED_STEPS if checkpoint.sampler in DISTILLED else DEFAULT_STEPS
+    return min(steps, checkpoint.schedule.num_train_timesteps)
+
+
+def default_guidance(checkpoint: Checkpoint) -> float:
+    """That of diffusers' pipeline; none for a distilled U-Net that is not told it, which has it inside."""
+    if checkpoint.distilled_guidance:
+        return TOLD_GUIDANCE
+    return 1.0 if checkpoint.sampler in DISTILLED else DEFAULT_GUIDANCE[checkpoint.family]
+
+
+def most_chunks(checkpoint: Checkpoint, options: ExportOptions) -> int:
+    """Chunks of the longest prompt; without text there is one, the picture's embedding."""
+    return options.chunks if checkpoint.tokenizers else 1
 
 
 def default_size(checkpoint: Checkpoint, options: ExportOptions) -> tuple[int, int]:

@@ -30,18 +30,16 @@ from sdrt.export.modules import example_inputs, wrapped
 from sdrt.export.parity import (
     ParityReport,
     Probe,
-    SamplingProbe,
     arithmetic,
     check_component,
-    check_sampling,
     feeds,
     is_large,
-    reference_embeddings,
     reference_probes,
-    sampling_probe,
 )
+from sdrt.export.parity_sampling import SamplingProbe, check_sampling, reference_embeddings, sampling_probe
 from sdrt.export.pass_weight_storage import store_weights_in_fp16
 from sdrt.export.pass_widen import widen_bfloat16
+from sdrt.export.preview import fit_preview
 from sdrt.export.range_audit import audit_ranges
 from sdrt.export.weights import check_architectures, release_weights
 from sdrt.runtime.bundle import sha256
@@ -53,8 +51,8 @@ from sdrt.runtime.manifest import (
     FileEntry,
     Manifest,
     TokenizerFacts,
-    to_json,
 )
+from sdrt.runtime.manifest_json import to_json
 
 SEED: Final = 20240229  # of the random inputs that components are compared on
 
@@ -117,7 +115,11 @@ def write_bundle(
         job = _Job(checkpoint, options, out, folder, runnable, report, progress)
         tokenizers = _write_tokenizers(job)
         components = {name: _write_component(job, name) for name in components_of(checkpoint.family)}
-        manifest = replace(manifest_of(checkpoint, options, components, tokenizers), ranges=job.ranges)
+        manifest = replace(
+            manifest_of(checkpoint, options, components, tokenizers),
+            ranges=job.ranges,
+            preview=fit_preview(checkpoint),
+        )
         progress("sampling run")
         _write_runnable(job, manifest)
         check_sampling(checkpoint, runnable, job.sampling[0], options.precision, report)
@@ -218,7 +220,7 @@ def _write_component(job: _Job, name: str) -> Component:
 def _sample(job: _Job, unet: torch.nn.Module, embeddings: Mapping[str, torch.Tensor]) -> SamplingProbe:
     """The reference's sampling run, made while its U-Net is in memory."""
     size = gate_size(job.checkpoint, job.options)
-    return sampling_probe(job.checkpoint, size, embeddings, unet.get_submodule("model"))
+    return sampling_probe(job.checkpoint, size, embeddings, unet)
 
 
 def _audit(job: _Job, model: Path, spec: ComponentSpec, probes: Sequence[Probe]) -> None:

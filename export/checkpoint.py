@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -10,32 +9,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.export.checkpoint_files import check_weights, described_files, find_checkpoint, read_json, reading
+from sdrt.export.checkpoint_files import (
+    IMAGE_PROCESSOR,
+    TOKENIZERS,
+    check_weights,
+    described_files,
+    find_checkpoint,
+    read_json,
+    reading,
+)
+from sdrt.export.checkpoint_fit import check_fit
+from sdrt.export.checkpoint_scheduler import sampler_from_config, schedule_from_config
+from sdrt.export.image_processor import image_processor_from_config
 from sdrt.export.random_weights import SCHEME
 from sdrt.export.tokenizer_json import ClipTokenizer, open_tokenizer, vocabulary_from_clip
 from sdrt.runtime.errors import CheckpointError, UsageError
+from sdrt.runtime.manifest import ImageProcessorFacts
 from sdrt.runtime.schedule import NoiseSchedule
 
 SUBFOLDERS: Final = ("text_encoder", "unet", "vae")  # of Stable Diffusion 1.x and 2.x
-SDXL_SUBFOLDERS: Final = ("text_encoder", "text_encoder_2", "unet", "vae")
-TOKENIZERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+SUBFOLDERS_OF: Final = {
+    "sd": SUBFOLDERS,
+    "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae"),
+    "image-variations": ("image_encoder", "unet", "vae"),
+}
 # What an export reads of each config.json.
 CONFIG_KEYS: Final = {
     "text_encoder": ("hidden_size", "max_position_embeddings", "num_hidden_layers", "vocab_size"),
     "text_encoder_2": (
         *("hidden_size", "max_position_embeddings", "num_hidden_layers", "projection_dim", "vocab_size"),
     ),
+    "image_encoder": ("image_size", "projection_dim"),
     "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels", "sample_size"),
     "vae": ("block_out_channels", "latent_channels"),
 }
-# The default sampler of a bundle, by the scheduler that the checkpoint came with. Others (PNDM, UniPC, …)
-# get the best of ours. A scheduler's use_karras_sigmas is not kept: a manifest has no default for it.
-DEFAULT_SAMPLERS: Final = {
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-}
-DEFAULT_SAMPLER: Final = "dpmpp_2m"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +52,12 @@ class Checkpoint:
     Attributes:
         path: The folder.
         source: What the user named: the folder, the hub id, or the architecture.
-        family: ``sd`` or ``sdxl``.
-        configs: ``config.json`` of each network: text_encoder, (text_encoder_2,) unet, vae.
+        family: ``sd``, ``sdxl`` or ``image-variations``.
+        configs: ``config.json`` of each network, in the order of `SUBFOLDERS_OF`.
         schedule: The scheduler's configuration as a noise schedule.
-        sampler: Our sampler that is nearest to the scheduler's.
+        sampler: Our sampler that is the scheduler's equal, or the nearest one.
         tokenizers: One for each text encoder: vocabulary, length and special ids.
+        image_processor: Of the image encoder; None where there is none.
         force_zeros_for_empty_prompt: See `sdrt.runtime.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
     """
@@ -61,6 +69,7 @@ class Checkpoint:
     schedule: NoiseSchedule
     sampler: str
     tokenizers: tuple[ClipTokenizer, ...]
+    image_processor: ImageProcessorFacts | None = None
     force_zeros_for_empty_prompt: bool = False
     random_seed: int | None = None
 
@@ -93,17 +102,27 @@ class Checkpoint:
         """The layers that can be left out, so that each text encoder still has a penultimate state."""
         return min((self.text_layers(name) for name in self.configs if name in TOKENIZERS), default=1) - 1
 
+    @property
+    def distilled_guidance(self) -> bool:
+        """Whether the U-Net is told the guidance scale, as that of a latent consistency model is."""
+        return self.configs["unet"].get("time_cond_proj_dim") is not None
+
     def sizes(self) -> dict[str, int]:
         """The checkpoint's entries for the axes that `sdrt.runtime.components` leaves open."""
-        text, unet, vae = (self.configs[name] for name in SUBFOLDERS)
-        sizes = {
-            "tokens": self.tokenizer.ids["max_length"],
-            "text_width": int(text["hidden_size"]),
-            "skips": 1,
-            "cross_width": int(unet["cross_attention_dim"]),
-            "unet_channels": int(unet["in_channels"]),
-            "latent_channels": int(vae["latent_channels"]),
-        }
+        unet, vae = self.configs["unet"], self.configs["vae"]
+        latent_channels, unet_channels = int(vae["latent_channels"]), int(unet["in_channels"])
+        sizes = {"cross_width": int(unet["cross_attention_dim"]), "latent_channels": latent_channels}
+        # Beside the noisy latents an inpainting U-Net takes the mask and the masked picture's latents.
+        if unet_channels == 2 * latent_channels + 1:
+            sizes["inpainting_channels"] = unet_channels - latent_channels
+        sizes["unet_channels"] = unet_channels - sizes.get("inpainting_channels", 0)
+        if self.distilled_guidance:
+            sizes["guidance_width"] = int(unet["time_cond_proj_dim"])
+        if text := self.configs.get("text_encoder"):
+            sizes |= {"tokens": self.tokenizer.ids["max_length"], "text_width": int(text["hidden_size"])}
+            sizes["skips"] = 1
+        if image := self.configs.get("image_encoder"):
+            sizes["encoder_size"] = int(image["image_size"])
         if second := self.configs.get("text_encoder_2"):
             sizes["text_width_2"] = int(second["hidden_size"])
             sizes["projection_width"] = int(second["projection_dim"])
@@ -140,7 +159,7 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
     """
     index = read_json(path / "model_index.json")
     family = _family(path, index)
-    subfolders = SDXL_SUBFOLDERS if family == "sdxl" else SUBFOLDERS
+    subfolders = SUBFOLDERS_OF[family]
     _check_folders(path, subfolders)
     configs = {name: read_json(path / name / "config.json") for name in subfolders}
     for name in subfolders:
@@ -148,6 +167,8 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         if random_seed is None:
             check_weights(path / name)
     _check_scaling(path / "vae" / "config.json", configs["vae"])
+    if configs["unet"].get("time_cond_proj_dim") is not None:
+        _check_config(path / "unet" / "config.json", configs["unet"], ("time_cond_proj_dim",))
     tokenizers = tuple(
         _read_tokenizer(path / TOKENIZERS[name], configs[name], ships_with_weights=random_seed is None)
         for name in subfolders
@@ -164,8 +185,11 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         family=family,
         configs=configs,
         schedule=schedule,
-        sampler=DEFAULT_SAMPLERS.get(str(scheduler.get("_class_name")), DEFAULT_SAMPLER),
+        sampler=sampler_from_config(
+            scheduler, distilled=configs["unet"].get("time_cond_proj_dim") is not None
+        ),
         tokenizers=tokenizers,
+        image_processor=_read_image_processor(path) if "image_encoder" in configs else None,
         # StableDiffusionXLPipeline's default is true; the pipelines of the other family have no such thing.
         force_zeros_for_empty_prompt=family == "sdxl"
         and index.get("force_zeros_for_empty_prompt", True) is not False,
@@ -180,10 +204,17 @@ def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weigh
     return open_tokenizer(folder, positions, None if ships_with_weights else vocabulary_from_clip())
 
 
+def _read_image_processor(path: Path) -> ImageProcessorFacts:
+    file = path / IMAGE_PROCESSOR
+    return image_processor_from_config(file, read_json(file))
+
+
 def _family(path: Path, index: dict[str, Any]) -> str:
     if "transformer" in index:
         raise CheckpointError(f"{path} has a transformer in place of a U-Net: not supported")
     named = "StableDiffusionXL" in str(index.get("_class_name"))
+    if "ImageVariation" in str(index.get("_class_name")):
+        return "image-variations"
     second = "text_encoder_2" in index or (path / "text_encoder_2").is_dir()
     return "sdxl" if named or second else "sd"
 
@@ -223,91 +254,6 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_fit(checkpoint: Checkpoint) -> None:
-    """The parts must agree about the sizes that they hand to each other.
-
-    Raises:
-        CheckpointError: Two of them do not, or the U-Net is of a kind that is not supported.
-    """
-    sizes = checkpoint.sizes()
-    encoders = [name for name in checkpoint.configs if name in TOKENIZERS]
-    for name, tokenizer in zip(encoders, checkpoint.tokenizers, strict=True):
-        largest, entries = max(tokenizer.vocabulary.ids.values()), checkpoint.configs[name]["vocab_size"]
-        if largest >= entries:
-            raise CheckpointError(
-                f"the {TOKENIZERS[name]} has ids up to {largest}, {name} embeds "
-                f"{entries}: {TOKENIZERS[name]} and {name} are not of one model"
-            )
-    given = sizes["text_width"] + sizes.get("text_width_2", 0)
-    if given != sizes["cross_width"]:
-        raise CheckpointError(
-            f"the text encoder{'s give' if len(encoders) > 1 else ' gives'} {given} features, the U-Net's "
-            f"cross-attention takes {sizes['cross_width']}: text_encoder and unet are not of one model"
-        )
-    out_channels = int(checkpoint.configs["unet"]["out_channels"])
-    if not out_channels == sizes["latent_channels"] == sizes["unet_channels"]:
-        raise CheckpointError(
-            f"the U-Net takes {sizes['unet_channels']} and gives {out_channels} channels, the VAE has "
-            f"{sizes['latent_channels']}: only plain text-to-image checkpoints are supported"
-        )
-    if checkpoint.family == "sdxl":
-        _check_sdxl_fit(checkpoint, sizes)
-
-
-def _check_sdxl_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
-    """SDXL's U-Net takes the pooled text and six numbers, each as a sinusoidal embedding."""
-    unet = checkpoint.configs["unet"]
-    if unet.get("addition_embed_type") != "text_time":
-        raise CheckpointError(
-            f"the U-Net's addition_embed_type is {unet.get('addition_embed_type')!r}; of the models with two "
-            "text encoders only SDXL's, with text_time, is supported"
-        )
-    takes, width = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
-    gives = sizes["projection_width"] + 6 * (width if isinstance(width, int) else 0)
-    if takes != gives:
-        raise CheckpointError(
-            f"the U-Net's projection_class_embeddings_input_dim is {takes}, text_encoder_2 and six time ids "
-            f"give {gives}: text_encoder_2 and unet are not of one model (or it is a refiner)"
-        )
-    lengths = [tokenizer.ids["max_length"] for tokenizer in checkpoint.tokenizers]
-    if len(set(lengths)) > 1:
-        raise CheckpointError(
-            f"the tokenizers give {lengths[0]} and {lengths[1]} tokens; the U-Net reads them side by side"
-        )
-
-
-def schedule_from_config(config: Mapping[str, Any], family: str = "sd") -> NoiseSchedule:
-    """A diffusers scheduler's configuration as a noise schedule.
-
-    It is read as diffusers' pipeline of the family with a DDIMScheduler reads it, whatever class wrote it:
-    what is missing has DDIMScheduler's default.
-
-    Raises:
-        UsageError: A value is not supported or out of range, or the configuration asks for something that
-            would change the picture and is not implemented.
-    """
-    for option in ("rescale_betas_zero_snr", "thresholding"):
-        if config.get(option):
-            raise UsageError(f"{option} is set: not supported")
-    names = {field.name for field in dataclasses.fields(NoiseSchedule)}
-    defaults = {
-        "beta_start": 0.0001,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-        "timestep_spacing": "leading",
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-    }
-    given = {key: value for key, value in config.items() if key in names and value is not None}
-    if isinstance(given.get("trained_betas"), list):
-        given["trained_betas"] = tuple(given["trained_betas"])
-    # StableDiffusionPipeline sets the offset to 1 whatever the file says; StableDiffusionXLPipeline does not.
-    forced = {"steps_offset": 1} if family == "sd" else {}
-    return NoiseSchedule(**{**defaults, **given, **forced})
-
-
 def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 over the names and contents of the files that an export reads, in hex.
 
@@ -317,7 +263,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     if checkpoint.random_seed is not None:
         digest.update(f"random weights, scheme {SCHEME}, seed {checkpoint.random_seed}\0".encode())
     tokenizers = [TOKENIZERS[name] for name in checkpoint.configs if name in TOKENIZERS]
-    for folder in (*checkpoint.configs, *tokenizers, "scheduler"):
+    images = () if checkpoint.image_processor is None else (Path(IMAGE_PROCESSOR).parent.name,)
+    for folder in (*checkpoint.configs, *tokenizers, *images, "scheduler"):
         for file in described_files(checkpoint.path / folder, weights=checkpoint.random_seed is None):
             digest.update(f"{folder}/{file.name}\0".encode())
             with file.open("rb") as stream:

@@ -22,9 +22,12 @@ PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_NAMES: Final = {
     "text_encoder": "model",
     "text_encoder_2": "model",
+    "image_encoder": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
+TOKENIZERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+IMAGE_PROCESSOR: Final = "feature_extractor/preprocessor_config.json"
 HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 # What an export reads, and nothing else: a repository often holds every network three times more, as
 # variants, in older formats and as pickles.
@@ -36,6 +39,7 @@ HUB_PATTERNS: Final = (
     "tokenizer/*.txt",
     "tokenizer_2/*.json",
     "tokenizer_2/*.txt",
+    IMAGE_PROCESSOR,
     *(
         f"{folder}/{file}"
         for folder, name in WEIGHT_NAMES.items()
@@ -122,7 +126,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """The files that a loader takes the weights of one network from: one file, or an index and its shards.
 
     Args:
-        folder: ``text_encoder``, ``text_encoder_2``, ``unet`` or ``vae`` of a checkpoint.
+        folder: One of `WEIGHT_NAMES` in a checkpoint.
 
     Raises:
         CheckpointError: There is none: only a variant (``.fp16.``, ``.non_ema.``), only a pickle, or nothing.
@@ -130,7 +134,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     name = f"{WEIGHT_NAMES[folder.name]}.safetensors"
     whole, index = folder / name, folder / f"{name}.index.json"
     # Where both are there, diffusers takes the shards and transformers the whole file.
-    if whole.is_file() and (folder.name.startswith("text_encoder") or not index.is_file()):
+    if whole.is_file() and (WEIGHT_NAMES[folder.name] == "model" or not index.is_file()):
         return (whole,)
     if index.is_file():
         return (index, *_shards(index))

@@ -52,7 +52,8 @@ def onnx_from_module(
     """Trace a module and write it as an ONNX graph.
 
     Args:
-        module: A wrapper of `sdrt.export.modules`, already in the precision of the graph.
+        module: A wrapper of `sdrt.export.modules`, already in the precision of the graph; its arguments have
+            the names of the spec's inputs.
         args: Example inputs with the dtypes of the graph; on each dynamic axis a size of at least 2,
             since the tracer treats 1 as a constant.
         spec: Names and axes, resolved for the checkpoint.
@@ -67,7 +68,7 @@ def onnx_from_module(
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
-                args,
+                kwargs={entry.name: tensor for entry, tensor in zip(spec.inputs, args, strict=True)},
                 dynamo=True,
                 opset_version=opset,
                 input_names=[entry.name for entry in spec.inputs],
@@ -87,8 +88,8 @@ def onnx_from_module(
     return model
 
 
-def _dynamic_shapes(spec: ComponentSpec, axes: Mapping[str, AxisRange]) -> tuple[dict[int, Any], ...]:
-    """One dict per input: axis → dimension. A range with a multiple is a derived dimension."""
+def _dynamic_shapes(spec: ComponentSpec, axes: Mapping[str, AxisRange]) -> dict[str, dict[int, Any]]:
+    """For each input: axis → dimension. A range with a multiple is a derived dimension."""
     dims: dict[str, Any] = {}
     for name, extent in axes.items():
         if extent.fixed:
@@ -96,9 +97,10 @@ def _dynamic_shapes(spec: ComponentSpec, axes: Mapping[str, AxisRange]) -> tuple
         low, high = extent.minimum // extent.multiple, extent.maximum // extent.multiple
         root = torch.export.Dim(f"{name}_units", min=low, max=high)
         dims[name] = extent.multiple * root if extent.multiple > 1 else root
-    return tuple(
-        {index: dims[axis] for index, axis in enumerate(entry.shape) if axis in dims} for entry in spec.inputs
-    )
+    return {
+        entry.name: {index: dims[axis] for index, axis in enumerate(entry.shape) if axis in dims}
+        for entry in spec.inputs
+    }
 
 
 def _name_axes(model: ir.Model, spec: ComponentSpec, axes: Mapping[str, AxisRange]) -> None:

@@ -1,7 +1,7 @@
 """The networks as the components table describes them: plain modules, one tensor per input and output.
 
-Each wrapper turns a diffusers or transformers module into a function of tensors whose arguments and
-results stand in the order of `sdrt.runtime.components.components_of`.
+Each wrapper turns a diffusers or transformers module into a function of tensors whose arguments have the
+names of `sdrt.runtime.components.components_of`; arguments and results stand in its order.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
@@ -16,6 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.weights import load_module
 from sdrt.runtime.components import TensorSpec, components_of
+from sdrt.runtime.guidance_embedding import guidance_embedding
 
 # Of the random inputs of text encoders: how many tokens have an embedding of their own, and the standard
 # deviation of CLIP's embeddings as they are initialised, which training leaves as it is (1.x: 0.014).
@@ -93,20 +95,19 @@ def _end_of_text(input_ids: Tensor, eos: int) -> Tensor:
     return (input_ids == eos).to(torch.int).argmax(dim=-1)
 
 
-class UNet(nn.Module):
-    """Noisy latents, timestep and text embeddings → noise prediction.
+class ImageEncoder(nn.Module):
+    """A picture as the image processor makes it → its pooled and projected embedding, as a text of one token.
 
-    Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [1], one for all rows;
-    ``encoder_hidden_states`` [rows, context, cross_width]; result like ``sample``.
+    Shapes: ``pixel_values`` [batch, 3, size, size] → [batch, 1, cross_width].
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        noise_pred: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-        return noise_pred
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        image_embeds: Tensor = self.model(pixel_values=pixel_values).image_embeds
+        return image_embeds[:, None]
 
 
 class _TimeIdEmbedding(nn.Module):
@@ -125,24 +126,43 @@ class _TimeIdEmbedding(nn.Module):
         return embedding
 
 
-class SdxlUNet(UNet):
-    """The same with SDXL's two further inputs: ``text_embeds`` [rows, width] and ``time_ids`` [rows, 6]."""
+class UNet(nn.Module):
+    """Noisy latents, timestep and embeddings → noise prediction.
+
+    The arguments have the names of the components table. Those that may be None are of some families
+    (``text_embeds`` and ``time_ids`` of sdxl) or kinds of checkpoints.
+    Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [1], one for all rows;
+    ``encoder_hidden_states`` [rows, context, cross_width]; ``text_embeds`` [rows, projection_width];
+    ``time_ids`` [rows, 6]; ``timestep_cond`` [rows, guidance_width]; ``inpainting``
+    [rows, channels + 1, h, w]; result like ``sample``.
+    """
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        model.add_time_proj = _TimeIdEmbedding(model.add_time_proj)
+        super().__init__()
+        self.model = model
+        if hasattr(model, "add_time_proj"):
+            model.add_time_proj = _TimeIdEmbedding(model.add_time_proj)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         sample: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
-        text_embeds: Tensor,
-        time_ids: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        inpainting: Tensor | None = None,
     ) -> Tensor:
-        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        if inpainting is not None:  # as in diffusers: latents, mask, masked picture's latents
+            sample = torch.cat([sample, inpainting], dim=1)
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         noise_pred: Tensor = self.model(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
+            return_dict=False,
         )[0]
         return noise_pred
 
@@ -186,6 +206,7 @@ class VaeEncoder(nn.Module):
 WRAPPERS: dict[str, tuple[str, type[nn.Module]]] = {
     "text_encoder": ("text_encoder", TextEncoder),
     "text_encoder_2": ("text_encoder_2", TextEncoder2),
+    "image_encoder": ("image_encoder", ImageEncoder),
     "unet": ("unet", UNet),
     "vae_decoder": ("vae", VaeDecoder),
     "vae_encoder": ("vae", VaeEncoder),
@@ -199,8 +220,6 @@ def wrapped(checkpoint: Checkpoint, component: str, dtype: torch.dtype = torch.f
         CheckpointError: As for `sdrt.export.weights.load_module`.
     """
     subfolder, wrapper = WRAPPERS[component]
-    if component == "unet" and checkpoint.family == "sdxl":
-        wrapper = SdxlUNet
     return wrapper(load_module(checkpoint, subfolder, dtype)).eval()
 
 
@@ -244,5 +263,13 @@ def _example(
         case "time_ids":  # a whole picture of the native size, not cropped
             side = float(checkpoint.native_size)
             return torch.tensor([side, side, 0.0, 0.0, side, side]).repeat(shape[0], 1)
+        case "timestep_cond":  # of guidance scales from 1 to 15
+            scales = 14 * torch.rand(shape[0], generator=generator).numpy()
+            rows = [guidance_embedding(scale, shape[1]) for scale in scales]
+            return torch.from_numpy(np.stack(rows))
+        case "inpainting":
+            mask = torch.rand((shape[0], 1, *shape[2:]), generator=generator).round()
+            latents = torch.randn((shape[0], shape[1] - 1, *shape[2:]), generator=generator)
+            return torch.cat([mask, latents], dim=1)
         case _:
             return torch.randn(shape, generator=generator)

@@ -1,10 +1,10 @@
 """The parity gate: what was written is compared with PyTorch before it ships.
 
 Each component is read back from disk and run on ONNX Runtime against the float32 PyTorch reference, on
-random inputs of several sizes; then a short sampling run goes through the whole bundle and through
-diffusers' own pipeline. Over tolerance is a failed export. A network is never held by PyTorch and ONNX
-Runtime at once: the reference's outputs are kept, not the reference. Networks that take minutes at their own
-size are compared at a small one only, and the report says so.
+random inputs of several sizes; then a short sampling run (`sdrt.export.parity_sampling`) goes through the
+whole bundle and through diffusers' own pipeline. Over tolerance is a failed export. A network is never held
+by PyTorch and ONNX Runtime at once: the reference's outputs are kept, not the reference. Networks that take
+minutes at their own size are compared at a small one only, and the report says so.
 
 Two figures per output: the relative L2 error ``‖a − b‖ / ‖b‖`` and the largest error relative to the
 largest reference value, ``max|a − b| / max|b|``.
@@ -12,10 +12,8 @@ largest reference value, ``max|a − b| / max|b|``.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,31 +23,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdrt.export.checkpoint import TOKENIZERS, Checkpoint
+from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.frugal_executor import FrugalExecutor, OneSession
 from sdrt.export.graph import AxisRange
 from sdrt.export.modules import example_inputs
 from sdrt.export.rounding import CountSums, Sums, rounding_tolerance
-from sdrt.export.tokenizer_json import write_tokenizer_folder
-from sdrt.export.weights import load_module, parameter_count
-from sdrt.runtime.bundle import Bundle
+from sdrt.export.weights import parameter_count
 from sdrt.runtime.components import ComponentSpec, Precision, components_of
-from sdrt.runtime.devices import HostDevice
 from sdrt.runtime.errors import NumericsError, ParityError
 from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 from sdrt.runtime.executors import Executor
-from sdrt.runtime.pipeline import Pipeline
 
 # One outlier may be this much worse than the mean error: for ~10⁶ Gaussian errors the largest is 5 σ, and
 # max|b| is about 5 σ of b as well; attention's tails need some room.
 MAX_OVER_L2: Final = 10.0
-# Guidance w multiplies the difference of two predictions, each with its own error: √(w² + (w − 1)²) ≤ √2·w.
-# The steps' errors are not multiplied by their number: each evaluation sees the x of its own run, and a
-# denoiser pulls a perturbed x back (measured: the run's error is below the U-Net's own).
-SAMPLING_PROMPT: Final = "a parity check"
-SAMPLING_STEPS: Final = 4
-SAMPLING_GUIDANCE: Final = 3.0
-SAMPLING_FACTOR: Final = math.sqrt(2) * SAMPLING_GUIDANCE
 # A model whose U-Net has more parameters is compared at one small size unless more is asked for. (Stable
 # Diffusion 1.5: 8.6e8, and 12 s an evaluation of 512 x 512 pixels on two cores.)
 LARGE_PARAMETERS: Final = 10**8
@@ -144,6 +131,8 @@ def reference_probes(
         NumericsError: The reference itself gives NaN or infinity.
     """
     spec = components_of(checkpoint.family)[name]
+    resolved = spec.resolve(checkpoint.sizes(), "fp32")
+    names = [entry.name for entry in resolved.inputs]
     own = {axis for entry in (*spec.inputs, *spec.outputs) for axis in entry.shape}
     probes = []
     sizes_of = probe_sizes(
@@ -153,7 +142,7 @@ def reference_probes(
         generator = torch.Generator().manual_seed(1000 + index)
         inputs = example_inputs(checkpoint, name, sizes, generator)
         with torch.no_grad(), CountSums() as count:
-            outputs = reference(*inputs)
+            outputs = reference(**dict(zip(names, inputs, strict=True)))
         expected = [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
         for entry, want in zip(spec.outputs, expected, strict=True):
             if not np.isfinite(want).all():
@@ -253,152 +242,3 @@ def _run(executor: Executor, probe: Probe) -> list[NDArray[Any]]:
     }
     executor.bind(feeds(spec, probe), results)()
     return list(results.values())
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingProbe:
-    """The reference's sampling run: float32 [1, C, h, w] of initial noise, and what it ended with."""
-
-    latents: NDArray[np.float32]
-    expected: NDArray[np.float32]
-
-
-def sampling_probe(
-    checkpoint: Checkpoint,
-    size: tuple[int, int],
-    embeddings: Mapping[str, torch.Tensor],
-    unet: torch.nn.Module,
-) -> SamplingProbe:
-    """Run the gate's sampling through diffusers' own pipeline.
-
-    Args:
-        checkpoint: A checked checkpoint.
-        size: Height and width in pixels.
-        embeddings: Of `reference_embeddings`.
-        unet: The reference.
-    """
-    shape = (1, checkpoint.sizes()["latent_channels"], *(side // checkpoint.factor for side in size))
-    latents = np.random.default_rng(SAMPLING_STEPS).standard_normal(shape, dtype=np.float32)
-    return SamplingProbe(latents, reference_latents(checkpoint, latents, embeddings, unet))
-
-
-def check_sampling(
-    checkpoint: Checkpoint, folder: Path, probe: SamplingProbe, precision: Precision, report: ParityReport
-) -> None:
-    """Draw the picture of the reference through the bundle.
-
-    DDIM, a few steps, guidance on, the same initial noise; the final latents are compared. The size is the
-    default one of the manifest in ``folder``.
-    """
-    with contextlib.closing(_gate_pipeline(checkpoint, folder)) as pipeline:
-        drawn = pipeline(
-            SAMPLING_PROMPT,
-            num_inference_steps=SAMPLING_STEPS,
-            guidance_scale=SAMPLING_GUIDANCE,
-            sampler="ddim",
-            latents=probe.latents,
-            output_type="latents",
-        ).latents
-    l2, largest = compare(drawn, probe.expected)
-    label = f"{SAMPLING_STEPS} ddim steps of {'x'.join(str(size) for size in probe.latents.shape)}"
-    tolerance = SAMPLING_FACTOR * max(f.tolerance for f in report.figures if f.component == "unet")
-    report.figures.append(
-        ParityFigure("sampling", "latents", label, l2, largest, tolerance, arithmetic(precision))
-    )
-
-
-def _gate_pipeline(checkpoint: Checkpoint, folder: Path) -> Pipeline:
-    """The bundle's pipeline on the CPU; of a large model with one network in memory at a time."""
-    if not is_large(checkpoint):
-        return Pipeline.load(folder, backend="onnxruntime-cpu")
-    bundle, sessions = Bundle.open(folder, verify=False), OneSession()
-    executors = {
-        name: FrugalExecutor(folder / part.model, part.spec, sessions)
-        for name, part in bundle.manifest.components.items()
-    }
-    return Pipeline(bundle, executors, HostDevice(), "onnxruntime-cpu")
-
-
-def reference_latents(
-    checkpoint: Checkpoint,
-    latents: NDArray[np.float32],
-    embeddings: Mapping[str, torch.Tensor],
-    unet: torch.nn.Module,
-) -> NDArray[np.float32]:
-    """The latents that diffusers' own pipeline ends with for the gate's sampling run."""
-    pipeline = reference_pipeline(checkpoint, {"unet": unet})
-    size = tuple(side * checkpoint.factor for side in latents.shape[2:])
-    sizes = {"original_size": size, "target_size": size} if checkpoint.family == "sdxl" else {}
-    result = pipeline(
-        **embeddings,
-        **sizes,
-        num_inference_steps=SAMPLING_STEPS,
-        guidance_scale=SAMPLING_GUIDANCE,
-        latents=torch.from_numpy(latents.copy()),
-        # The latents decide the size. These two are only checked, and refused unless they are multiples of 8.
-        height=64,
-        width=64,
-        output_type="latent",
-    )
-    drawn: NDArray[np.float32] = result.images.numpy()
-    return drawn
-
-
-def reference_embeddings(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """What diffusers' pipeline makes of the gate's prompt, as arguments of another call of it."""
-    encoders = [name for name in checkpoint.configs if name in TOKENIZERS]
-    pipeline = reference_pipeline(checkpoint, {name: load_module(checkpoint, name) for name in encoders})
-    hidden = ("prompt_embeds", "negative_prompt_embeds")
-    pooled = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds") if len(encoders) > 1 else ()
-    with torch.no_grad():
-        encoded = pipeline.encode_prompt(
-            SAMPLING_PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
-    return dict(zip((*hidden, *pooled), encoded, strict=True))
-
-
-def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.Module] | None = None) -> Any:
-    """diffusers' pipeline on the checkpoint in float32 with DDIM: the reference of the whole project.
-
-    Args:
-        checkpoint: A checked checkpoint.
-        networks: Those that it shall have; the others are None. By default all are loaded.
-    """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    if networks is None:
-        networks = {name: load_module(checkpoint, name) for name in checkpoint.configs}
-    parts: dict[str, Any] = {name: networks.get(name) for name in checkpoint.configs}
-    # Only models that draw pixels want their predictions clipped; StableDiffusionPipeline corrects it too.
-    parts["scheduler"] = DDIMScheduler.from_pretrained(checkpoint.path / "scheduler", clip_sample=False)
-    parts |= {
-        TOKENIZERS[name]: _reference_tokenizer(checkpoint, name) for name in parts if name in TOKENIZERS
-    }
-    if checkpoint.family == "sdxl":
-        pipeline = StableDiffusionXLPipeline(
-            **parts,
-            force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
-    else:
-        pipeline = StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _reference_tokenizer(checkpoint: Checkpoint, encoder: str) -> Any:
-    """transformers' tokenizer of one text encoder; of an architecture, with CLIP's vocabulary."""
-    from transformers import CLIPTokenizer
-
-    index = [name for name in checkpoint.configs if name in TOKENIZERS].index(encoder)
-    tokenizer = checkpoint.tokenizers[index]
-    length = tokenizer.ids["max_length"]  # the file's may be huge, or missing
-    folder = checkpoint.path / TOKENIZERS[encoder]
-    if checkpoint.random_seed is None:
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
-    pad = next(token for token, number in tokenizer.vocabulary.ids.items() if number == tokenizer.ids["pad"])
-    with tempfile.TemporaryDirectory() as temporary:
-        write_tokenizer_folder(Path(temporary), pad=pad)
-        return CLIPTokenizer.from_pretrained(temporary, model_max_length=length)

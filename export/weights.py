@@ -19,6 +19,7 @@ from sdrt.runtime.errors import CheckpointError
 SPARE: Final = re.compile(
     r"(.*\.)?position_ids|text_projection\.weight|logit_scale|(vision_model|visual_projection)\..*"
 )
+SPARE_OF_IMAGES: Final = re.compile(r"(.*\.)?position_ids|text_projection\.weight|logit_scale|text_model\..*")
 SPARE_POSITIONS: Final = re.compile(r"(.*\.)?position_ids")  # of the one with a projection of its own
 # Errors whose text alone says what is wrong; of the others ('foo', "division by zero") the type is told.
 _SPEAKING: Final = (OSError, ValueError, RuntimeError)
@@ -57,7 +58,7 @@ def load_module(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.fl
 
     Args:
         checkpoint: The checked folder.
-        name: ``text_encoder``, ``text_encoder_2``, ``unet`` or ``vae``.
+        name: A key of the checkpoint's configs.
         dtype: Of the weights, which are rounded to it.
 
     Raises:
@@ -105,6 +106,10 @@ def _loader(name: str) -> Any:
         from transformers import CLIPTextModelWithProjection
 
         return CLIPTextModelWithProjection
+    if name == "image_encoder":
+        from transformers import CLIPVisionModelWithProjection
+
+        return CLIPVisionModelWithProjection
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     return UNet2DConditionModel if name == "unet" else AutoencoderKL
@@ -128,7 +133,9 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
     missing = sorted(key for key in report.get("missing_keys") or () if not str(key).endswith("position_ids"))
     if missing:
         raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    spare = {"text_encoder": SPARE, "text_encoder_2": SPARE_POSITIONS}.get(folder.name)
+    spare = {"text_encoder": SPARE, "text_encoder_2": SPARE_POSITIONS, "image_encoder": SPARE_OF_IMAGES}.get(
+        folder.name
+    )
     extra = sorted(key for key in report.get("unexpected_keys") or () if not (spare and spare.fullmatch(key)))
     if extra:
         raise CheckpointError(

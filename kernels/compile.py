@@ -13,7 +13,7 @@ from typing import Any, Final
 from sdrt.kernels.cache import cache_folder
 
 SOURCES: Final = Path(__file__).parent
-MODULES: Final = ("check_finite", "guided_step", "image_to_uint8", "philox_normal")
+MODULES: Final = ("check_finite", "guidance_rescale", "guided_step", "image_to_uint8", "philox_normal")
 ARCHITECTURES: Final = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # those tested
 
 # Contraction to multiply-add would save a rounding that NumPy makes, and so change bits.

@@ -5,15 +5,15 @@ template <class T, int W>
 __device__ __forceinline__ void guided_step(const GuidedStepParams &params) {
   const unsigned stride = gridDim.x * blockDim.x * W;
   unsigned i = (blockIdx.x * blockDim.x + threadIdx.x) * W;
-  // What does not depend on the counter is asked for before it: one wait for both.
+  // What does not depend on the counter is asked for before it: one wait for both. The scale of the guidance
+  // comes with the row, all of whose numbers are one wait.
   StepInputs<T, W> inputs = load_inputs<T, W>(params, i < params.elements ? i : 0);
-  const float scale = *params.guidance_scale;
   const StepPlan plan = plan_step(params);
   if (!plan.active) return;  // the whole grid: no ticket is drawn
 
   bool finite = true;
   while (i < params.elements) {
-    finite = step_elements(params, plan, scale, inputs, i) && finite;
+    finite = step_elements(params, plan, inputs, i) && finite;
     i += stride;
     if (i < params.elements) inputs = load_inputs<T, W>(params, i);
   }

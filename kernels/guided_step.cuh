@@ -3,16 +3,12 @@
 // contraction.
 #pragma once
 #include "portable.cuh"
+#include "sampler_row.cuh"
 
-constexpr int HISTORY = 4;
 constexpr int NO_FAULT = -1;
 
-// sampler_row.py says what they mean.
-enum Column {
-  INPUT_SCALE, P, Q, A, B0, B1, B2, B3, E, C, SAVE, X0_X, X0_M, SIGNAL, NOISE, COLUMNS
-};
-
-// N images, R rows (2 N when guided), E = N C h w elements. guided_step.py says what each buffer is.
+// N images, R rows that were evaluated (2 N when guided), R' rows to prepare. guided_step.py says what each
+// buffer is.
 struct GuidedStepParams {
   const void *noise_pred;        // [R, C, h, w]
   float *latents;                // [N, C, h, w]
@@ -21,20 +17,22 @@ struct GuidedStepParams {
   const float *noise;            // [N, C, h, w]
   const float *rows;             // [capacity, COLUMNS]
   const float *timesteps;        // [capacity]
-  const float *guidance_scale;   // [1]
   int *counter;                  // [1]
   int *fault;                    // [1]
-  void *sample;                  // [R, C, h, w]
+  void *sample;                  // [R', C, h, w]
   float *timestep;               // [1]
   const float *mask;             // [N, 1, h, w], or null
   const float *known;            // [N, C, h, w], or null
   const float *known_noise;      // [N, C, h, w], or null
+  const float *factors;          // [N], or null
+  float *denoised;               // [N, C, h, w], or null
   const int *count;              // [1], or null: capacity
   unsigned *ticket;              // [1], zero between launches
   unsigned elements;             // N C h w
   unsigned image_elements;       // C h w
   unsigned plane;                // h w
-  unsigned guided;               // 0 or 1
+  unsigned guided;               // 1 if noise_pred has both halves, else 0
+  unsigned halves;               // of sample: 1 or 2
   int capacity;
 };
 
@@ -43,7 +41,7 @@ struct StepPlan {
   int step;
   bool active;    // false after the last row: nothing happens
   bool has_next;  // whether there is an input to prepare
-  float p, q, a, b[HISTORY], e, c, save;
+  float guidance, p, q, a, b[HISTORY], e, c, save, x0_x, x0_m;
   float input_scale, signal, noise, timestep;  // of the next row
 };
 
@@ -67,6 +65,7 @@ SDRT_BOTH StepPlan plan_step(const GuidedStepParams &params) {
   plan.active = plan.step < count;
   if (!plan.active) return plan;
   const float *row = params.rows + plan.step * COLUMNS;
+  plan.guidance = row[GUIDANCE];
   plan.p = row[P];
   plan.q = row[Q];
   plan.a = row[A];
@@ -74,6 +73,8 @@ SDRT_BOTH StepPlan plan_step(const GuidedStepParams &params) {
   plan.e = row[E];
   plan.c = row[C];
   plan.save = row[SAVE];
+  plan.x0_x = row[X0_X];
+  plan.x0_m = row[X0_M];
   plan.has_next = plan.step + 1 < count;
   plan.signal = 1.0f;  // the result has no noise
   if (plan.has_next) plan_input(params, plan.step + 1, plan);
@@ -85,13 +86,20 @@ template <class T, int W>
 struct StepInputs {
   Pack<T, W> first, conditional;  // the U-Net's output: the unconditional half first, when guided
   Pack<float, W> x;
+  float factor;  // of the image, after guidance
 };
 
 template <class T, int W>
 SDRT_BOTH StepInputs<T, W> load_inputs(const GuidedStepParams &params, unsigned i) {
   const T *prediction = static_cast<const T *>(params.noise_pred);
   const T *conditional = prediction + (params.guided ? params.elements : 0);  // no branch around a load
-  return {load_pack<W>(prediction + i), load_pack<W>(conditional + i), load_pack<W>(params.latents + i)};
+  const float factor = params.factors ? params.factors[i / params.image_elements] : 1.0f;  // 1 m is m
+  return {load_pack<W>(prediction + i), load_pack<W>(conditional + i), load_pack<W>(params.latents + i), factor};
+}
+
+// Classifier-free guidance.
+SDRT_BOTH float guide(float unconditional, float conditional, float scale) {
+  return unconditional + scale * (conditional - unconditional);
 }
 
 // The terms that only some rows have: d of earlier rows, the saved x, noise.
@@ -134,7 +142,7 @@ SDRT_BOTH void blend(const GuidedStepParams &params, const StepPlan &plan, unsig
   }
 }
 
-// The U-Net's input for each half.
+// The U-Net's input, for each half that it will read.
 template <class T, int W>
 SDRT_BOTH void write_sample(
     const GuidedStepParams &params, float scale, unsigned i, const Pack<float, W> &x) {
@@ -142,24 +150,22 @@ SDRT_BOTH void write_sample(
   for (int k = 0; k < W; ++k) scaled.v[k] = narrow<T>(x.v[k] * scale);
   T *sample = static_cast<T *>(params.sample);
   store_pack(sample + i, scaled);
-  if (params.guided) store_pack(sample + params.elements + i, scaled);
+  if (params.halves == 2) store_pack(sample + params.elements + i, scaled);
 }
 
 // The step for elements i .. i+W-1, which lie in one plane; false if the prediction is not finite.
 template <class T, int W>
 SDRT_BOTH bool step_elements(
-    const GuidedStepParams &params,
-    const StepPlan &plan,
-    float scale,
-    const StepInputs<T, W> &inputs,
-    unsigned i) {
+    const GuidedStepParams &params, const StepPlan &plan, const StepInputs<T, W> &inputs, unsigned i) {
   const ExtraTerms<W> terms = load_extra_terms<W>(params, plan, i);
-  Pack<float, W> d, result;
+  Pack<float, W> d, result, x0;
   bool finite = true;
   for (int k = 0; k < W; ++k) {
     float m = widen(inputs.first.v[k]);
-    if (params.guided) m = m + scale * (widen(inputs.conditional.v[k]) - m);
+    if (params.guided) m = guide(m, widen(inputs.conditional.v[k]), plan.guidance);
+    m *= inputs.factor;
     finite = finite && is_finite(m);
+    x0.v[k] = plan.x0_x * inputs.x.v[k] + plan.x0_m * m;
     d.v[k] = plan.p * inputs.x.v[k] + plan.q * m;
     result.v[k] = plan.a * inputs.x.v[k] + plan.b[0] * d.v[k];
   }
@@ -168,6 +174,7 @@ SDRT_BOTH bool step_elements(
     for (int k = 0; k < W; ++k) result.v[k] += terms.coefficient[t] * terms.values[t].v[k];
   }
   if (params.mask) blend(params, plan, i, result);
+  if (params.denoised) store_pack(params.denoised + i, x0);
 
   store_pack(params.history + static_cast<unsigned>(plan.step) % HISTORY * params.elements + i, d);
   if (plan.save != 0.0f) store_pack(params.saved + i, inputs.x);

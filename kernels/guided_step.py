@@ -3,12 +3,14 @@
 The reference in NumPy. Every operation is on float32 in the order written here, so that a compiled kernel
 without contraction gives the same bits.
 
-A step is one launch; two where the sampler adds noise (`sdrt.kernels.philox_normal`, before the U-Net). It is
-bound by memory: for SD 1.5 at 512², one guided image in half precision, a sampler that reads one earlier d
-moves 393,216 bytes (`bytes_moved`), 0.12 µs at the 3.3 TB/s of an H100's memory, and all of it fits in the
-second-level cache. That is less than any launch costs. So what counts is latency: the number of kernels, and
-loads that wait for loads (counter, row, earlier d). Hence one kernel for all of it, that counts up too;
-what does not depend on the counter is loaded beside it, and small blocks spread over many multiprocessors.
+A step is one launch; one more where the sampler adds noise (`sdrt.kernels.philox_normal`, before the U-Net)
+and where guidance is rescaled (`sdrt.kernels.guidance_rescale`, after it). It is bound by memory: for SD 1.5
+at 512², one guided image in half precision, a sampler that reads one earlier d moves 393,216 bytes
+(`bytes_moved`), 0.12 µs at the 3.3 TB/s of an H100's memory, and all of it fits in the second-level cache.
+That is less than any launch costs. So what counts is latency: the number of kernels, and loads that wait for
+loads (counter, row, earlier d). Hence one kernel for all of it, that counts up too; what does not depend on
+the counter is loaded beside it, the guidance scale comes with the row, and small blocks spread over many
+multiprocessors.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ FloatState = NDArray[np.float32]
 
 @dataclass(slots=True)
 class StepBuffers:
-    """What the step kernel reads and writes. N images, R rows: R = 2·N under guidance, else N.
+    """What the step kernel reads and writes. N images; R rows were evaluated, R' are to be: 2·N or N each.
 
-    On a GPU the fields are device arrays of the same shapes and dtypes.
+    R is 2·N where guidance combines two halves. R' is 2·N where the next evaluation may read both halves,
+    whichever this one had. On a GPU the fields are device arrays of the same shapes and dtypes.
 
     Attributes:
         noise_pred: float16 or float32 [R, C, h, w], the U-Net's output; the unconditional half first.
@@ -44,14 +47,17 @@ class StepBuffers:
         noise: float32 [N, C, h, w], fresh normal numbers; read by rows with C ≠ 0.
         rows: float32 [n, COLUMNS], the sampler's table.
         timesteps: float32 [n].
-        guidance_scale: float32 [1].
         counter: int32 [1], the row that comes next.
         fault: int32 [1], the first row whose noise_pred was not finite, or NO_FAULT.
-        sample: the U-Net's dtype [R, C, h, w], its next input.
+        sample: the U-Net's dtype [R', C, h, w], its next input.
         timestep: float32 [1], its next timestep.
         mask: float32 [N, 1, h, w] in [0, 1], or None for no inpainting: 1 is drawn, 0 is kept.
         known: float32 [N, C, h, w], the clean latents to keep; with a mask.
         known_noise: float32 [N, C, h, w], what brings ``known`` to a row's noise level; with a mask.
+        factors: float32 [N], what each image's prediction is multiplied with after guidance, or None;
+            `sdrt.kernels.guidance_rescale` writes them.
+        guidance_rescale: float32 [1], phi of that kernel, or None; the step does not read it.
+        denoised: float32 [N, C, h, w], where each step writes the guess of the clean latents, or None.
         seeds: uint64 [N], of the noise; `sdrt.kernels.philox_normal` reads them, the step does not.
         ticket: uint32 [1], zero between launches: how many blocks are done. The CUDA kernel needs it.
         count: int32 [1], rows in use, at most n; None for all n.
@@ -64,7 +70,6 @@ class StepBuffers:
     noise: FloatState
     rows: FloatState
     timesteps: FloatState
-    guidance_scale: FloatState
     counter: NDArray[np.int32]
     fault: NDArray[np.int32]
     sample: NDArray[Any]
@@ -72,6 +77,9 @@ class StepBuffers:
     mask: FloatState | None = None
     known: FloatState | None = None
     known_noise: FloatState | None = None
+    factors: FloatState | None = None
+    guidance_rescale: FloatState | None = None
+    denoised: FloatState | None = None
     seeds: NDArray[np.uint64] | None = None
     ticket: NDArray[np.uint32] | None = None
     count: NDArray[np.int32] | None = None
@@ -80,17 +88,20 @@ class StepBuffers:
 def guided_step(buffers: StepBuffers) -> None:
     """Combine the halves, apply the row at the counter, write the U-Net's next input, count up.
 
-    Classifier-free guidance (Ho & Salimans 2022, eq. 6) in the form ``u + w·(c − u)``; then the
-    recurrence of `sdrt.runtime.solvers`; then, with a mask, what is known at the noise level of the next row
-    (Lugmayr et al. 2022, "RePaint", eq. 8, without resampling; diffusers' inpainting with a 4-channel U-Net).
-    After the last row nothing happens.
+    Classifier-free guidance (Ho & Salimans 2022, eq. 6) in the form ``u + w·(c − u)``, w of the row, times
+    the image's factor if there are factors; then the recurrence of `sdrt.runtime.solvers`; then, with a mask,
+    what is known at the noise level of the next row (Lugmayr et al. 2022, "RePaint", eq. 8, without
+    resampling; diffusers' inpainting with a 4-channel U-Net). ``denoised`` is made of x before the step and
+    of m as it goes into the recurrence. After the last row nothing happens.
     """
     step = int(buffers.counter[0])
-    if step >= _count(buffers):
+    if step >= row_count(buffers):
         return
     row = buffers.rows[step]
     x = buffers.latents
-    m = _guided(buffers)
+    m = guided_prediction(buffers, row)
+    if buffers.factors is not None:
+        m = buffers.factors[:, None, None, None] * m
     if buffers.fault[0] == NO_FAULT and not np.isfinite(m).all():
         buffers.fault[0] = step
 
@@ -106,6 +117,9 @@ def guided_step(buffers: StepBuffers) -> None:
         result += row[Column.E] * buffers.saved
     if row[Column.C]:
         result += row[Column.C] * buffers.noise
+    if buffers.denoised is not None:
+        np.multiply(x, row[Column.X0_X], out=buffers.denoised)
+        buffers.denoised += row[Column.X0_M] * m
     if row[Column.SAVE]:
         buffers.saved[...] = x
     x[...] = _blended(buffers, result, step + 1)
@@ -119,7 +133,7 @@ def prepare_input(buffers: StepBuffers) -> None:
     After the last row there is nothing to prepare and nothing is written.
     """
     step = int(buffers.counter[0])
-    if step >= _count(buffers):
+    if step >= row_count(buffers):
         return
     images = len(buffers.latents)
     for start in range(0, len(buffers.sample), images):
@@ -132,17 +146,19 @@ def prepare_input(buffers: StepBuffers) -> None:
     buffers.timestep[0] = buffers.timesteps[step]
 
 
-def _count(buffers: StepBuffers) -> int:
+def row_count(buffers: StepBuffers) -> int:
+    """How many rows are in use."""
     return len(buffers.timesteps) if buffers.count is None else int(buffers.count[0])
 
 
-def _guided(buffers: StepBuffers) -> FloatState:
+def guided_prediction(buffers: StepBuffers, row: FloatState) -> FloatState:
+    """float32 [N, C, h, w]: the halves combined with the row's w, or the only half there is."""
     images = len(buffers.latents)
     m = buffers.noise_pred.astype(np.float32, copy=False)
     if len(m) == images:
         return m
     unconditional, conditional = m[:images], m[images:]
-    guided: FloatState = unconditional + buffers.guidance_scale[0] * (conditional - unconditional)
+    guided: FloatState = unconditional + row[Column.GUIDANCE] * (conditional - unconditional)
     return guided
 
 
@@ -152,7 +168,7 @@ def _blended(buffers: StepBuffers, x: FloatState, after: int) -> FloatState:
         return x
     one = np.float32(1)
     signal, noise = one, np.float32(0)  # the result has no noise
-    if after < _count(buffers):
+    if after < row_count(buffers):
         signal, noise = buffers.rows[after, Column.SIGNAL], buffers.rows[after, Column.NOISE]
     kept = signal * buffers.known + noise * buffers.known_noise
     blend: FloatState = buffers.mask * x + (one - buffers.mask) * kept
@@ -170,7 +186,6 @@ class Params(ctypes.Structure):
         ("noise", ctypes.c_uint64),
         ("rows", ctypes.c_uint64),
         ("timesteps", ctypes.c_uint64),
-        ("guidance_scale", ctypes.c_uint64),
         ("counter", ctypes.c_uint64),
         ("fault", ctypes.c_uint64),
         ("sample", ctypes.c_uint64),
@@ -178,12 +193,15 @@ class Params(ctypes.Structure):
         ("mask", ctypes.c_uint64),
         ("known", ctypes.c_uint64),
         ("known_noise", ctypes.c_uint64),
+        ("factors", ctypes.c_uint64),
+        ("denoised", ctypes.c_uint64),
         ("count", ctypes.c_uint64),
         ("ticket", ctypes.c_uint64),
         ("elements", ctypes.c_uint32),  # N·C·h·w
         ("image_elements", ctypes.c_uint32),  # C·h·w
         ("plane", ctypes.c_uint32),  # h·w
-        ("guided", ctypes.c_uint32),  # 1 or 0
+        ("guided", ctypes.c_uint32),  # whether noise_pred has both halves: 1 or 0
+        ("halves", ctypes.c_uint32),  # of sample: 1 or 2
         ("capacity", ctypes.c_int32),  # n, the rows that count where count is None
     )
 
@@ -197,7 +215,7 @@ def launch(buffers: StepBuffers) -> Launch:
     Raises:
         ValueError: A shape or dtype is not what `StepBuffers` says, or a buffer is missing.
     """
-    _check(buffers)
+    check_step_buffers(buffers)
     if buffers.ticket is None:
         raise ValueError("ticket is missing: the kernel needs it to know its last block")
     return _launch("guided_step", buffers)
@@ -205,7 +223,7 @@ def launch(buffers: StepBuffers) -> Launch:
 
 def launch_prepare_input(buffers: StepBuffers) -> Launch:
     """The launch that does what `prepare_input` does; arguments and errors as for `launch`."""
-    _check(buffers)
+    check_step_buffers(buffers)
     return _launch("prepare_input", buffers)
 
 
@@ -229,6 +247,8 @@ def bytes_moved(buffers: StepBuffers, table: NDArray[np.floating], step: int) ->
         total += _nbytes(buffers.sample)
     if buffers.mask is not None:
         total += 2 * state + _nbytes(buffers.mask)
+    if buffers.denoised is not None:
+        total += state
     return total
 
 
@@ -250,6 +270,7 @@ def _launch(kernel: str, buffers: StepBuffers) -> Launch:
         image_elements=channels * plane,
         plane=plane,
         guided=_len(buffers.noise_pred) != images,
+        halves=_len(buffers.sample) // images,
         capacity=_len(buffers.timesteps),
     )
     dtype = np.dtype(buffers.sample.dtype)
@@ -260,7 +281,7 @@ def _launch(kernel: str, buffers: StepBuffers) -> Launch:
 
 def _aligned(buffers: StepBuffers, itemsize: int) -> bool:
     """Whether every array starts where ``WIDTH`` of its elements can be moved at once."""
-    state = ("latents", "history", "saved", "noise", "mask", "known", "known_noise")
+    state = ("latents", "history", "saved", "noise", "mask", "known", "known_noise", "denoised")
     sizes = dict.fromkeys(state, WIDTH * 4) | dict.fromkeys(("noise_pred", "sample"), WIDTH * itemsize)
     arrays = {name: cast(DeviceArray | None, getattr(buffers, name)) for name in sizes}
     return all(array.address % sizes[name] == 0 for name, array in arrays.items() if array is not None)
@@ -271,34 +292,42 @@ def _len(array: NDArray[Any]) -> int:
     return int(array.shape[0])
 
 
-def _check(buffers: StepBuffers) -> None:
+def check_step_buffers(buffers: StepBuffers) -> None:
+    """Refuse buffers that are not what `StepBuffers` says.
+
+    Raises:
+        ValueError: A shape or dtype differs, or buffers that belong together are not all there.
+    """
     state = tuple(buffers.latents.shape)
     if len(state) != 4:
         raise ValueError(f"latents have shape {state}: it must have the four axes N, C, h, w")
     element_count((HISTORY, *state))
     images, rest = state[0], state[1:]
-    rows = _len(buffers.noise_pred)
-    if rows not in (images, 2 * images):
-        raise ValueError(f"noise_pred has {rows} rows: {images} images have {images}, or {2 * images} guided")
+    evaluated, prepared = _len(buffers.noise_pred), _len(buffers.sample)
+    for name, rows in (("noise_pred", evaluated), ("sample", prepared)):
+        if rows not in (images, 2 * images):
+            raise ValueError(f"{name} has {rows} rows: {images} images have {images}, or {2 * images} guided")
     n = _len(buffers.timesteps)
     halves = ("float16", "float32")
     dtype = (np.dtype(buffers.noise_pred.dtype).name,)
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "noise_pred": ((rows, *rest), halves),
-        "sample": ((rows, *rest), dtype),
+        "noise_pred": ((evaluated, *rest), halves),
+        "sample": ((prepared, *rest), dtype),
         "latents": (state, ("float32",)),
         "history": ((HISTORY, *state), ("float32",)),
         "saved": (state, ("float32",)),
         "noise": (state, ("float32",)),
         "rows": ((n, COLUMNS), ("float32",)),
         "timesteps": ((n,), ("float32",)),
-        "guidance_scale": ((1,), ("float32",)),
         "counter": ((1,), ("int32",)),
         "fault": ((1,), ("int32",)),
         "timestep": ((1,), ("float32",)),
         "mask": ((images, 1, *rest[1:]), ("float32",)),
         "known": (state, ("float32",)),
         "known_noise": (state, ("float32",)),
+        "factors": ((images,), ("float32",)),
+        "guidance_rescale": ((1,), ("float32",)),
+        "denoised": (state, ("float32",)),
         "ticket": ((1,), ("uint32",)),
         "count": ((1,), ("int32",)),
     }

@@ -1,5 +1,6 @@
 // The host build: for each entry point a function <entry>_host that does what the whole grid does.
 #include "check_finite.cuh"
+#include "guidance_rescale.cuh"
 #include "guided_step.cuh"
 #include "image_to_uint8.cuh"
 #include "philox_normal.cuh"
@@ -13,7 +14,7 @@ void guided_step(const GuidedStepParams &params) {
   bool finite = true;
   for (unsigned i = 0; i < params.elements; i += W) {
     const StepInputs<T, W> inputs = load_inputs<T, W>(params, i);
-    finite = step_elements(params, plan, *params.guidance_scale, inputs, i) && finite;
+    finite = step_elements(params, plan, inputs, i) && finite;
   }
   if (!finite && *params.fault == NO_FAULT) *params.fault = plan.step;
   finish_step(params, plan);
@@ -28,6 +29,18 @@ void prepare_input(const GuidedStepParams &params) {
   for (unsigned i = 0; i < params.elements; i += W)
     write_sample<T>(params, plan.input_scale, i, load_pack<W>(params.latents + i));
   *params.timestep = plan.timestep;
+}
+
+template <class T>
+void guidance_rescale(const GuidanceRescaleParams &params) {
+  if (!rescale_is_active(params)) return;
+  Moments sums[LANES];
+  for (unsigned image = 0; image < params.images; ++image) {
+    for (unsigned lane = 0; lane < LANES; ++lane) sums[lane] = lane_moments<T>(params, image, lane);
+    for (unsigned half = LANES / 2; half > 0; half /= 2)
+      for (unsigned lane = 0; lane < half; ++lane) sums[lane] = sums[lane] + sums[lane + half];
+    write_factor(params, image, sums[0]);
+  }
 }
 
 void philox_normal(const PhiloxNormalParams &params) {
@@ -58,6 +71,8 @@ HOST_ENTRY(prepare_input_f16, GuidedStepParams, (prepare_input<Half, 1>))
 HOST_ENTRY(prepare_input_f16x4, GuidedStepParams, (prepare_input<Half, 4>))
 HOST_ENTRY(prepare_input_f32, GuidedStepParams, (prepare_input<float, 1>))
 HOST_ENTRY(prepare_input_f32x4, GuidedStepParams, (prepare_input<float, 4>))
+HOST_ENTRY(guidance_rescale_f16, GuidanceRescaleParams, guidance_rescale<Half>)
+HOST_ENTRY(guidance_rescale_f32, GuidanceRescaleParams, guidance_rescale<float>)
 HOST_ENTRY(philox_normal_f32, PhiloxNormalParams, philox_normal)
 HOST_ENTRY(image_to_uint8_f16, ImageToUint8Params, (image_to_uint8<Half, 1>))
 HOST_ENTRY(image_to_uint8_f16x4, ImageToUint8Params, (image_to_uint8<Half, 4>))

@@ -11,10 +11,12 @@ HISTORY: Final = 4  # how many d a row can read, its own included: PLMS and LMS 
 class Column(IntEnum):
     """Where each number of a row is; a kernel reads the row as ``COLUMNS`` floats in this order.
 
-    The last four do not enter the recurrence. ``X0_X`` and ``X0_M`` give the model's guess of the clean
+    The last five do not enter the recurrence. ``X0_X`` and ``X0_M`` give the model's guess of the clean
     latents, ``x0 = X0_X * x + X0_M * m``. ``SIGNAL`` and ``NOISE`` say what x is when the row begins,
     ``x = SIGNAL * x0 + NOISE * noise``: an image is brought to that level with them before the first row and,
     where a mask keeps it, after each. After the last row there is no such level; x is the result.
+    ``GUIDANCE`` is w of classifier-free guidance, ``m = u + w * (c - u)``, read where both halves are there:
+    it belongs to the request, so a sampler's table leaves it 0 and the loop fills it in.
     """
 
     INPUT_SCALE = 0
@@ -32,6 +34,7 @@ class Column(IntEnum):
     X0_M = 12
     SIGNAL = 13
     NOISE = 14
+    GUIDANCE = 15
 
 
 COLUMNS: Final = len(Column)

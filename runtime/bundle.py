@@ -8,7 +8,8 @@ from typing import Final
 
 import sdrt
 from sdrt.runtime.errors import BundleError
-from sdrt.runtime.manifest import MANIFEST_NAME, Component, FileEntry, Manifest, from_json
+from sdrt.runtime.manifest import MANIFEST_NAME, Component, FileEntry, Manifest
+from sdrt.runtime.manifest_json import from_json
 
 # `sdrt/models` is package data in a wheel and a symbolic link in a checkout: one path serves both.
 EMBEDDED: Final = Path(sdrt.__file__).parent / "models" / "emoji" / "bundle"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.denoise import DenoiseLoop
-from sdrt.runtime.errors import UsageError
+from sdrt.runtime.errors import CancelledError, UsageError
+from sdrt.runtime.preview import rgb_from_latents
 from sdrt.runtime.solvers import SamplerTable
 
 if TYPE_CHECKING:
@@ -17,30 +19,66 @@ if TYPE_CHECKING:
 
 StepEndCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 CheckFaults = Callable[[], None]  # waits, and raises what the fault words say
-StepHook = Callable[[DenoiseLoop, SamplerTable, int, CheckFaults], None]
+TENSORS: Final = ("latents", "denoised", "preview")
 
 
-def step_hook(
-    pipeline: Pipeline, callback: StepEndCallback | None, tensors: Sequence[str]
-) -> StepHook | None:
-    """Wrap a user's callback so that the loop can call it.
+class StepHook:
+    """What happens between two steps: a look at whether the call was cancelled, then the caller's function.
 
-    Only what it asks for is downloaded. With ``tensors`` empty nothing is copied and nothing waits (on a GPU
-    it is then called when a step was queued, not when it has run); the latents cost one download a step.
-
-    Raises:
-        UsageError: It is no function, or asks for what cannot be given.
+    Attributes:
+        wants_denoised: Whether the steps must keep their guess of the clean latents.
     """
-    if callback is None:
-        return None
-    if not callable(callback):
-        raise UsageError(f"callback_on_step_end is {type(callback).__name__}: a function is wanted")
-    if not isinstance(tensors, Collection) or any(name != "latents" for name in tensors):
-        raise UsageError(f"callback_on_step_end_tensor_inputs is {tensors!r}: only 'latents' can be given")
 
-    def on_step(loop: DenoiseLoop, table: SamplerTable, step: int, check_faults: CheckFaults) -> None:
-        given = {name: loop.latents() for name in tensors}
-        changed = callback(pipeline, step, float(table.timesteps[step]), given)
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        callback: StepEndCallback | None,
+        tensors: Sequence[str],
+        cancelled: threading.Event,
+    ) -> None:
+        """Wrap a user's callback so that the loop can call it.
+
+        Only what it asks for is downloaded. With ``tensors`` empty nothing is copied and nothing waits (on a
+        GPU it is then called when a step was queued, not when it has run).
+
+        Raises:
+            UsageError: It is no function, or asks for what cannot be given.
+        """
+        if callback is not None and not callable(callback):
+            raise UsageError(f"callback_on_step_end is {type(callback).__name__}: a function is wanted")
+        if (
+            isinstance(tensors, str)
+            or not isinstance(tensors, Collection)
+            or not set(tensors) <= set(TENSORS)
+        ):
+            raise UsageError(
+                f"callback_on_step_end_tensor_inputs is {tensors!r}: a list of {', '.join(TENSORS)}"
+            )
+        self._preview = pipeline.bundle.manifest.preview
+        if callback is not None and "preview" in tensors and self._preview is None:
+            raise UsageError("this bundle was written without a preview: export it again to have one")
+        self._pipeline, self._callback, self._cancelled = pipeline, callback, cancelled
+        self._tensors = tuple(tensors) if callback is not None else ()
+        self.wants_denoised = bool({"denoised", "preview"} & set(self._tensors))
+
+    def check(self) -> None:
+        """Raise if the call was cancelled.
+
+        Raises:
+            CancelledError: It was.
+        """
+        if self._cancelled.is_set():
+            raise CancelledError("cancelled: nothing was drawn")
+
+    def __call__(self, loop: DenoiseLoop, table: SamplerTable, step: int, check_faults: CheckFaults) -> None:
+        """Call the caller's function after row ``step``.
+
+        Raises:
+            UsageError: It returned something else than it may.
+        """
+        if self._callback is None:
+            return
+        changed = self._callback(self._pipeline, step, float(table.timesteps[step]), self._state(loop))
         if changed is not None and not isinstance(changed, Mapping):
             raise UsageError(f"the callback returned {type(changed).__name__}: a dict or None is wanted")
         if unknown := [str(name) for name in changed or () if name != "latents"]:
@@ -48,7 +86,17 @@ def step_hook(
         if changed and changed.get("latents") is not None:
             _replace_latents(loop, step, _array(changed["latents"]), check_faults)
 
-    return on_step
+    def _state(self, loop: DenoiseLoop) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        denoised = loop.denoised() if self.wants_denoised else None
+        for name in self._tensors:
+            if name == "latents":
+                state[name] = loop.latents()
+            elif name == "denoised":
+                state[name] = denoised
+            elif denoised is not None and self._preview is not None:
+                state[name] = rgb_from_latents(denoised, self._preview)
+        return state
 
 
 def _array(latents: Any) -> NDArray[np.float32]:

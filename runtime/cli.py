@@ -11,109 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import sdrt
-from sdrt.runtime.command import Parser, put, run_command, say
-from sdrt.runtime.saving import BASE64, check_output, save
+from sdrt.runtime.cli_options import parser, pipeline_options
+from sdrt.runtime.command import put, run_command, say
+from sdrt.runtime.saving import BASE64, check_frames, check_output, save, save_frames
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from sdrt.runtime.bundle import Bundle
     from sdrt.runtime.pipeline import Pipeline, PipelineOutput
     from sdrt.runtime.request import Request
-
-EPILOG: Final = """exit status: 0 done; 2 usage; 3 the bundle cannot be used; 6 NaN or infinity;
-7 the backend is missing or fails; 8 the picture cannot be written; 130 interrupted; 1 anything else.
-No file is left half written."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of ``sd-run``."""
-    result = Parser(
-        prog="sd-run",
-        description="Draw pictures from a prompt.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = result.add_argument
-    add("prompt", metavar="PROMPT", nargs="?", help="what to draw")
-    add("--negative-prompt", metavar="TEXT", help="what to move away from")
-    add("--bundle", metavar="DIR", help="a folder that sd-export made (default: the embedded emoji model)")
-    add(
-        "--steps",
-        "--num-inference-steps",
-        type=int,
-        metavar="N",
-        help="sampling steps (default: the bundle's)",
-    )
-    add(
-        "--guidance-scale",
-        type=float,
-        metavar="W",
-        help="how far to follow the prompt; 1 or less: no guidance (default: the bundle's)",
-    )
-    add("--seed", type=int, metavar="N", help="of the first picture; the others count up (default: random)")
-    add(
-        "--num-images",
-        "--num-images-per-prompt",
-        type=int,
-        default=1,
-        metavar="N",
-        help="how many pictures (default: 1)",
-    )
-    add("--height", type=int, metavar="PIXELS", help="default: the bundle's")
-    add("--width", type=int, metavar="PIXELS", help="default: the bundle's")
-    add(
-        "--sampler",
-        metavar="NAME",
-        help="such as ddim, dpmpp_2m or euler; an unknown name lists all (default: the bundle's)",
-    )
-    add("--karras", action="store_true", help="noise levels of Karras et al. 2022 (if the sampler has them)")
-    add(
-        "--eta",
-        type=float,
-        metavar="SHARE",
-        help="fresh noise per step, 0 to 1 (if the sampler has it; default: the sampler's own)",
-    )
-    add(
-        "--rng",
-        default="philox",
-        metavar="NAME",
-        help="philox or cpu: the noise of PyTorch's CUDA or CPU generator (default: philox)",
-    )
-    add(
-        "--output",
-        "-o",
-        type=Path,
-        metavar="PATH",
-        help="a .png, or a folder (default: ./PROMPT-SEED.png); "
-        "with --interactive also base64: pictures come in the results",
-    )
-    add("--json", action="store_true", help="print one JSON object: paths, seeds, seconds per stage")
-    add("--quiet", "-q", action="store_true", help="print errors only")
-    add(
-        "--backend",
-        default="auto",
-        metavar="NAME",
-        help="tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu (default: auto, the first of these "
-        "that can run the bundle here)",
-    )
-    add("--device", type=int, metavar="N", help="number of the GPU (default: 0)")
-    add(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="on the CPU, threads inside one operator (default: one per core)",
-    )
-    add(
-        "--interactive",
-        action="store_true",
-        help="stay loaded: one JSON request a line on standard input, one result a line on standard output; "
-        "the options given here are the requests' defaults",
-    )
-    add("--warm-up", action="store_true", help="with --interactive: draw a picture before the first request")
-    add("--no-verify", action="store_true", help="compare sizes but not hashes of the bundle's files")
-    add("--version", action="version", version=f"sdrt {sdrt.__version__}")
-    return result
+DEFAULT_FRAMES: Final = 16
+DEFAULT_FPS: Final = 8.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,62 +31,130 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = commands.parse_args(argv)
     if arguments.interactive and arguments.prompt is not None:
         commands.error("--interactive takes its prompts from standard input: leave PROMPT out")
-    if not arguments.interactive and arguments.prompt is None:
+    if not arguments.interactive and arguments.prompt is None and arguments.image is None:
         commands.error("the following arguments are required: PROMPT")
     if arguments.warm_up and not arguments.interactive:
         commands.error("--warm-up goes with --interactive")
+    if _interpolates(arguments) and arguments.interactive:
+        commands.error("--to-prompt and --to-seed do not go with --interactive")
+    if _interpolates(arguments) and arguments.prompt is None:
+        commands.error("--to-prompt and --to-seed need a PROMPT to go from")
+    if _interpolates(arguments) and arguments.num_images != 1:
+        commands.error("--num-images does not go with --to-prompt and --to-seed: --frames says how many")
+    if not _interpolates(arguments) and (arguments.frames is not None or arguments.fps is not None):
+        commands.error("--frames and --fps go with --to-prompt or --to-seed")
     return run_command("sd-run", lambda: _run(arguments), quiet=arguments.quiet)
+
+
+def _interpolates(arguments: argparse.Namespace) -> bool:
+    return arguments.to_prompt is not None or arguments.to_seed is not None
 
 
 def _run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     if not (arguments.interactive and arguments.output == Path(BASE64)):
-        check_output(arguments.output)
+        check_output(arguments.output, animated=_interpolates(arguments))
+    if _interpolates(arguments):
+        check_frames(arguments.output, _fps(arguments))
     # NumPy and the rest only now: what argparse refuses need not wait for them.
     from sdrt.runtime.bundle import Bundle
-    from sdrt.runtime.request import build_request
 
     bundle = Bundle.open(arguments.bundle, verify=False)
-    options = _options(arguments)
-    request = build_request(bundle.manifest, arguments.prompt or "", **options)  # before anything is loaded
-    if arguments.negative_prompt and not request.guided and not arguments.quiet:
+    options = pipeline_options(arguments)
+    request = _request(arguments, bundle, options)  # before anything is loaded
+    if arguments.negative_prompt and request is not None and not request.guided and not arguments.quiet:
         say("sd-run", "warning: at a guidance scale of 1 or less the negative prompt is not used")
     with _load(arguments, bundle, request) as pipeline:
+        for entry in arguments.embedding:
+            file, _, word = entry.partition("=")
+            pipeline.load_textual_inversion(file, word or None)
         loaded = time.perf_counter() - started
         if arguments.interactive:
             from sdrt.runtime.interactive import serve
 
             serve(pipeline, options, arguments.output, load_seconds=loaded, warm_up=arguments.warm_up)
             return
-        batches = -(-arguments.num_images // bundle.manifest.limits.max_batch)
-        with _progress(arguments, len(request.table.timesteps) * batches) as on_step:
-            output = pipeline(
-                arguments.prompt,
-                **options,
-                callback_on_step_end=on_step,
-                callback_on_step_end_tensor_inputs=(),
-            )
+        assert request is not None
+        output = _draw(arguments, pipeline, request, options)
         saving = time.perf_counter()
-        paths = save(output, arguments.output)
+        paths = _save(arguments, output)
         ended = time.perf_counter()
     seconds = {"load": loaded, **output.timings, "save": ended - saving, "command": ended - started}
     _report(arguments, paths, output, seconds)
 
 
-def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request) -> Pipeline:
+def _request(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any]) -> Request | None:
+    """What is asked for, checked; the requests of --interactive come later, but for their defaults."""
+    from sdrt.runtime.request import build_request
+
+    if _interpolates(arguments):
+        from sdrt.runtime.interpolation import interpolated_request
+
+        frames, ends = _frames(arguments), (arguments.to_prompt, arguments.to_seed)
+        return interpolated_request(bundle.manifest, arguments.prompt, ends[0], frames, ends[1], options)
+    if arguments.interactive and (bundle.manifest.family == "image-variations" or _reads_mask(bundle)):
+        return None  # without a picture there is nothing to check
+    prompt = "" if arguments.interactive else arguments.prompt
+    return build_request(bundle.manifest, prompt, options)
+
+
+def _reads_mask(bundle: Bundle) -> bool:
+    return bundle.manifest.components["unet"].spec.input("inpainting") is not None
+
+
+def _frames(arguments: argparse.Namespace) -> int:
+    return DEFAULT_FRAMES if arguments.frames is None else int(arguments.frames)
+
+
+def _fps(arguments: argparse.Namespace) -> float:
+    return DEFAULT_FPS if arguments.fps is None else float(arguments.fps)
+
+
+def _draw(
+    arguments: argparse.Namespace, pipeline: Pipeline, request: Request, options: dict[str, Any]
+) -> PipelineOutput:
+    batches = pipeline.count_batches(request)
+    with _progress(arguments, pipeline, len(request.sampling.table) * batches) as (on_step, tensors):
+        watched = {
+            **options,
+            "callback_on_step_end": on_step,
+            "callback_on_step_end_tensor_inputs": tensors,
+        }
+        if not _interpolates(arguments):
+            return pipeline(arguments.prompt, **watched)
+        del watched["num_images_per_prompt"]
+        return pipeline.interpolate(
+            arguments.prompt,
+            arguments.to_prompt,
+            frames=_frames(arguments),
+            to_seed=arguments.to_seed,
+            **watched,
+        )
+
+
+def _save(arguments: argparse.Namespace, output: PipelineOutput) -> list[Path]:
+    if not _interpolates(arguments):
+        return save(output, arguments.output)
+    return save_frames(output, arguments.output, _fps(arguments))
+
+
+def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None) -> Pipeline:
     """The pipeline on a backend that admits the request; says which one, where that was left to us."""
     from sdrt.runtime.backends import AUTO, RequestShape
     from sdrt.runtime.pipeline import Pipeline
 
     limits = bundle.manifest.limits
-    images = max(limits.min_batch, min(len(request.prompts), limits.max_batch))
+    shape = None
+    if request is not None:
+        images = max(limits.min_batch, min(len(request.conditions), limits.max_batch))
+        shape = RequestShape(images, request.height, request.width, request.guided)
     pipeline = Pipeline.load(
         bundle,
         backend=arguments.backend,
         device=arguments.device,
         threads=arguments.threads,
         verify=not arguments.no_verify,
-        request_shape=RequestShape(images, request.height, request.width, request.guided),
+        request_shape=shape,
     )
     if arguments.backend == AUTO and not arguments.quiet:
         # What is the matter, without what could be done about it: that is in the error of a named backend.
@@ -186,42 +163,52 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request) -> Pi
     return pipeline
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that the command shares with `Pipeline.__call__`, by its names."""
-    return {
-        "negative_prompt": arguments.negative_prompt,
-        "height": arguments.height,
-        "width": arguments.width,
-        "num_inference_steps": arguments.steps,
-        "guidance_scale": arguments.guidance_scale,
-        "num_images_per_prompt": arguments.num_images,
-        "seed": arguments.seed,
-        "rng": arguments.rng,
-        "sampler": arguments.sampler,
-        "karras": arguments.karras,
-        "eta": arguments.eta,
-    }
-
-
 @contextmanager
 def _progress(
-    arguments: argparse.Namespace, steps: int
-) -> Iterator[Callable[[Pipeline, int, float, dict[str, Any]], None] | None]:
-    """A bar that moves with each step, on a terminal; nothing elsewhere."""
+    arguments: argparse.Namespace, pipeline: Pipeline, steps: int
+) -> Iterator[tuple[Callable[[Pipeline, int, float, dict[str, Any]], None] | None, tuple[str, ...]]]:
+    """A callback that moves a bar with each step, above it a preview if asked for, and what it must be given.
+
+    On a terminal; nothing elsewhere.
+    """
     if arguments.quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield None
+        if arguments.preview:
+            say("sd-run", "warning: no preview: standard error is no terminal, or --quiet was given")
+        yield None, ()
         return
     from rich.console import Console
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from sdrt.runtime.preview import TerminalPreview
+
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=steps)
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("drawing", total=steps)
+    view = TerminalPreview(bar)
+    shows = arguments.preview and _can_preview(console, pipeline)
 
-        def on_step(_pipeline: Pipeline, _step: int, _timestep: float, _state: dict[str, Any]) -> None:
-            bar.advance(task)
+    def on_step(_pipeline: Pipeline, _step: int, _timestep: float, state: dict[str, Any]) -> None:
+        if shows:
+            view.update(state["preview"])
+        bar.advance(task)
 
-        yield on_step
+    with Live(view, console=console, transient=True):
+        yield on_step, (("preview",) if shows else ())
+
+
+def _can_preview(console: Console, pipeline: Pipeline) -> bool:
+    """Whether there is something to show and where; says why not."""
+    from sdrt.runtime.preview import TerminalPreview
+
+    if pipeline.bundle.manifest.preview is None:
+        say("sd-run", "warning: no preview: this bundle was written without one; export it again")
+        return False
+    if not TerminalPreview.can_show(console):
+        say("sd-run", "warning: no preview: the terminal does not show 256 colours and Unicode")
+        return False
+    return True
 
 
 def _report(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from sdrt.kernels import check_finite, guided_step, image_to_uint8, philox_normal
+from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
 from sdrt.kernels.compile import cubin
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.launch import Launch
@@ -178,6 +178,10 @@ class CudaDevice:
     def prepare_input(self, buffers: StepBuffers) -> None:
         """See `Device.prepare_input`."""
         self._launch(guided_step.launch_prepare_input(buffers))
+
+    def guidance_rescale(self, buffers: StepBuffers) -> None:
+        """See `Device.guidance_rescale`."""
+        self._launch(guidance_rescale.launch(buffers))
 
     def guided_step(self, buffers: StepBuffers) -> None:
         """See `Device.guided_step`."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from sdrt.kernels.check_finite import check_finite
+from sdrt.kernels.guidance_rescale import guidance_rescale
 from sdrt.kernels.guided_step import StepBuffers, guided_step, prepare_input
 from sdrt.kernels.image_to_uint8 import image_to_uint8
 from sdrt.kernels.philox_normal import fill_philox_normal
@@ -97,6 +98,10 @@ class Device(Protocol):
 
     def prepare_input(self, buffers: StepBuffers) -> None:
         """See `sdrt.kernels.guided_step.prepare_input`."""
+        ...
+
+    def guidance_rescale(self, buffers: StepBuffers) -> None:
+        """See `sdrt.kernels.guidance_rescale.guidance_rescale`."""
         ...
 
     def guided_step(self, buffers: StepBuffers) -> None:
@@ -203,6 +208,10 @@ class HostDevice:
     def prepare_input(self, buffers: StepBuffers) -> None:
         """See `Device.prepare_input`."""
         prepare_input(buffers)
+
+    def guidance_rescale(self, buffers: StepBuffers) -> None:
+        """See `Device.guidance_rescale`."""
+        guidance_rescale(buffers)
 
     def guided_step(self, buffers: StepBuffers) -> None:
         """See `Device.guided_step`."""

@@ -10,7 +10,8 @@
     ├── NumericsError         6   a component gave NaN or infinity
     ├── BackendError          7   an engine library or a device is missing or cannot run this
     │   └── DeviceMemoryError 7   the device has too little free memory; it stays usable
-    └── OutputError           8   a result could not be written
+    ├── OutputError           8   a result could not be written
+    └── CancelledError      130   the caller ended the call
 
 A message says what was given, what is allowed, and what to do.
 """
@@ -70,3 +71,9 @@ class OutputError(SdrtError):
     """A result could not be written; nothing was left behind."""
 
     exit_status = 8
+
+
+class CancelledError(SdrtError):
+    """`Pipeline.cancel` was called while a picture was drawn; the pipeline is as usable as before."""
+
+    exit_status = EXIT_INTERRUPTED

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdrt.runtime.callbacks import StepHook
 from sdrt.runtime.decode import ImageDecoder
-from sdrt.runtime.denoise import DenoiseLoop
+from sdrt.runtime.denoise import DenoiseLoop, StepKind
 from sdrt.runtime.devices import Device
 from sdrt.runtime.executors import Executor
-from sdrt.runtime.noise import NoiseSource, noise_source
+from sdrt.runtime.faults import Faults
+from sdrt.runtime.manifest import Manifest
+from sdrt.runtime.noise import noise_source
 from sdrt.runtime.output import Collected, DeviceCollected
-from sdrt.runtime.prompt_chunks import Prompt
-from sdrt.runtime.prompts import PromptEncoder
 from sdrt.runtime.request import Request
+from sdrt.runtime.solvers import SamplerTable
+from sdrt.runtime.start import KnownPicture, blends, start_arguments
+
+
+class ConditionEncoder(Protocol):
+    """What an image is drawn from, prompts or a picture, as rows of the U-Net's inputs."""
+
+    def chunks(self, condition: Any) -> int:
+        """How many times the tokens of one text it takes; nothing is computed."""
+        ...
+
+    def write(self, rows: Sequence[Any], loop: DenoiseLoop, chunks: int) -> None:
+        """Put what each row is drawn from into the loop's conditioning."""
+        ...
+
+    def raise_faults(self, faults: Faults, table: SamplerTable, rows: Sequence[Any]) -> None:
+        """Raise what a run's fault words say."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What buffers and graphs are made for: N images, the latents' height and width, guidance or not."""
+    """What buffers and graphs are made for.
+
+    Attributes:
+        images: N.
+        height: Of the latents.
+        width: Likewise.
+        guided: Whether there is room for the unconditional half.
+        chunks: Of the prompts.
+    """
 
     images: int
     height: int
     width: int
     guided: bool
+    chunks: int = 1
 
 
 class Generation:
@@ -43,8 +71,8 @@ class Generation:
         device: Device,
         unet: Executor,
         decoder: Executor,
-        encoder: PromptEncoder,
-        factor: int,
+        encoder: ConditionEncoder,
+        manifest: Manifest,
     ) -> None:
         """Allocate and bind the loop; the decoder follows when it is first wanted.
 
@@ -53,23 +81,33 @@ class Generation:
             BackendError: An engine does not admit this shape.
         """
         self._device, self._decoder_executor, self._encoder = device, decoder, encoder
+        self._manifest, self._chunks = manifest, shape.chunks
         self._decoder: ImageDecoder | None = None
-        size = (shape.height, shape.width)
-        self._loop = DenoiseLoop(device, unet, shape.images, size, guided=shape.guided, factor=factor)
+        tokens = manifest.tokenizers[0].max_length if manifest.tokenizers else 1
+        self._loop = DenoiseLoop(
+            device,
+            unet,
+            shape.images,
+            (shape.height, shape.width),
+            guided=shape.guided,
+            factor=manifest.latents.factor,
+            context=tokens * shape.chunks,
+        )
 
-    def prepare(self, request: Request, *, decodes: bool) -> None:
+    def prepare(self, request: Request, hook: StepHook | None, *, decodes: bool) -> None:
         """Make what the request needs beyond the loop, before anything is drawn; errors as `__init__`."""
         # The decoder first: it wants more scratch memory than the U-Net, whose graph then has it in common.
         if decodes and self._decoder is None:
             self._decoder = ImageDecoder(self._decoder_executor, self._device, self._loop)
-        self._loop.prepare(draws_noise=_drawn_on_device(request))
+        self._loop.prepare(set(self._kinds(request, hook)))
 
     def draw(
         self,
         request: Request,
         batch: Sequence[int],
         collected: Collected | DeviceCollected,
-        on_step: StepHook | None,
+        hook: StepHook | None,
+        known: KnownPicture | None,
         *,
         decodes: bool,
     ) -> dict[str, float]:
@@ -82,67 +120,105 @@ class Generation:
             NumericsError: A component gave NaN or infinity; the message names it.
         """
         loop = self._loop
-        rows = [Prompt(request.prompts[image]) for image in batch]
+        rows = [request.conditions[image] for image in batch]
         if request.guided:
-            rows = [*(Prompt(request.negative_prompts[image]) for image in batch), *rows]
+            rows = [*(request.negatives[image] for image in batch), *rows]
         timer = self._device.timer()
-        self._encoder.write(rows, loop)
+        self._encoder.write(rows, loop, self._chunks)
         timer.mark("text_encoder")
-        self._denoise(request, batch, rows, on_step)
+        self._denoise(request, batch, rows, hook, known)
         timer.mark("denoise")
         if decodes and self._decoder is not None:
             self._decoder.decode()
             timer.mark("vae_decoder")
         if isinstance(collected, DeviceCollected):
             self._raise_faults(request, rows)
-            collected.add(loop, batch[0])
+            collected.add(batch, loop)
         else:
             result = loop.result(pixels=decodes)
-            self._encoder.raise_faults(result.faults, request.table, rows)
-            collected.add(result.latents, result.pixels)
+            self._encoder.raise_faults(result.faults, request.sampling.table, rows)
+            collected.add(batch, result.latents, result.pixels)
         return timer.seconds()
 
+    def invert(
+        self, request: Request, image: int, table: SamplerTable, known: KnownPicture, hook: StepHook
+    ) -> NDArray[np.float32]:
+        """The noise that a picture would be drawn from, float32 [1, C, h, w] of about unit variance.
+
+        The loop of an unguided shape walks the table of DDIM inversion from the picture's latents.
+
+        Args:
+            request: The call.
+            image: Number of the image whose prompt the inversion is told.
+            table: Of `sdrt.runtime.solvers.inversion_table`.
+            known: The picture.
+            hook: Asked between steps whether the call was cancelled; the caller's function is not called.
+
+        Raises:
+            NumericsError: A component gave NaN or infinity.
+        """
+        loop = self._loop
+        images = loop.buffers.latents.shape[0]
+        rows = [request.conditions[image]] * images
+        kind = StepKind(guided=False)
+        loop.prepare({kind})
+        self._encoder.write(rows, loop, self._chunks)
+        plain = replace(
+            request, latents=np.repeat(known.latents, images, axis=0), latents_scale=1.0, picture=None
+        )
+        source = noise_source(request.rng, [request.seeds[image]] * images)
+        batch = range(images)
+        arguments = start_arguments(plain, batch, images, source, loop.noise.shape[1:], None, self._manifest)
+        loop.start(table, np.ones(len(table), np.float32), **arguments)
+        for _ in range(len(table)):
+            hook.check()
+            loop.step(kind)
+        result = loop.result(pixels=False)
+        self._encoder.raise_faults(result.faults, table, rows)
+        return result.latents[:1]
+
     def _denoise(
-        self, request: Request, batch: Sequence[int], rows: Sequence[Prompt], on_step: StepHook | None
+        self,
+        request: Request,
+        batch: Sequence[int],
+        rows: Sequence[Hashable],
+        hook: StepHook | None,
+        known: KnownPicture | None,
     ) -> None:
         """Queue the whole loop. Nothing here waits, but a callback that asks for latents."""
-        loop, table = self._loop, request.table
+        loop, table = self._loop, request.sampling.table
         shape = tuple(loop.noise.shape[1:])
         source = noise_source(request.rng, [request.seeds[image] for image in batch])
-        loop.start(
-            table,
-            request.guidance_scale,
-            seeds=source.seeds,
-            latents=_initial(request, batch, source, shape),
-            time_ids=_time_ids(request, len(rows)),
-        )
+        arguments = start_arguments(request, batch, len(rows), source, shape, known, self._manifest)
+        loop.start(table, request.sampling.weights, **arguments)
         uploads_noise = table.uses_noise and not _drawn_on_device(request)
-        for step in range(len(table.timesteps)):
+        for step, kind in enumerate(self._kinds(request, hook)):
+            if hook is not None:
+                hook.check()
             if uploads_noise:
                 loop.set_noise(source.step(step, shape))
-            loop.step()
-            if on_step is not None:
-                on_step(loop, table, step, lambda: self._raise_faults(request, rows))
+            loop.step(kind)
+            if hook is not None:
+                hook(loop, table, step, lambda: self._raise_faults(request, rows))
 
-    def _raise_faults(self, request: Request, rows: Sequence[Prompt]) -> None:
-        self._encoder.raise_faults(self._loop.faults(), request.table, rows)
+    def _kinds(self, request: Request, hook: StepHook | None) -> list[StepKind]:
+        """What each row's step does."""
+        sampling, masked = request.sampling, blends(request, self._manifest)
+        return [
+            StepKind(
+                guided=bool(weight > 1.0),
+                draws_noise=_drawn_on_device(request),
+                rescales=sampling.guidance_rescale > 0 and bool(weight > 1.0),
+                blends=masked,
+                keeps_denoised=hook is not None and hook.wants_denoised,
+            )
+            for weight in sampling.weights
+        ]
+
+    def _raise_faults(self, request: Request, rows: Sequence[Hashable]) -> None:
+        self._encoder.raise_faults(self._loop.faults(), request.sampling.table, rows)
 
 
 def _drawn_on_device(request: Request) -> bool:
     """Whether each step draws its noise there; PyTorch's CPU generator runs on the host alone."""
-    return request.table.uses_noise and request.rng == "philox"
-
-
-def _initial(request: Request, batch: Sequence[int], source: NoiseSource, shape: tuple[int, ...]) -> Any:
-    """What the loop starts from: given latents, noise made on the host, or None for noise of the device."""
-    if isinstance(request.latents, np.ndarray):
-        return request.latents[list(batch)]
-    if request.latents is not None:
-        return [request.latents[image] for image in batch]
-    return None if request.rng == "philox" else source.initial(shape)
-
-
-def _time_ids(request: Request, rows: int) -> np.ndarray[Any, Any] | None:
-    if not request.sizes:
-        return None
-    return np.array([[number for pair in request.sizes.values() for number in pair]] * rows, np.float32)
+    return request.sampling.table.uses_noise and request.rng == "philox"

@@ -10,6 +10,8 @@ output says that the loop is ready. A bad request is answered and the next one w
     ← {"id": 1, "paths": ["apple.png"], "seeds": [3], "seconds": {…}, "recipes": [{…}]}
     → {"prompt": "a red apple", "output": "base64", "num_inference_steps": 10}
     ← {"id": null, "png": ["iVBORw0…"], "seeds": [1234567], "seconds": {…}, "recipes": [{…}]}
+    → {"prompt": "a red apple", "image": "apple.png", "strength": 0.5, "output": "base64"}
+    ← …
     → {"prompt": "a red apple", "num_inference_steps": 0, "id": "x"}
     ← {"id": "x", "error": "num_inference_steps is 0: …", "status": 2}
 """
@@ -29,18 +31,13 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.command import put
 from sdrt.runtime.errors import SdrtError, UsageError
+from sdrt.runtime.options import JSON_OPTIONS, check_names
 from sdrt.runtime.saving import BASE64, check_output, encoded, save
 
 if TYPE_CHECKING:
     from sdrt.runtime.pipeline import Pipeline
 
-MAX_LINE_BYTES: Final = 1 << 20  # a request is some hundred; what has no line ends must not fill the memory
-
-# What a request may hold beside `prompt`, `output` and `id`: arguments of `Pipeline.__call__`.
-OPTIONS: Final = (
-    *("negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt"),
-    *("seed", "rng", "sampler", "karras", "eta", "original_size", "crops_coords_top_left", "target_size"),
-)
+MAX_LINE_BYTES: Final = 1 << 24  # with pictures in it; what has no line ends must not fill the memory
 
 
 def serve(
@@ -111,7 +108,7 @@ def _draw(
     in_result = target == Path(BASE64)
     if not in_result:
         check_output(target)
-    drawn = pipeline(**{**defaults, **request})
+    drawn = pipeline(**{**defaults, **request, **_inline_pictures(request)})
     saving = time.perf_counter()
     if in_result:
         places = {"png": [base64.b64encode(png).decode("ascii") for png in encoded(drawn)]}
@@ -121,6 +118,22 @@ def _draw(
     seconds = {**drawn.timings, "save": ended - saving, "request": ended - started}
     seeds = [recipe["seed"] for recipe in drawn.recipes]
     return {**places, "seeds": seeds, "seconds": _rounded(seconds), "recipes": drawn.recipes}
+
+
+def _inline_pictures(request: Mapping[str, Any]) -> dict[str, bytes]:
+    """Pictures that come in the request itself, as ``data:image/png;base64,…`` in place of a path."""
+    pictures = {}
+    for name in ("image", "mask_image"):
+        value = request.get(name)
+        if isinstance(value, str) and value.startswith("data:"):
+            head, _, data = value.partition(",")
+            try:
+                if not head.endswith(";base64"):
+                    raise ValueError("not base64")
+                pictures[name] = base64.b64decode(data, validate=True)
+            except ValueError as error:
+                raise UsageError(f"{name} is a data URI that cannot be read: {error}") from error
+    return pictures
 
 
 def _request(line: bytes | None) -> dict[str, Any]:
@@ -141,11 +154,9 @@ def _request(line: bytes | None) -> dict[str, Any]:
 
 
 def _check_names(request: Mapping[str, Any]) -> None:
-    allowed = ("prompt", *OPTIONS, "output", "id")
-    if unknown := sorted(set(request) - set(allowed)):
-        raise UsageError(f"a request has no {', '.join(unknown)[:100]}: allowed are {', '.join(allowed)}")
-    if "prompt" not in request:
-        raise UsageError("a request needs a prompt")
+    check_names(request, ("prompt", *JSON_OPTIONS, "output", "id"), "a request")
+    if "prompt" not in request and "image" not in request:
+        raise UsageError("a request needs a prompt, or an image")
 
 
 def _finite(text: str) -> float:

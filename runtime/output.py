@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -15,6 +16,8 @@ from sdrt.runtime.devices import Buffer, Device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from sdrt.runtime.canvas import Canvas
 
 OutputType = Literal["pil", "numpy", "latents", "device"]
 OUTPUT_TYPES: Final = ("pil", "numpy", "latents", "device")
@@ -34,9 +37,11 @@ class PipelineOutput:
         latents: float32 [N, C, h, w], the final latents; for ``"device"`` in the device's memory.
         recipes: For each image everything that drew it, as plain data: ``prompt``, ``negative_prompt``,
             ``seed``, ``height``, ``width``, ``num_inference_steps``, ``guidance_scale``, ``sampler``,
-            ``karras``, ``eta``, ``rng``, SDXL's sizes, ``backend``, ``model``, ``model_sha256``, ``version``.
+            ``karras``, ``eta``, ``rng``, what else was asked for, SDXL's sizes, given pictures' SHA-256,
+            ``backend``, ``model``, ``model_sha256``, ``version``.
         timings: Seconds per stage: ``text_encoder``, ``denoise``, ``vae_decoder`` by the device's clock,
-            ``step``, the mean of one step, and ``total``, wall clock from call to return.
+            ``vae_encoder`` and ``invert`` where a picture was given, by wall clock, ``step``, the mean of one
+            step, and ``total``, wall clock from call to return.
     """
 
     images: Any
@@ -48,26 +53,32 @@ class PipelineOutput:
 class Collected:
     """Pictures and latents of one batch after the other, in main memory."""
 
-    def __init__(self, output_type: OutputType, images: int) -> None:
-        """``images`` are wanted, and more may come, to pad a batch."""
-        self._output_type, self._images = output_type, images
-        self._latents: list[NDArray[np.float32]] = []
-        self._pixels: list[NDArray[np.uint8]] = []
+    def __init__(self, output_type: OutputType, images: int, canvas: Canvas | None = None) -> None:
+        """``images`` are wanted; ``canvas`` holds what is to be kept of a given picture."""
+        self._output_type, self._images, self._canvas = output_type, images, canvas
+        self._latents: dict[int, NDArray[np.float32]] = {}
+        self._pixels: dict[int, NDArray[np.uint8]] = {}
 
     def finish(self) -> tuple[Any, NDArray[np.float32]]:
         """Images as ``output_type`` says, and latents."""
-        latents = np.concatenate(self._latents)[: self._images]
+        latents = np.stack([self._latents[image] for image in range(self._images)])
         if self._output_type == "latents":
             return [], latents
-        pixels = np.concatenate(self._pixels)[: self._images]
+        pixels = np.stack([self._pixels[image] for image in range(self._images)])
         _warn_of_black(pixels)
+        if self._canvas is not None:
+            from sdrt.runtime.canvas import finish
+
+            pixels = finish(pixels, self._canvas)
         return (pixels if self._output_type == "numpy" else _pillow(pixels)), latents
 
-    def add(self, latents: NDArray[np.float32], pixels: NDArray[np.uint8] | None) -> None:
-        """Keep a batch's result."""
-        self._latents.append(latents)
+    def add(
+        self, batch: Sequence[int], latents: NDArray[np.float32], pixels: NDArray[np.uint8] | None
+    ) -> None:
+        """Keep a batch's result; ``batch`` says which images they are, some of them twice to pad it."""
+        self._latents.update(zip(batch, latents, strict=True))
         if pixels is not None:
-            self._pixels.append(pixels)
+            self._pixels.update(zip(batch, pixels, strict=True))
 
 
 class DeviceCollected:
@@ -80,13 +91,13 @@ class DeviceCollected:
         self._arrays: tuple[Buffer, Buffer] | None = None  # images, latents
         self._rows: dict[str, list[Buffer]] = {}
 
-    def add(self, loop: DenoiseLoop, first: int) -> None:
-        """Queue the copies of a batch whose first image is number ``first``; what pads it is left out."""
+    def add(self, batch: Sequence[int], loop: DenoiseLoop) -> None:
+        """Queue the copies of a batch; ``batch`` says which images they are."""
         if self._arrays is None:
             self._arrays = (self._room("pixels", loop.pixels), self._room("latents", loop.buffers.latents))
         for name, rows in self._rows.items():
-            for source, target in zip(loop.arena.rows(name), rows[first:], strict=False):
-                self._device.copy(source, target)
+            for image, source in dict(zip(batch, loop.arena.rows(name), strict=True)).items():
+                self._device.copy(source, rows[image])
 
     def finish(self) -> tuple[Buffer, Buffer]:
         """uint8 images [N, H, W, 3] and float32 latents [N, C, h, w]."""

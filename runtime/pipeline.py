@@ -5,33 +5,36 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 import sdrt
+from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.backends import (
     AUTO,
-    Choice,
     RequestShape,
     choose_backend,
-    load_executor,
     open_device,
 )
 from sdrt.runtime.bundle import Bundle
-from sdrt.runtime.callbacks import StepEndCallback, StepHook, step_hook
+from sdrt.runtime.callbacks import StepHook
 from sdrt.runtime.devices import Device
+from sdrt.runtime.encode import Pictures
 from sdrt.runtime.errors import BackendError, DeviceMemoryError, UsageError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.generation import Generation, Shape
+from sdrt.runtime.interpolation import interpolated_request
+from sdrt.runtime.loading import check_gpu, condition_encoder, load_component, load_executors
 from sdrt.runtime.noise import DEFAULT_RNG, Rng, noise_source
+from sdrt.runtime.options import DrawOptions
 from sdrt.runtime.output import (
     OUTPUT_TYPES,
     BlackImageWarning,
@@ -41,21 +44,14 @@ from sdrt.runtime.output import (
     PipelineOutput,
 )
 from sdrt.runtime.prompts import PromptEncoder
-from sdrt.runtime.request import (
-    MAX_IMAGES,
-    Request,
-    build_request,
-    checked_size,
-    is_device_array,
-    latent_shape,
-)
+from sdrt.runtime.request import Request, build_request, checked_size, latent_shape
 from sdrt.runtime.schedule import check_integer
-from sdrt.runtime.text_encoders import text_encoders
+from sdrt.runtime.solvers import inversion_table
+from sdrt.runtime.start import KnownPicture, slerp, with_device_latents
 
 __all__ = ["BlackImageWarning", "Pipeline", "PipelineOutput"]
 
 MAX_CACHED_SHAPES: Final = 4  # each holds the buffers and graphs of one shape
-MAX_DEVICES: Final = 64
 MAX_THREADS: Final = 1024  # a mistyped number must not start a million
 
 
@@ -78,22 +74,23 @@ class Pipeline:
         device: Device,
         backend: str,
         reasons: Sequence[str] = (),
+        load_more: Callable[[str], Executor] | None = None,
     ) -> None:
-        """Use `Pipeline.load`. The pipeline owns the device and the executors."""
-        limits = bundle.manifest.limits
+        """Use `Pipeline.load`. The pipeline owns the device and the executors.
+
+        ``load_more`` loads a component that not every drawing needs.
+        """
         self.bundle = bundle
         self.backend = backend
         self.backend_reasons = tuple(reasons)
         self._device = device
         self._executors = dict(executors)
-        self._encoder = PromptEncoder(
-            text_encoders(bundle, executors),
-            device,
-            batch=limits.min_batch,
-            most_texts=2 * min(limits.max_batch, MAX_IMAGES),
-        )
+        self._load_more = load_more
+        self._encoder = condition_encoder(bundle, executors, device)
+        self._pictures = Pictures(lambda: self._executor("vae_encoder"), device, bundle.manifest)
         self._shapes: OrderedDict[Shape, Generation] = OrderedDict()
         self._closed = False
+        self._cancelled = threading.Event()
         self._busy = threading.Lock()
 
     @classmethod
@@ -130,7 +127,7 @@ class Pipeline:
             check_integer("threads", threads, 1, MAX_THREADS)
         bundle = path if isinstance(path, Bundle) else Bundle.open(path, verify=False)
         if device is not None:
-            _check_gpu(device, stream)
+            check_gpu(device, stream)
         choice = choose_backend(bundle, backend, request_shape, device=device or 0)
         if device is not None and choice.gpu is None:
             against = f" ({'; '.join(choice.reasons[:-1])})" if choice.reasons[:-1] else ""
@@ -142,8 +139,9 @@ class Pipeline:
         with ExitStack() as undo:
             opened = open_device(choice, stream)
             undo.callback(opened.close)
-            executors = _load_executors(bundle, choice, opened, threads, verify=verify)
-            pipeline = cls(bundle, executors, opened, choice.name, choice.reasons)
+            load = partial(load_component, bundle, choice, opened, threads, verify)
+            executors = load_executors(bundle, load)
+            pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load)
             undo.pop_all()
         return pipeline
 
@@ -160,7 +158,8 @@ class Pipeline:
             for executor in self._executors.values():
                 executor.close()
             self._shapes.clear()
-            del self._encoder
+            self._load_more = None
+            del self._encoder, self._pictures
             self._executors.clear()
             self._device.close()
 
@@ -175,93 +174,90 @@ class Pipeline:
         self.close()
 
     def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        rng: Rng = DEFAULT_RNG,
-        sampler: str | None = None,
-        karras: bool = False,
-        eta: float | None = None,
-        latents: Any = None,
-        original_size: Sequence[int] | None = None,
-        crops_coords_top_left: Sequence[int] | None = None,
-        target_size: Sequence[int] | None = None,
-        output_type: OutputType = "pil",
-        callback_on_step_end: StepEndCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        self, prompt: str | Sequence[str] | None = None, **options: Unpack[DrawOptions]
     ) -> PipelineOutput:
         """Draw.
 
         Args:
-            prompt: One text, or a list of P texts.
-            negative_prompt: What to move away from: one text for all, or one per prompt.
-            height: Pixels; by default the bundle's.
-            width: Likewise.
-            num_inference_steps: Noise levels that the run visits. Where a sampler evaluates the U-Net more
-                often (heun, dpm2, pndm …), the callback and the timings count each evaluation as a step.
-            guidance_scale: w of classifier-free guidance; at 1 or below only the conditional half runs.
-            num_images_per_prompt: K; N = P·K images are drawn, prompt by prompt.
-            seed: Image i gets ``seed + i``; or a list of N seeds; by default random ones.
-            rng: ``philox`` gives the noise of PyTorch's CUDA generator, ``cpu`` of its CPU generator.
-            sampler: A name in `sdrt.runtime.solvers.SAMPLERS`; by default the bundle's.
-            karras: Space the noise levels as Karras et al. 2022, eq. 5.
-            eta: Share of fresh noise per step, for samplers that have it; by default the sampler's own.
-                A sampler that adds noise draws ``philox`` on the device, inside the step's graph; the CPU
-                generator's numbers are made on the host, and each step then begins with an upload.
-            latents: float32 [N, C, h, w] of unit variance, in place of noise drawn from the seeds: a NumPy
-                array, or on a GPU an array of it (``__cuda_array_interface__`` or DLPack).
-            original_size: Height and width of the picture that SDXL is to imitate; by default the picture's.
-            crops_coords_top_left: Top and left of the crop that SDXL is to imitate; by default (0, 0).
-            target_size: Height and width that SDXL is told; by default the picture's.
-            output_type: ``pil``, ``numpy``, ``latents`` (no decoding), or ``device``: pictures and latents
-                stay in the device's memory, and only fault words are downloaded.
-            callback_on_step_end: Called as ``f(pipeline, step, timestep, {"latents": array})`` after each
-                step of each batch of images; a dict it returns may hold ``latents`` to go on with. An
-                exception it raises ends the run and leaves the pipeline usable.
-            callback_on_step_end_tensor_inputs: What the callback is given: the latents cost one download a
-                step; with ``()`` nothing is copied and nothing waits.
+            prompt: One text, or a list of P texts; None where a picture alone says what to draw.
+            **options: See `sdrt.runtime.options.DrawOptions`.
 
         Raises:
-            UsageError: An argument is out of range (the message says what is allowed), or another call is
-                drawing.
+            UsageError: An argument is unknown or out of range (the message says what is allowed), or another
+                call is drawing.
             NumericsError: A component gave NaN or infinity; the message names it.
-            BackendError: The engines do not admit this shape, or the device has too little memory. After
-                any of these the pipeline is as usable as before.
+            BackendError: The engines do not admit this shape, or the device has too little memory.
+            CancelledError: `cancel` was called. After any of these the pipeline is as usable as before.
         """
         started = time.perf_counter()
-        if output_type not in OUTPUT_TYPES:
-            raise UsageError(f"output_type is {output_type!r}: one of {', '.join(OUTPUT_TYPES)}")
-        request = build_request(
-            self.bundle.manifest,
-            prompt,
-            negative_prompt=negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            rng=rng,
-            sampler=sampler,
-            karras=karras,
-            eta=eta,
-            latents=latents,
-            original_size=original_size,
-            crops_coords_top_left=crops_coords_top_left,
-            target_size=target_size,
-        )
-        on_step = step_hook(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        request = build_request(self.bundle.manifest, prompt, options)
+        return self._call(request, options, started)
+
+    def interpolate(
+        self,
+        prompt: str,
+        to_prompt: str | None = None,
+        *,
+        frames: int,
+        to_seed: int | None = None,
+        **options: Unpack[DrawOptions],
+    ) -> PipelineOutput:
+        """Draw pictures on the way from one prompt or seed to another, both ends included.
+
+        Embeddings are mixed linearly, the noise spherically; a sampler's fresh noise is the same in all
+        frames.
+
+        Args:
+            prompt: Of the first frame.
+            to_prompt: Of the last; by default the same.
+            frames: How many, 2 to 1000.
+            to_seed: Whose noise the last frame starts from; by default the same as the first.
+            **options: As for a call.
+
+        Returns:
+            As a call, the pictures in the order of the frames.
+
+        Raises:
+            UsageError: As a call, or nothing differs between the ends.
+        """
+        started = time.perf_counter()
+        request = interpolated_request(self.bundle.manifest, prompt, to_prompt, frames, to_seed, options)
+        return self._call(request, options, started)
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
+        """Teach the text encoder a word from a textual-inversion file, for prompts that hold it.
+
+        Args:
+            path: A ``.safetensors`` file.
+            token: The word; by default the file's name without its ending.
+
+        Returns:
+            The word.
+
+        Raises:
+            UsageError: The file cannot be read or does not fit the text encoder, or the bundle's text encoder
+                takes no embeddings.
+        """
+        if not isinstance(self._encoder, PromptEncoder):
+            raise UsageError("this bundle reads no text: there is nothing to teach it a word")
+        from sdrt.runtime.textual_inversion import read_embedding
+
         with self._alone():
-            if self._closed:
-                raise UsageError("the pipeline was closed: load it again")
-            return self._draw(self._with_device_latents(request), output_type, on_step, started)
+            embedding = read_embedding(path, token, widths=self._encoder.widths)
+            self._encoder.add_embedding(embedding.name, embedding.vectors)
+        return embedding.name
+
+    def count_batches(self, request: Request) -> int:
+        """How often the loop will run for a request: for progress bars."""
+        return len(list(self._batches(request)))
+
+    def cancel(self) -> None:
+        """End the call that is drawing, from its callback or from another thread, before its next step.
+
+        The call raises `CancelledError`. On a GPU steps that were queued still run. Without a call that is
+        drawing, nothing happens.
+        """
+        self._cancelled.set()
 
     def initial_latents(
         self,
@@ -289,25 +285,91 @@ class Pipeline:
         finally:
             self._busy.release()
 
+    def _call(self, request: Request, options: Mapping[str, Any], started: float) -> PipelineOutput:
+        output_type = options.get("output_type", "pil")
+        if output_type not in OUTPUT_TYPES:
+            raise UsageError(f"output_type is {output_type!r}: one of {', '.join(OUTPUT_TYPES)}")
+        if (
+            output_type == "device"
+            and request.picture is not None
+            and request.picture.canvas.mask is not None
+        ):
+            raise UsageError("output_type is 'device': with a mask the picture is put together on the host")
+        hook = StepHook(
+            self,
+            options.get("callback_on_step_end"),
+            options.get("callback_on_step_end_tensor_inputs", ("latents",)),
+            self._cancelled,
+        )
+        with self._alone():
+            if self._closed:
+                raise UsageError("the pipeline was closed: load it again")
+            self._cancelled.clear()
+            manifest = self.bundle.manifest
+            return self._draw(
+                with_device_latents(self._device, manifest, request), output_type, hook, started
+            )
+
     def _draw(
-        self, request: Request, output_type: OutputType, on_step: StepHook | None, started: float
+        self, request: Request, output_type: OutputType, hook: StepHook, started: float
     ) -> PipelineOutput:
-        wanted = len(request.prompts)
-        batches = list(self._batches(wanted))
         decodes = output_type != "latents"
-        for images in sorted({len(batch) for batch in batches}):
-            self._generation(request, images, decodes=decodes)  # what is refused is so before any drawing
-        on_device = DeviceCollected(self._device, wanted) if output_type == "device" else None
-        collected = on_device or Collected(output_type, wanted)
+        batches = list(self._batches(request))
+        for images, chunks in sorted({(len(batch), chunks) for batch, chunks in batches}):
+            # What is refused is so before any drawing.
+            self._generation(request, images, chunks, hook, decodes=decodes)
         seconds: dict[str, float] = {}
-        for batch in batches:
-            generation = self._generation(request, len(batch), decodes=decodes)
-            stages = generation.draw(request, batch, collected, on_step, decodes=decodes)
-            seconds = {stage: seconds.get(stage, 0.0) + value for stage, value in stages.items()}
+        known = None
+        if request.picture is not None:
+            begun = time.perf_counter()
+            known = self._pictures.known(request.picture)
+            seconds["vae_encoder"] = time.perf_counter() - begun
+        if known is not None and request.picture is not None and request.picture.variation is not None:
+            request, known = self._inverted(request, known, hook, seconds), None
+        wanted = len(request.conditions)
+        canvas = None if request.picture is None else request.picture.canvas
+        on_device = DeviceCollected(self._device, wanted) if output_type == "device" else None
+        collected = on_device or Collected(output_type, wanted, canvas)
+        for batch, chunks in batches:
+            generation = self._generation(request, len(batch), chunks, hook, decodes=decodes)
+            stages = generation.draw(request, batch, collected, hook, known, decodes=decodes)
+            seconds = {**seconds, **{name: seconds.get(name, 0.0) + value for name, value in stages.items()}}
         images, latents = collected.finish()
-        seconds["step"] = seconds["denoise"] / (len(request.table.timesteps) * len(batches))
+        seconds["step"] = seconds["denoise"] / (len(request.sampling.table) * len(batches))
         seconds["total"] = time.perf_counter() - started
         return PipelineOutput(images, latents, self._recipes(request), seconds)
+
+    def _inverted(
+        self, request: Request, known: KnownPicture, hook: StepHook, seconds: dict[str, float]
+    ) -> Request:
+        """The request with the noise that its picture comes from, mixed with noise of the seeds."""
+        started = time.perf_counter()
+        assert request.picture is not None
+        assert request.picture.variation is not None
+        manifest, sampling = self.bundle.manifest, request.sampling
+        table = inversion_table(manifest.schedule, sampling.recipe["num_inference_steps"])
+        alone = replace(request, sampling=replace(sampling, weights=np.ones(len(sampling.table), np.float32)))
+        noise: list[NDArray[np.float32]] = []
+        inverted: dict[Hashable, NDArray[np.float32]] = {}  # prompt → noise
+        for image, condition in enumerate(request.conditions):
+            if condition not in inverted:
+                images, chunks = manifest.limits.min_batch, self._encoder.chunks(condition)
+                generation = self._generation(alone, images, chunks, None, decodes=False)
+                inverted[condition] = generation.invert(alone, image, table, known, hook)
+            fresh = noise_source(request.rng, [request.seeds[image]]).initial(known.latents.shape[1:])
+            noise.append(slerp(inverted[condition], fresh, request.picture.variation))
+        seconds["invert"] = time.perf_counter() - started
+        # The inversion ends in a variance-preserving x; a sampler's may be scaled otherwise.
+        scale = 1.0 / float(sampling.table.rows[0, Column.INPUT_SCALE])
+        return replace(request, latents=np.concatenate(noise), latents_scale=scale)
+
+    def _executor(self, name: str) -> Executor:
+        """One of the components that not every drawing needs, loaded when it is first wanted."""
+        if name not in self._executors:
+            if self._load_more is None:
+                raise BackendError(f"this pipeline was made without the {name}")
+            self._executors[name] = self._load_more(name)
+        return self._executors[name]
 
     def _recipes(self, request: Request) -> tuple[dict[str, Any], ...]:
         provenance = self.bundle.manifest.provenance
@@ -319,22 +381,26 @@ class Pipeline:
         }
         return tuple({**recipe, **origin} for recipe in request.recipes())
 
-    def _generation(self, request: Request, images: int, *, decodes: bool) -> Generation:
+    def _generation(
+        self, request: Request, images: int, chunks: int, hook: StepHook | None, *, decodes: bool
+    ) -> Generation:
         """What draws a shape, from the cache or new, ready for the request.
 
         The one unused for longest makes room; all of them do where the device's memory is too small.
         """
         factor = self.bundle.manifest.latents.factor
-        shape = Shape(images, request.height // factor, request.width // factor, request.guided)
+        shape = Shape(images, request.height // factor, request.width // factor, request.guided, chunks)
         try:
-            return self._prepared(shape, request, decodes=decodes)
+            return self._prepared(shape, request, hook, decodes=decodes)
         except DeviceMemoryError:
             if not self._shapes:
                 raise
             self._shapes.clear()
-        return self._prepared(shape, request, decodes=decodes)
+        return self._prepared(shape, request, hook, decodes=decodes)
 
-    def _prepared(self, shape: Shape, request: Request, *, decodes: bool) -> Generation:
+    def _prepared(
+        self, shape: Shape, request: Request, hook: StepHook | None, *, decodes: bool
+    ) -> Generation:
         generation = self._shapes.pop(shape, None)
         if generation is None:
             while len(self._shapes) >= MAX_CACHED_SHAPES:
@@ -345,68 +411,23 @@ class Pipeline:
                 self._executors["unet"],
                 self._executors["vae_decoder"],
                 self._encoder,
-                self.bundle.manifest.latents.factor,
+                self.bundle.manifest,
             )
-        generation.prepare(request, decodes=decodes)
+        generation.prepare(request, hook, decodes=decodes)
         self._shapes[shape] = generation
         return generation
 
-    def _with_device_latents(self, request: Request) -> Request:
-        """The request with a foreign device array as buffers of our device, one for each image."""
-        if not is_device_array(request.latents):
-            return request
-        shape = latent_shape(self.bundle.manifest, request.height, request.width)
-        want = (len(request.prompts), *shape)
-        array = self._device.from_cuda_array(request.latents)
-        if tuple(array.shape) != want or array.dtype != np.float32:
-            raise UsageError(f"latents are {array.dtype}{list(array.shape)}: float32{list(want)} is wanted")
-        each = array.nbytes // len(request.prompts)
-        rows = [array.part(each * image, (1, *shape), np.float32) for image in range(len(request.prompts))]
-        return replace(request, latents=rows)
+    def _batches(self, request: Request) -> Iterator[tuple[list[int], int]]:
+        """Cut N images into batches that the graphs admit; a last one that is too small repeats itself.
 
-    def _batches(self, images: int) -> Iterator[list[int]]:
-        """Cut N images into batches that the graphs admit; a last one that is too small repeats itself."""
-        limits = self.bundle.manifest.limits
-        for start in range(0, images, limits.max_batch):
-            batch = list(range(start, min(start + limits.max_batch, images)))
-            yield batch + [batch[-1]] * (limits.min_batch - len(batch))
-
-
-def _check_gpu(device: int, stream: object) -> None:
-    if stream is not None:
-        raise UsageError("device and stream were both given: a stream has its device, leave the number out")
-    check_integer("device", device, 0, MAX_DEVICES - 1)
-
-
-def _load_executors(
-    bundle: Bundle, choice: Choice, device: Device, threads: int | None, *, verify: bool
-) -> dict[str, Executor]:
-    """Every component that a drawing needs.
-
-    Two at a time: loading one is partly single-threaded. The largest first, it takes the longest.
-    """
-    names = sorted(bundle.manifest.required_components, key=lambda name: -_size(bundle, name))
-    for name in names:
-        if bundle.component(name).precision == "bf16":
-            raise BackendError(
-                f"{name} is in bfloat16, which the kernels around it do not read: "
-                "export with --dtype fp16 or fp32"
-            )
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="sdrt-load") as pool:
-        loading = {
-            name: pool.submit(
-                load_executor,
-                bundle,
-                name,
-                backend=choice.name,
-                device=device,
-                threads=threads,
-                verify=verify,
-            )
-            for name in names
-        }
-        return {name: future.result() for name, future in loading.items()}
-
-
-def _size(bundle: Bundle, component: str) -> int:
-    return sum(entry.size for entry in bundle.component(component).files)
+        With each comes how many chunks its prompts have. A batch has one number of them: a picture must not
+        depend on how long its neighbours' prompts are.
+        """
+        limits, count = self.bundle.manifest.limits, self._encoder.chunks
+        pairs = zip(request.conditions, request.negatives, strict=True)
+        chunks = [max(count(want), count(other)) if request.guided else count(want) for want, other in pairs]
+        for size in sorted(set(chunks)):
+            images = [image for image, own in enumerate(chunks) if own == size]
+            for start in range(0, len(images), limits.max_batch):
+                batch = images[start : start + limits.max_batch]
+                yield batch + [batch[-1]] * (limits.min_batch - len(batch)), size

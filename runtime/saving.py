@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from sdrt.runtime.output import PipelineOutput
 
 
+ANIMATED_SUFFIXES: Final = (".webp", ".png")
+DEFAULT_ANIMATION: Final = ".webp"
 BASE64: Final = "base64"  # for `--interactive`, as output: pictures come in the result, nothing is written
 
 
-def check_output(output: Path | None) -> None:
+def check_output(output: Path | None, *, animated: bool = False) -> None:
     """Refuse a place that cannot be written.
 
     Args:
-        output: A name that ends in ``.png``, or a folder; by default the current one.
+        output: A name that ends in ``.png`` (of frames also ``.webp``), or a folder; by default the current
+            one.
+        animated: Whether frames are to be written.
 
     Raises:
         UsageError: Another kind of file.
@@ -30,9 +34,11 @@ def check_output(output: Path | None) -> None:
     target = Path() if output is None else output
     if "\0" in str(target):
         raise OutputError(f"cannot write {str(target)!r}: no file name has a NUL in it")
-    folder = target.parent if target.suffix.lower() == ".png" else target
-    if target.suffix and target.suffix.lower() != ".png" and not _is_folder(target):
-        raise UsageError(f"--output is {target}: a name that ends in .png, or a folder")
+    suffixes = ANIMATED_SUFFIXES if animated else (".png",)
+    named = target.suffix.lower() in suffixes
+    folder = target.parent if named else target
+    if target.suffix and not named and not _is_folder(target):
+        raise UsageError(f"--output is {target}: a name that ends in {' or '.join(suffixes)}, or a folder")
     if not _is_folder(folder):
         exists = os.path.lexists(folder)
         reason = (
@@ -61,6 +67,53 @@ def save(output: PipelineOutput, target: Path | None) -> list[Path]:
     paths = _paths(target, output.recipes)
     write_all_atomically(dict(zip(paths, encoded(output), strict=True)))
     return paths
+
+
+def check_frames(target: Path | None, fps: float) -> None:
+    """Refuse an animation that cannot be written there, before anything is drawn.
+
+    Raises:
+        UsageError: The file's kind, or ``fps``, is not allowed.
+    """
+    from sdrt.runtime.animation import check_animation
+
+    named = target is not None and not _is_folder(target)
+    check_animation(target.suffix.lower() if target is not None and named else DEFAULT_ANIMATION, fps)
+
+
+def save_frames(output: PipelineOutput, target: Path | None, fps: float) -> list[Path]:
+    """Write the frames of an interpolation, all or none.
+
+    Args:
+        output: Of `Pipeline.interpolate`, with Pillow images.
+        target: An animated file, or a folder for one numbered PNG per frame; by default an animated WebP
+            named after prompt and seed.
+        fps: Frames per second of an animated file.
+
+    Returns:
+        The animated file, or one path per frame.
+
+    Raises:
+        UsageError: ``fps`` is out of range.
+        OutputError: A file cannot be written.
+    """
+    import numpy as np
+
+    from sdrt.runtime.animation import animation_bytes
+    from sdrt.runtime.files import write_all_atomically
+    from sdrt.runtime.images import slug
+
+    if target is not None and _is_folder(target):
+        digits = max(4, len(str(len(output.recipes) - 1)))
+        paths = [target / f"frame-{number:0{digits}}.png" for number in range(len(output.recipes))]
+        write_all_atomically(dict(zip(paths, encoded(output), strict=True)))
+        return paths
+    recipe = {name: value for name, value in output.recipes[0].items() if name != "frame"}
+    if target is None:
+        target = _free_name(Path(f"{slug(recipe['prompt'])}-{recipe['seed']}{DEFAULT_ANIMATION}"), ())
+    frames = np.stack([np.asarray(image) for image in output.images])
+    write_all_atomically({target: animation_bytes(frames, target.suffix.lower(), fps, recipe)})
+    return [target]
 
 
 def encoded(output: PipelineOutput) -> list[bytes]:

@@ -16,7 +16,8 @@ layout of a row, :func:`run_table` is this loop in NumPy.
 ``num_inference_steps`` means what it means in diffusers: how many noise levels a run visits. ``heun``,
 ``dpm2``, ``dpm2_a`` and ``dpmpp_sde`` call the model twice in every step but the last, so their tables
 have ``2 * num_inference_steps - 1`` rows; ``pndm`` does its first step twice and has one row more than
-steps. ``len(table)`` is the number of rows, which is what a run costs.
+steps. ``len(table)`` is the number of rows, which is what a run costs, and ``table.steps`` says which step
+a row belongs to.
 """
 
 from __future__ import annotations
@@ -33,9 +34,18 @@ from sdrt.runtime.schedule import FloatArray, NoiseSchedule, check_integer
 from sdrt.runtime.solvers_log_snr import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
 from sdrt.runtime.solvers_sigma import dpm2, dpm2_a, dpmpp_sde, euler, euler_a, heun, lms
 from sdrt.runtime.solvers_table import SamplerOptions, SamplerTable
-from sdrt.runtime.solvers_timestep import ddim, ddpm, lcm, pndm, tcd
+from sdrt.runtime.solvers_timestep import ddim, ddpm, inversion_table, lcm, pndm, tcd
 
-__all__ = ["SAMPLERS", "Sampler", "SamplerOptions", "SamplerTable", "make_table", "run_table"]
+__all__ = [
+    "SAMPLERS",
+    "Sampler",
+    "SamplerOptions",
+    "SamplerTable",
+    "first_step",
+    "inversion_table",
+    "make_table",
+    "run_table",
+]
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,26 @@ def make_table(
             f"num_inference_steps is {count}, but there are timesteps or sigmas for {given}: leave it out"
         )
     check_integer("start", start, 0, count - 1)
-    return SAMPLERS[name].make(options.applied_to(schedule), count, options, start)
+    table = SAMPLERS[name].make(options.applied_to(schedule), count, options, start)
+    return replace(table, start=start)
+
+
+def first_step(num_inference_steps: int, strength: float) -> int:
+    """The ``start`` of an image-to-image run, which does the last ``strength`` of its steps.
+
+    Rounded down as diffusers' image-to-image pipelines do it (``get_timesteps``), but at least one step is
+    done. ``strength`` is in (0, 1]; 1 begins at the first step, whose noise leaves little of the image.
+
+    Raises ``UsageError`` for another strength.
+    """
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if not (number and 0.0 < strength <= 1.0):  # so written that NaN is refused
+        raise UsageError(
+            f"strength is {strength!r}: allowed are numbers above 0, where the image stays as it is, "
+            "to 1, where it is drawn anew"
+        )
+    done = min(int(num_inference_steps * strength), num_inference_steps)
+    return num_inference_steps - max(done, 1)
 
 
 def _check_options(name: str, options: SamplerOptions, *, karras: bool) -> None:

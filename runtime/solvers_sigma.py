@@ -20,7 +20,7 @@ from sdrt.runtime.schedule import (
     timestep_from_sigma,
 )
 from sdrt.runtime.schedule_sigmas import SIGMA_SCHEDULES
-from sdrt.runtime.solvers_table import SamplerOptions, SamplerTable, given_timesteps, model_rows
+from sdrt.runtime.solvers_table import IntArray, SamplerOptions, SamplerTable, given_timesteps, model_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ def heun(
     rows[1::2, Column.E] = 1.0
     rows[1::2, Column.B0] = rows[1::2, Column.B1] = step[:-1] / 2
     timesteps = _interleaved(levels.timesteps, levels.timesteps[1:])
-    return SamplerTable("heun", timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable("heun", timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
 
 
 def dpm2(
@@ -176,7 +176,7 @@ def dpmpp_sde(
     rows[1::2, Column.B1] = -of_x * (1 - down1 / begin)
     rows[1::2, Column.C] = up2 * np.sqrt((middle - end) / (begin - end))
     timesteps = _interleaved(levels.timesteps, timestep_from_sigma(schedule, middle))
-    return SamplerTable("dpmpp_sde", timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable("dpmpp_sde", timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
 
 
 def lms(
@@ -219,7 +219,7 @@ def _dpm2(
     rows[1::2, Column.B0] = down - begin
     rows[1::2, Column.C] = up
     timesteps = _interleaved(levels.timesteps, timestep_from_sigma(schedule, middle))
-    return SamplerTable(name, timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable(name, timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
 
 
 def _two_row_steps(
@@ -233,6 +233,11 @@ def _two_row_steps(
     rows = model_rows(schedule, sigmas, predict=predict, variance_preserving=False)
     rows[:-1:2, Column.SAVE] = 1.0
     return rows
+
+
+def _two_rows_each(rows: FloatArray) -> IntArray:
+    """The step of each row: 0, 0, 1, 1, ..., the last with one row; [len(rows)]."""
+    return np.arange(len(rows)) // 2
 
 
 def _interleaved(first: FloatArray, second: FloatArray) -> FloatArray:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.schedule import TIMESTEP_SPACINGS, FloatArray, NoiseSchedule, check_integer
 from sdrt.runtime.schedule_sigmas import SIGMA_SCHEDULES
+
+IntArray = NDArray[np.int64]
 
 SPACINGS = (*TIMESTEP_SPACINGS, "sgm_uniform")  # sgm_uniform is what others call trailing
 
@@ -22,7 +25,10 @@ class SamplerTable:
     * ``name``: the sampler's name in ``SAMPLERS``;
     * ``timesteps``: float64 [n], what the model is told; fractional for some samplers;
     * ``rows``: float64 [n, COLUMNS], one row per model call, laid out by `Column`;
-    * ``init_noise_sigma``: a run from noise alone starts at ``x = init_noise_sigma * noise``.
+    * ``init_noise_sigma``: a run from noise alone starts at ``x = init_noise_sigma * noise``;
+    * ``steps``: int64 [n], from 0 and rising, the step of this table that each row belongs to; by default
+      each row is a step;
+    * ``start``: how many first steps of the run were left out before this table's.
 
     ``len(table)`` is n, which is not the number of steps for every sampler. The arrays are read-only.
     """
@@ -31,16 +37,29 @@ class SamplerTable:
     timesteps: FloatArray
     rows: FloatArray
     init_noise_sigma: float
+    steps: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    start: int = 0
 
     def __post_init__(self) -> None:
-        if self.rows.shape != (len(self.timesteps), COLUMNS):
-            raise UsageError(f"rows are {self.rows.shape}: allowed is {(len(self.timesteps), COLUMNS)}")
-        self.timesteps.setflags(write=False)
-        self.rows.setflags(write=False)
+        count = len(self.timesteps)
+        if self.rows.shape != (count, COLUMNS):
+            raise UsageError(f"rows are {self.rows.shape}: allowed is {(count, COLUMNS)}")
+        if len(self.steps) == 0:
+            object.__setattr__(self, "steps", np.arange(count))
+        rises = np.diff(self.steps)
+        if self.steps.shape != (count,) or self.steps[:1].any() or np.any((rises < 0) | (rises > 1)):
+            raise UsageError(f"steps are {self.steps}: allowed are {count} that rise from 0 one by one")
+        for array in (self.timesteps, self.rows, self.steps):
+            array.setflags(write=False)
 
     def __len__(self) -> int:
         """How often the model is called, each time with both halves under guidance."""
         return len(self.timesteps)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Steps of the whole run, those that were left out among them."""
+        return self.start + int(self.steps[-1]) + 1
 
     @property
     def uses_noise(self) -> bool:
@@ -132,11 +151,13 @@ def model_rows(
     x is ``alpha * (x0 + sigma * noise)`` with ``alpha = 1 / sqrt(1 + sigma^2)`` if
     ``variance_preserving``, else ``x0 + sigma * noise``; the model always sees the former. d is what
     ``predict`` says: the noise ("epsilon"), the clean latents ("x0") or the model's output ("output").
-    ``sigmas`` are float64 [n], above 0; an infinite one, which is noise alone, is for variance-preserving
-    samplers and for models that do not predict the noise.
+    ``sigmas`` are float64 [n]. An infinite one, which is noise alone, is for variance-preserving samplers and
+    for models that do not predict the noise; 0, which is no noise, where the noise is not wanted of a
+    predicted sample.
     """
     alpha = 1 / np.sqrt(1 + sigmas**2)
-    sigma = 1 / np.sqrt(1 + 1 / sigmas**2)  # of the variance-preserving x, so alpha^2 + sigma^2 = 1
+    with np.errstate(divide="ignore"):
+        sigma = 1 / np.sqrt(1 + 1 / sigmas**2)  # of the variance-preserving x, so alpha^2 + sigma^2 = 1
     scale = np.ones_like(alpha) if variance_preserving else alpha
     zero, one = np.zeros_like(alpha), np.ones_like(alpha)
     if schedule.prediction_type == "epsilon":

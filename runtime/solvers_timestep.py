@@ -1,4 +1,4 @@
-"""Samplers that go from one training timestep to another: DDIM, DDPM, PLMS, LCM and TCD.
+"""Samplers that go from one training timestep to another: DDIM and its inversion, DDPM, PLMS, LCM and TCD.
 
 x is variance preserving. In the formulas ``now`` is alphas_cumprod at a row's timestep, ``after`` where
 the row goes.
@@ -10,7 +10,7 @@ import numpy as np
 
 from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.schedule import FloatArray, NoiseSchedule, spaced_timesteps
+from sdrt.runtime.schedule import FloatArray, NoiseSchedule, check_integer, spaced_timesteps
 from sdrt.runtime.solvers_table import SamplerOptions, SamplerTable, given_timesteps, model_rows
 
 SIGMA_DATA = 0.5  # of LCM's boundary condition, as the models were distilled
@@ -28,9 +28,7 @@ def ddim(
     eta = 0.0 if options.eta is None else options.eta
     timesteps = whole_timesteps(schedule, num_inference_steps, options)
     if options.timesteps is None:
-        # As in diffusers, each step goes down by the stride of leading spacing: with the other spacings
-        # it does not always land on the next row's timestep.
-        previous = timesteps - schedule.num_train_timesteps // num_inference_steps
+        previous = timesteps - _stride(schedule, num_inference_steps)
     else:
         previous = np.append(timesteps[1:], -1.0)
     timesteps, previous = timesteps[start:], previous[start:]
@@ -41,6 +39,40 @@ def ddim(
     rows = _one_step_rows(schedule, timesteps, direction, np.sqrt(after) - direction * np.sqrt(now))
     rows[:, Column.C] = noise
     return SamplerTable("ddim", timesteps, rows, 1.0)
+
+
+def inversion_table(schedule: NoiseSchedule, num_inference_steps: int, start: int = 0) -> SamplerTable:
+    """DDIM inversion: from clean latents to the noise that ``ddim`` would make them of.
+
+    Song et al. 2020, section 4.3; Dhariwal & Nichol 2021, appendix F. Each row undoes a step of ``ddim``,
+    the last first, with the noise that the model predicts where the step led to, told the timestep that it
+    came from. x is the clean latents at first, and in the end what ``ddim`` with the same arguments begins
+    with; no sampler to draw with, so it is not in ``SAMPLERS``. ``SIGNAL`` and ``NOISE`` are those of the
+    level that x has in a row.
+
+    Equal to diffusers' ``DDIMInverseScheduler`` without clipping. A predicted sample says nothing about the
+    noise of an x without any (diffusers divides 0 by 0 for ``set_alpha_to_one``): x is then taken to
+    have the noise of timestep 0.
+
+    Args:
+        schedule: The checkpoint's; its ``timestep_spacing`` counts.
+        num_inference_steps: 1 to ``num_train_timesteps``, those of ``ddim``.
+        start: How many first steps ``ddim`` leaves out afterwards, 0 to ``num_inference_steps - 1``.
+
+    Raises:
+        UsageError: A number out of range.
+    """
+    timesteps = np.round(spaced_timesteps(schedule, num_inference_steps))
+    check_integer("start", start, 0, num_inference_steps - 1)
+    timesteps = timesteps[start:][::-1].copy()
+    begins = timesteps - _stride(schedule, num_inference_steps)
+    sees_noise = schedule.prediction_type != "sample"
+    final = final_share(schedule) if sees_noise else float(schedule.alphas_cumprod[0])
+    now, after = signal_share(schedule, begins, final=final), signal_share(schedule, timesteps)
+    rows = model_rows(schedule, _sigmas_of(now), predict="epsilon", variance_preserving=True)
+    rows[:, Column.A] = np.sqrt(after / now)
+    rows[:, Column.B0] = np.sqrt(1 - after) - np.sqrt(after / now * (1 - now))
+    return SamplerTable("ddim_inverse", timesteps, rows, 1.0, start=start)
 
 
 def ddpm(
@@ -112,7 +144,7 @@ def pndm(
     diffusers gives the model the timesteps of the following rows there.
     """
     timesteps = whole_timesteps(schedule, num_inference_steps, options)[start:]
-    stride = schedule.num_train_timesteps // num_inference_steps
+    stride = _stride(schedule, num_inference_steps)
     begin, previous = timesteps, timesteps - stride
     if len(timesteps) > 1:
         second = timesteps[1:2]
@@ -129,9 +161,11 @@ def pndm(
     if schedule.prediction_type == "v_prediction":
         predict = "output"
         x_part, output_part = x_part + output_part * np.sqrt(1 - now), output_part * np.sqrt(now)
-    rows = model_rows(schedule, _sigmas(schedule, timesteps), predict=predict, variance_preserving=True)
+    sigmas = _sigmas_of(signal_share(schedule, timesteps))
+    rows = model_rows(schedule, sigmas, predict=predict, variance_preserving=True)
     _add_plms(rows, x_part, output_part)
-    return SamplerTable("pndm", timesteps, rows, 1.0)
+    steps = np.maximum(np.arange(len(rows)) - 1, 0)  # 0, 0, 1, 2, ...
+    return SamplerTable("pndm", timesteps, rows, 1.0, steps)
 
 
 def _add_plms(rows: FloatArray, x_part: FloatArray, output_part: FloatArray) -> None:
@@ -199,8 +233,15 @@ def final_share(schedule: NoiseSchedule) -> float:
     return 1.0 if schedule.set_alpha_to_one else float(schedule.alphas_cumprod[0])
 
 
-def _sigmas(schedule: NoiseSchedule, timesteps: FloatArray) -> FloatArray:
-    now = signal_share(schedule, timesteps)
+def _stride(schedule: NoiseSchedule, num_inference_steps: int) -> int:
+    """How far a step of DDIM and PLMS goes down, as in diffusers: the stride of leading spacing.
+
+    With the other spacings that does not always land on the next row's timestep.
+    """
+    return schedule.num_train_timesteps // num_inference_steps
+
+
+def _sigmas_of(now: FloatArray) -> FloatArray:
     with np.errstate(divide="ignore"):  # no signal is an infinite sigma
         return np.asarray(np.sqrt((1 - now) / now), dtype=np.float64)
 
@@ -213,7 +254,7 @@ def _one_step_rows(
     Where the model predicts the noise, that is d: x0 is then a small difference of large numbers at large
     sigmas, and float64 coefficients do it better than x0 in float32. For others d is x0.
     """
-    sigmas = _sigmas(schedule, timesteps)
+    sigmas = _sigmas_of(signal_share(schedule, timesteps))
     if schedule.prediction_type != "epsilon":
         rows = model_rows(schedule, sigmas, predict="x0", variance_preserving=True)
         rows[:, Column.A], rows[:, Column.B0] = x_part, x0_part

@@ -7,9 +7,15 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_variants import (
+    write_tiny_image_variations_checkpoint,
+    write_tiny_inpainting_checkpoint,
+    write_tiny_lcm_checkpoint,
+)
 
 # Nothing in the tests may reach a network, and no library may try.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -122,3 +128,60 @@ def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may damage."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def _variant(write: Callable[[Path, Path], None], tiny: Path, factory: pytest.TempPathFactory) -> Path:
+    folder = factory.mktemp(write.__name__) / "tiny"
+    write(folder, tiny)
+    return folder
+
+
+def _variant_bundle(checkpoint: Path, factory: pytest.TempPathFactory, made_before: str) -> Path:
+    """One image of one size: the quickest export."""
+    if place := os.environ.get(made_before):
+        return Path(place)
+    from sdrt.export.cli import main
+
+    out = factory.mktemp("bundle") / "tiny"
+    sizes = ["--height", "16", "--width", "16", "--batch", "1", "--chunks", "1"]
+    assert main([str(checkpoint), str(out), "--quiet", *sizes]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def inpainting_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a U-Net of 9 channels; read only."""
+    return _variant(write_tiny_inpainting_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def lcm_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent consistency model's checkpoint; read only."""
+    return _variant(write_tiny_lcm_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def variations_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with an image encoder in place of the text's; read only."""
+    return _variant(write_tiny_image_variations_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def inpainting_bundle(inpainting_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle: fp32, one image of 16 x 16 pixels. Read only.
+
+    While working on tests, ``SDRT_TINY_INPAINTING_BUNDLE`` may name one that was made before.
+    """
+    return _variant_bundle(inpainting_checkpoint, tmp_path_factory, "SDRT_TINY_INPAINTING_BUNDLE")
+
+
+@pytest.fixture(scope="session")
+def lcm_bundle(lcm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle, as that of `inpainting_bundle`; ``SDRT_TINY_LCM_BUNDLE`` may name one."""
+    return _variant_bundle(lcm_checkpoint, tmp_path_factory, "SDRT_TINY_LCM_BUNDLE")
+
+
+@pytest.fixture(scope="session")
+def variations_bundle(variations_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle, as that of `inpainting_bundle`; ``SDRT_TINY_VARIATIONS_BUNDLE`` may name one."""
+    return _variant_bundle(variations_checkpoint, tmp_path_factory, "SDRT_TINY_VARIATIONS_BUNDLE")

@@ -181,9 +181,20 @@ class DeviceBehaviour:
         reference.prepare_input(host)
         assert_same(device, buffers, host)
         for _ in range(4):  # one more than there are rows
+            if guided:
+                device.guidance_rescale(buffers)
+                reference.guidance_rescale(host)
             device.guided_step(buffers)
             reference.guided_step(host)
             assert_same(device, buffers, host)
+
+    @pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+    def test_a_step_writes_one_half_or_both_whatever_it_reads(self, device: CudaDevice, guided: bool) -> None:
+        host = host_buffers("float16", guided=guided, halves=1 if guided else 2)
+        buffers = on_device(device, host)
+        device.guided_step(buffers)
+        HostDevice().guided_step(host)
+        assert_same(device, buffers, host)
 
     def test_noise_is_that_of_the_host(self, device: CudaDevice) -> None:
         shape = (2, 4, 8, 8)

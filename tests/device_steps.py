@@ -13,12 +13,16 @@ from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
 from sdrt.runtime.cuda_device import CudaDevice
 
 
-def host_buffers(dtype: str, *, guided: bool, masked: bool = False) -> StepBuffers:
-    """Three rows of a made-up sampler that use every column."""
+def host_buffers(dtype: str, *, guided: bool, masked: bool = False, halves: int | None = None) -> StepBuffers:
+    """Three rows of a made-up sampler that use every column, and every buffer that a step may have.
+
+    ``halves`` of the next input are written: by default as many as were evaluated.
+    """
     generator = np.random.default_rng(1)
     images, rest = 2, (4, 8, 8)
     state = (images, *rest)
     rows = 2 * images if guided else images
+    prepared = images * halves if halves else rows
 
     def normal(shape: tuple[int, ...], kind: str = "float32") -> NDArray[Any]:
         return generator.normal(size=shape).astype(kind)
@@ -33,14 +37,16 @@ def host_buffers(dtype: str, *, guided: bool, masked: bool = False) -> StepBuffe
         noise=normal(state),
         rows=table,
         timesteps=np.array([900, 600, 300, 0], np.float32),
-        guidance_scale=np.array([7.5], np.float32),
         counter=np.zeros(1, np.int32),
         fault=np.full(1, NO_FAULT, np.int32),
-        sample=np.zeros((rows, *rest), dtype),
+        sample=np.zeros((prepared, *rest), dtype),
         timestep=np.zeros(1, np.float32),
         mask=generator.uniform(size=(images, 1, *rest[1:])).astype(np.float32) if masked else None,
         known=normal(state) if masked else None,
         known_noise=normal(state) if masked else None,
+        factors=np.ones(images, np.float32) if guided else None,
+        guidance_rescale=np.array([0.7], np.float32) if guided else None,
+        denoised=np.zeros(state, np.float32),
         ticket=np.zeros(1, np.uint32),
         count=np.array([3], np.int32),
     )

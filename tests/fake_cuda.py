@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.kernels import check_finite, guided_step, image_to_uint8, philox_normal
+from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
 from sdrt.kernels.host_build import host_library
 
 SOURCE = Path(__file__).with_name("fake_libcuda.cpp")
@@ -23,6 +23,7 @@ KINDS = ("allocations", "pinned", "events", "graphs", "executables", "modules", 
 
 _PARAMS = {
     "check_finite": check_finite.Params,
+    "guidance_rescale": guidance_rescale.Params,
     "guided_step": guided_step.Params,
     "prepare_input": guided_step.Params,
     "image_to_uint8": image_to_uint8.Params,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.kernels.guidance_rescale import guidance_rescale
 from sdrt.kernels.guided_step import NO_FAULT, StepBuffers, guided_step, prepare_input
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
 from sdrt.runtime.schedule import FloatArray, NoiseSchedule
@@ -28,7 +29,7 @@ class Run:
     predictions: NDArray[Any]  # [n, R, C, h, w]
     start: NDArray[np.float32]
     noise: NDArray[np.float32]  # [n, N, C, h, w]
-    guidance_scale: float
+    guidance: FloatArray  # [n], w of each row
 
     @property
     def guided(self) -> FloatArray:
@@ -38,18 +39,21 @@ class Run:
         if exact.shape[1] == images:
             return exact
         unconditional, conditional = exact[:, :images], exact[:, images:]
-        result: FloatArray = unconditional + self.guidance_scale * (conditional - unconditional)
+        result: FloatArray = unconditional + self.guidance[:, None, None, None, None] * (
+            conditional - unconditional
+        )
         return result
 
 
 def artificial_table(steps: int = STEPS) -> SamplerTable:
-    """A table that uses every column, as no sampler of this version does."""
+    """A table that uses every column of a sampler, as no sampler of this version does."""
     random = np.random.default_rng(5)
     rows = random.uniform(-0.5, 0.5, (steps, COLUMNS))
     rows[:, Column.INPUT_SCALE] = random.uniform(0.1, 1.0, steps)
     rows[:, Column.SAVE] = np.arange(steps) % 3 == 0
     rows[1::3, Column.E] = 0.0
     rows[2::4, Column.C] = 0.0
+    rows[:, Column.GUIDANCE] = 0.0
     return SamplerTable("artificial", np.linspace(990.5, 1.25, steps), rows, 1.0)
 
 
@@ -74,21 +78,31 @@ def make_run(
         random.standard_normal((steps, rows, *shape[1:])).astype(dtype),
         (random.standard_normal(shape) * table.init_noise_sigma).astype(np.float32),
         random.standard_normal((steps, *shape)).astype(np.float32),
-        7.5,
+        7.5 - 0.25 * np.arange(steps, dtype=np.float64),
     )
 
 
-def make_buffers(run: Run, *, inpainting: bool = False, count: bool = True) -> StepBuffers:
+def make_buffers(
+    run: Run,
+    *,
+    inpainting: bool = False,
+    count: bool = True,
+    phi: float | None = None,
+    denoised: bool = False,
+) -> StepBuffers:
     """Buffers at the start of a run.
 
     Args:
         run: Whose.
         inpainting: With a mask whose values are 0, 1 and between.
         count: Whether the rows in use are counted; otherwise the spare rows are walked too.
+        phi: Of the rescaling of guidance; None for none.
+        denoised: Whether the guess of the clean latents is kept.
     """
     steps = len(run.table.timesteps)
     rows = np.zeros((steps + SPARE_ROWS, COLUMNS), np.float32)
     rows[:steps] = run.table.rows
+    rows[:steps, Column.GUIDANCE] = run.guidance
     timesteps = np.zeros(steps + SPARE_ROWS, np.float32)
     timesteps[:steps] = run.table.timesteps
     shape = run.start.shape
@@ -100,7 +114,6 @@ def make_buffers(run: Run, *, inpainting: bool = False, count: bool = True) -> S
         noise=np.zeros(shape, np.float32),
         rows=rows,
         timesteps=timesteps,
-        guidance_scale=np.array([run.guidance_scale], np.float32),
         counter=np.zeros(1, np.int32),
         fault=np.full(1, NO_FAULT, np.int32),
         sample=np.zeros_like(run.predictions[0]),
@@ -113,6 +126,10 @@ def make_buffers(run: Run, *, inpainting: bool = False, count: bool = True) -> S
         mask = random.uniform(-0.5, 1.5, (shape[0], 1, *shape[2:])).clip(0, 1).astype(np.float32)
         known, known_noise = random.standard_normal((2, *shape)).astype(np.float32)
         buffers = dataclasses.replace(buffers, mask=mask, known=known, known_noise=known_noise)
+    if phi is not None:
+        buffers.guidance_rescale, buffers.factors = np.array([phi], np.float32), np.ones(shape[0], np.float32)
+    if denoised:
+        buffers.denoised = np.zeros(shape, np.float32)
     return buffers
 
 
@@ -132,12 +149,15 @@ def drive(
     buffers: StepBuffers,
     step: Callable[[StepBuffers], None] = guided_step,
     prepare: Callable[[StepBuffers], None] = prepare_input,
+    rescale: Callable[[StepBuffers], None] = guidance_rescale,
 ) -> None:
-    """All steps, with the U-Net's part played by the run's predictions."""
+    """All steps, with the U-Net's part played by the run's predictions; rescaled if there are factors."""
     prepare(buffers)
     for prediction, noise in zip(run.predictions, run.noise, strict=True):
         buffers.noise_pred[...] = prediction
         buffers.noise[...] = noise
+        if buffers.factors is not None:
+            rescale(buffers)
         step(buffers)
 
 

@@ -41,6 +41,12 @@ TORCH_CPU_NORMAL_SMALL = 2 * EPS32
 # 58. Seen over 150 runs: 27. (The cosine schedule has sigma_max = 20,000: only where it starts lower.)
 SAMPLER_RUN = 64 * EPS32
 
+# The same of DEIS, whose coefficients diffusers finds as differences of antiderivatives, each some sigma / L
+# with L, 0.15 to 0.4, the logarithm of the ratio of neighbouring sigmas: rounded by 2 EPS32 each, times alpha
+# up to 24 EPS32 of what a coefficient multiplies. Two coefficients in each of 19 steps add up as a random
+# walk: sqrt(38) * 24. Seen: 86 with the logarithms that NumPy has for AVX-512.
+SAMPLER_RUN_DEIS = 148 * EPS32
+
 # Euler's timesteps, absolute. diffusers finds them in a float32 table of log sigma: 1 ulp of sigma and
 # the logarithm's rounding, 2 EPS32 each, over the table's smallest slope, 0.0031; then it rounds them
 # (half a spacing below 1024). Seen: 8.2e-5.
@@ -69,6 +75,14 @@ STEP_TERM = 8.001 * EPS32
 
 # Guidance u + w (c - u), as a share of |u| + w (|u| + |c|): difference, product and sum 1 EPS32 each.
 GUIDANCE = 3.001 * EPS32
+
+# guidance_rescale's factor, relative, given the guided prediction in float32: it is rounded once. The float64
+# sums of 2**14 numbers (72 additions in a row) err by 3 * 72 * 2**-53 of the sum of squares, which is at most
+# 2**14 times the scatter that is left of it: 0.007 EPS32, twice, and halved by the root.
+RESCALE_FACTOR = 1.01 * EPS32
+
+# Its product with the guided prediction, relative, and what products of these errors add.
+RESCALE_PRODUCT = 1.001 * EPS32
 
 # One exported graph on ONNX Runtime against PyTorch, both float32, relative L2. Some 300 independent
 # roundings grow as their root, normalisation and softmax multiply each by up to 10: sqrt(300) * 10 = 173
@@ -168,6 +182,25 @@ SAMPLER_VARIANCE = 0.4
 # evaluation of a tiny network is 15 EPS32 from PyTorch's (seen, GRAPH_FP32), guidance of 4 weighs the halves
 # by 4 and 3, and four steps add up: 15 * 7 * 4. Seen: 18. What the arguments change is 380,000 and more.
 SDXL_RUN = 420 * EPS32
+
+# clip_pixels against transformers' CLIPImageProcessor, absolute, after the same resize in uint8 (one level of
+# which would be 1 / 255 / 0.28 = 0.014). Both round x / 255, then the difference and the quotient, each to
+# float32: 3 EPS32 of values up to 1 for the first two, over a std of at least 0.26, and of results up to 2.3
+# for the last: (2 / 0.26 + 2.3) EPS32 for each of the two sides. Seen: 0.
+CLIP_PIXELS = 2 * 10 * EPS32
+
+# masked_image against diffusers' pipelines, absolute, of values up to 1: x / 127.5 - 1 rounds twice, and so
+# does their 2 (x / 255) - 1; quotients are up to 2 and round by 2 EPS32, differences by 1: 3 for each side.
+MASKED_IMAGE = 6 * EPS32
+
+# A flat block of a JPEG of quality 100 without subsampling, levels of 255. Rounding Y, Cb and Cr moves blue
+# by 0.5 + 1.772 * 0.5, the DC coefficient's step of 1, an eighth of a level, by 0.17, and blue is rounded at
+# the end by 0.5: 2.06, to which the transform's fixed point adds less than 0.5. Levels are whole numbers.
+JPEG_FLAT = 2
+
+# A preview's level before it is rounded, of 255, float32 against float64: four products and as many sums,
+# each EPS32 of terms that add up to 5 at most, times 127.5; the shift and the scale round levels up to 255.
+PREVIEW_LEVEL = (8 * 5 * 127.5 + 2 * 255) * EPS32
 
 # Text embeddings with weights or blended, float32, relative L2: GRAPH_FP32 of the states, and the error of
 # the two means whose quotient is a factor. Each is of n numbers (1232 and more), so its error is 1/sqrt(n) of

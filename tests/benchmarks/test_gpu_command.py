@@ -19,7 +19,8 @@ from sdrt.benchmarks.gpu_timings import Plan, bundle_tokenizer, time_architectur
 from sdrt.export import cli_options
 from sdrt.export.architectures import open_architecture
 from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.parity import SAMPLING_GUIDANCE, compare
+from sdrt.export.parity import compare
+from sdrt.export.parity_sampling import SAMPLING_GUIDANCE
 from sdrt.runtime import Bundle, Pipeline
 from sdrt.runtime.backends import find_gpu
 from sdrt.runtime.errors import BackendError

@@ -22,7 +22,8 @@ from sdrt.export.bundle_manifest import check_manifest, default_size, gate_size,
 from sdrt.export.bundle_writer import ExportOptions
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.graph import AxisRange, save_graph
-from sdrt.export.parity import probe_sizes, reference_embeddings, reference_latents
+from sdrt.export.parity import probe_sizes
+from sdrt.export.parity_sampling import reference_embeddings, reference_latents
 from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import CheckpointError

@@ -2,128 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoint_damage import (
+    SCHEDULER,
+    TEXT_CONFIG,
+    UNET_CONFIG,
+    VAE_CONFIG,
+    WEIGHTS,
+    Break,
+    Tensors,
+    add_one,
+    change_tensors,
+    configure,
+    cut,
+    drop_one,
+    message_of,
+    null,
+    open_and_load,
+    remove,
+    shorten_a_matrix,
+    spoil,
+    write,
+)
+from safetensors.torch import load_file
 
-import tolerances
 from sdrt.export import cli
-from sdrt.export.checkpoint import SUBFOLDERS, open_checkpoint, schedule_from_config
+from sdrt.export.checkpoint import SUBFOLDERS, open_checkpoint
 from sdrt.export.weights import check_architectures, load_module, release_weights
-from sdrt.runtime.errors import CheckpointError, UsageError
-from sdrt.runtime.solvers import make_table
-
-Break = Callable[[Path], None]
-Tensors = dict[str, torch.Tensor]
-
-WEIGHTS = {
-    "text_encoder": "text_encoder/model.safetensors",
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-}
-
-
-def open_and_load(folder: Path) -> None:
-    checkpoint = open_checkpoint(str(folder))
-    for name in SUBFOLDERS:
-        load_module(checkpoint, name)
-
-
-def message_of(folder: Path | str) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        open_and_load(Path(folder))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def remove(path: str) -> Break:
-    def apply(folder: Path) -> None:
-        target = folder / path
-        if target.is_file():
-            target.unlink()
-        else:
-            for file in target.iterdir():
-                file.unlink()
-            target.rmdir()
-
-    return apply
-
-
-def write(path: str, data: bytes) -> Break:
-    def apply(folder: Path) -> None:
-        (folder / path).write_bytes(data)
-
-    return apply
-
-
-def cut(path: str, share: float) -> Break:
-    def apply(folder: Path) -> None:
-        data = (folder / path).read_bytes()
-        (folder / path).write_bytes(data[: int(len(data) * share)])
-
-    return apply
-
-
-def configure(path: str, **changes: Any) -> Break:
-    """Set keys of a JSON file; None removes one."""
-
-    def apply(folder: Path) -> None:
-        document = json.loads((folder / path).read_text()) | changes
-        kept = {key: value for key, value in document.items() if value is not None}
-        (folder / path).write_text(json.dumps(kept))
-
-    return apply
-
-
-def null(path: str, key: str) -> Break:
-    def apply(folder: Path) -> None:
-        document = json.loads((folder / path).read_text())
-        (folder / path).write_text(json.dumps(document | {key: None}))
-
-    return apply
-
-
-def change_tensors(component: str, change: Callable[[Tensors], None]) -> Break:
-    def apply(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS[component])
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS[component], metadata={"format": "pt"})
-
-    return apply
-
-
-def shorten_a_matrix(tensors: Tensors) -> None:
-    name = next(name for name in sorted(tensors) if tensors[name].ndim == 2)
-    tensors[name] = tensors[name][:-1].contiguous()
-
-
-def drop_one(tensors: Tensors) -> None:
-    del tensors[sorted(tensors)[3]]
-
-
-def add_one(tensors: Tensors) -> None:
-    tensors["text_model.encoder.layers.7.extra.weight"] = torch.zeros(2)
-
-
-def spoil(value: float) -> Callable[[Tensors], None]:
-    def change(tensors: Tensors) -> None:
-        tensors[sorted(tensors)[3]].view(-1)[0] = value
-
-    return change
-
-
-UNET_CONFIG, TEXT_CONFIG, VAE_CONFIG = (f"{name}/config.json" for name in ("unet", "text_encoder", "vae"))
-SCHEDULER = "scheduler/scheduler_config.json"
+from sdrt.runtime.errors import CheckpointError
 
 BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
     "no model_index": (remove("model_index.json"), ("model_index.json is missing",)),
@@ -155,7 +67,10 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
     "unet weights cut": (cut(WEIGHTS["unet"], 0.99), ("diffusion_pytorch_model.safetensors is truncated",)),
     "vae weights empty": (cut(WEIGHTS["vae"], 0), ("diffusion_pytorch_model.safetensors is truncated",)),
     "weights not safetensors": (write(WEIGHTS["unet"], b"PK\x03\x04" * 99), ("truncated or damaged",)),
-    "9 channels": (configure(UNET_CONFIG, in_channels=9), ("takes 9", "only plain text-to-image")),
+    "weights of 4 channels for 9": (
+        configure(UNET_CONFIG, in_channels=9),
+        ("conv_in.weight has the shape [",),
+    ),
     "widths": (configure(UNET_CONFIG, cross_attention_dim=24), ("gives 16 features", "takes 24")),
     "SDXL": (configure("model_index.json", text_encoder_2=["a", "b"]), ("no folder text_encoder_2/",)),
     "transformer": (configure("model_index.json", transformer=["a", "b"]), ("transformer", "not supported")),
@@ -171,7 +86,10 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
         ("shift_factor is 'x'", "finite number or null"),
     ),
     "vocabulary": (configure(TEXT_CONFIG, vocab_size=600), ("ids up to 713", "embeds 600")),
-    "zero SNR": (configure(SCHEDULER, rescale_betas_zero_snr=True), ("scheduler", "rescale_betas_zero_snr")),
+    "zero SNR": (
+        configure(SCHEDULER, rescale_betas_zero_snr=True),
+        ("scheduler", "rescale_betas_zero_snr", "predicts the noise"),
+    ),
     "thresholding": (configure(SCHEDULER, thresholding=True), ("scheduler", "thresholding is set")),
     "prediction": (configure(SCHEDULER, prediction_type="flow"), ("'flow'", "epsilon, v_prediction")),
     "beta schedule": (configure(SCHEDULER, beta_schedule="wavy"), ("'wavy'", "scaled_linear")),
@@ -209,6 +127,7 @@ SENSELESS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "zero groups of the VAE": (configure(VAE_CONFIG, norm_num_groups=0), ("vae", "ZeroDivisionError")),
     "activation": (configure(TEXT_CONFIG, hidden_act="foo"), ("text_encoder", "KeyError", "foo")),
     "activation null": (null(TEXT_CONFIG, "hidden_act"), ("text_encoder", "hidden_act")),
+    "heads": (configure(TEXT_CONFIG, num_attention_heads="x"), ("text_encoder", "num_attention_heads")),
     "blocks": (configure(UNET_CONFIG, down_block_types=["A", "B"]), ("unet", "A does not exist")),
 }
 
@@ -260,23 +179,6 @@ def test_a_vae_with_the_older_names_of_its_attention_is_accepted(checkpoint_copy
     assert any(".query." in key for key in load_file(checkpoint_copy / WEIGHTS["vae"]))
     after = load_module(open_checkpoint(str(checkpoint_copy)), "vae").state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "sampler"),
-    [
-        ("DDIMScheduler", "ddim"),
-        ("EulerDiscreteScheduler", "euler"),
-        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
-        ("PNDMScheduler", "dpmpp_2m"),
-        (None, "dpmpp_2m"),
-    ],
-)
-def test_the_checkpoints_scheduler_chooses_the_default_sampler(
-    checkpoint_copy: Path, scheduler: str | None, sampler: str
-) -> None:
-    configure(SCHEDULER, _class_name=scheduler)(checkpoint_copy)
-    assert open_checkpoint(str(checkpoint_copy)).sampler == sampler
 
 
 @pytest.mark.parametrize("model", ["x" * 300, "a/" * 3000, "loop"])
@@ -393,61 +295,6 @@ def test_no_pickle_is_ever_opened(checkpoint_copy: Path, tmp_path: Path, beside_
     assert not marker.exists()
     pickle.loads(poison)
     assert marker.exists(), "the poison does not work, so this test shows nothing"
-
-
-# Scheduler files as they are met: nothing but the class, what each class saves, and Stable Diffusion's own.
-STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SAVED_BY = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
-
-
-def saved_config(class_name: str, **options: Any) -> dict[str, Any]:
-    scheduler = getattr(diffusers, class_name)(**options)
-    config: dict[str, Any] = json.loads(scheduler.to_json_string())
-    return config
-
-
-CONFIGS: list[dict[str, Any]] = [
-    {},
-    {"_class_name": "DDIMScheduler"},
-    {"_class_name": "PNDMScheduler"},
-    *(saved_config(name) for name in SAVED_BY),
-    *(saved_config(name, **STABLE_DIFFUSION) for name in SAVED_BY),
-    saved_config("DDIMScheduler", prediction_type="v_prediction", timestep_spacing="trailing"),
-    saved_config("DDIMScheduler", set_alpha_to_one=False, steps_offset=1, beta_schedule="squaredcos_cap_v2"),
-    saved_config(
-        "PNDMScheduler", trained_betas=np.linspace(0.001, 0.02, 100).tolist(), num_train_timesteps=100
-    ),
-]
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the corrections that the pipeline makes
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.get("_class_name", "empty"))
-def test_a_scheduler_is_read_as_diffusers_pipeline_with_ddim_reads_it(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
-    nothing = dict.fromkeys(
-        ("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor")
-    )
-    pipeline = diffusers.StableDiffusionPipeline(
-        scheduler=diffusers.DDIMScheduler.from_pretrained(tmp_path), requires_safety_checker=False, **nothing
-    )
-    reference = pipeline.scheduler
-    schedule = schedule_from_config(config)
-    np.testing.assert_allclose(
-        schedule.alphas_cumprod, reference.alphas_cumprod.numpy(), rtol=tolerances.ALPHAS_CUMPROD_NO_FMA
-    )
-    assert schedule.set_alpha_to_one == (float(reference.final_alpha_cumprod) == 1.0)
-    assert schedule.prediction_type == reference.config.prediction_type
-    for steps in (1, 4, 20, 50):
-        reference.set_timesteps(steps)
-        ours = make_table("ddim", schedule, steps).timesteps
-        np.testing.assert_array_equal(ours, reference.timesteps.numpy())
-
-
-def test_an_option_that_would_change_the_picture_is_refused() -> None:
-    with pytest.raises(UsageError, match="rescale_betas_zero_snr is set: not supported"):
-        schedule_from_config({"rescale_betas_zero_snr": True})
 
 
 def test_released_weights_hold_no_memory(tiny_checkpoint: Path) -> None:

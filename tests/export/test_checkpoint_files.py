@@ -21,6 +21,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 # As in stable-diffusion-v1-5/stable-diffusion-v1-5, and the shards of other repositories.
 WANTED = [
     "README.md",
+    "feature_extractor/preprocessor_config.json",
     "model_index.json",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
@@ -38,7 +39,6 @@ WANTED = [
 ]
 UNWANTED = [
     ".gitattributes",
-    "feature_extractor/preprocessor_config.json",
     "safety_checker/config.json",
     "safety_checker/model.fp16.safetensors",
     "safety_checker/model.safetensors",

@@ -13,23 +13,24 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from sdrt.export import bundle_writer, cli, parity
+from sdrt.export import bundle_writer, cli, parity, parity_sampling
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.graph import AxisRange, save_graph
 from sdrt.export.modules import wrapped
 from sdrt.export.parity import (
     MAX_OVER_L2,
-    SAMPLING_FACTOR,
     ParityFigure,
     ParityReport,
     check_component,
-    check_sampling,
     compare,
-    reference_embeddings,
     reference_probes,
+)
+from sdrt.export.parity_sampling import (
+    SAMPLING_FACTOR,
+    check_sampling,
+    reference_embeddings,
     sampling_probe,
 )
-from sdrt.export.weights import load_module
 from sdrt.runtime.components import COMPONENTS
 from sdrt.runtime.errors import NumericsError, ParityError
 
@@ -122,14 +123,15 @@ def test_a_large_model_is_compared_in_the_frugal_way_and_at_one_size(
 ) -> None:
     monkeypatch.setattr(parity, "LARGE_PARAMETERS", 1000)
     monkeypatch.setattr(parity, "LARGE_SIDE", 24)
-    monkeypatch.setattr(parity, "OnnxRuntimeExecutor", lambda *_: pytest.fail("the default session"))
+    for module in (parity, parity_sampling):
+        monkeypatch.setattr(module, "OnnxRuntimeExecutor", lambda *_: pytest.fail("the default session"))
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     report = ParityReport()
     probes = reference_probes(checkpoint, "unet", wrapped(checkpoint, "unet"), AXES, small=True)
     check_component(checkpoint, "unet", probes, tiny_bundle / "unet" / "model.onnx", "fp32", report)
     assert [entry.inputs for entry in report.figures] == ["2x4x12x12"]
     probe = sampling_probe(
-        checkpoint, (16, 16), reference_embeddings(checkpoint), load_module(checkpoint, "unet")
+        checkpoint, (16, 16), reference_embeddings(checkpoint), wrapped(checkpoint, "unet")
     )
     check_sampling(checkpoint, tiny_bundle, probe, "fp32", report)
     assert report.figures[-1].component == "sampling"
@@ -212,8 +214,12 @@ def test_a_sampling_run_that_differs_is_not_shipped_and_an_old_bundle_stays(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    reference = parity.reference_latents
-    monkeypatch.setattr(parity, "reference_latents", lambda *given: reference(*given) * np.float32(1.001))
+    reference = parity_sampling.reference_latents
+
+    def off(*given: Any) -> Any:
+        return reference(*given) * np.float32(1.001)
+
+    monkeypatch.setattr(parity_sampling, "reference_latents", off)
     before = {file: file.read_bytes() for file in bundle_copy.rglob("*") if file.is_file()}
     assert cli.main([str(tiny_checkpoint), str(bundle_copy), "--force", "--quiet", *traced_before]) == 5
     assert "sampling.latents differs from PyTorch by 9.99e-04" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from tiny_sdxl import PROJECTION, SIZE, TIME_WIDTH, WIDTHS
 from transformers import CLIPTokenizer
 
 import tolerances
-from sdrt.export.checkpoint import open_checkpoint, schedule_from_config
+from sdrt.export.checkpoint import open_checkpoint
+from sdrt.export.checkpoint_scheduler import schedule_from_config
 from sdrt.export.parity import MAX_OVER_L2, compare
 from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import Bundle

@@ -12,7 +12,7 @@ from recording import RecordedExecutor, RecordingDriver, recording_device
 
 import tolerances
 from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.parity import reference_pipeline
+from sdrt.export.reference import reference_pipeline
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.pipeline import Pipeline
 

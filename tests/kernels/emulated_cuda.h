@@ -1,4 +1,5 @@
-// As much of CUDA's execution model as the kernels use, on host threads: every thread of every block at once.
+// As much of CUDA's execution model as the kernels use, on host threads: every thread of every block at once;
+// of a kernel with shared memory, which is static here, the blocks one after the other.
 #pragma once
 #include <barrier>
 #include <cstddef>
@@ -11,6 +12,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(threads)
+#define __shared__ static
 
 struct Index {
   unsigned x;
@@ -34,6 +36,8 @@ inline int __syncthreads_or(int predicate) {
   return any;
 }
 
+inline void __syncthreads() { block->barrier.arrive_and_wait(); }
+
 inline int atomicCAS(int *address, int expected, int value) {
   __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   return expected;
@@ -44,13 +48,18 @@ inline unsigned atomicAdd(unsigned *address, unsigned value) {
 }
 
 template <class Params>
-void emulate(void (*kernel)(const Params), const Params &params, unsigned blocks, unsigned threads) {
+void emulate(
+    void (*kernel)(const Params), const Params &params, unsigned blocks, unsigned threads, bool in_turn) {
   blockDim.x = threads;
   gridDim.x = blocks;
   std::vector<std::unique_ptr<Block>> grid;
   std::vector<std::thread> workers;
   for (unsigned b = 0; b < blocks; ++b) grid.push_back(std::make_unique<Block>(threads));
-  for (unsigned b = 0; b < blocks; ++b)
+  const auto join = [&workers] {
+    for (std::thread &worker : workers) worker.join();
+    workers.clear();
+  };
+  for (unsigned b = 0; b < blocks; ++b) {
     for (unsigned t = 0; t < threads; ++t)
       workers.emplace_back([=, &params, &grid] {
         threadIdx.x = t;
@@ -59,5 +68,7 @@ void emulate(void (*kernel)(const Params), const Params &params, unsigned blocks
         kernel(params);
         block->barrier.arrive_and_drop();  // who has left is not waited for
       });
-  for (std::thread &worker : workers) worker.join();
+    if (in_turn) join();
+  }
+  join();
 }

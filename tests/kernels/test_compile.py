@@ -14,13 +14,21 @@ from typing import Any
 
 import pytest
 
-from sdrt.kernels import check_finite, guided_step, host_build, image_to_uint8, philox_normal
+from sdrt.kernels import (
+    check_finite,
+    guidance_rescale,
+    guided_step,
+    host_build,
+    image_to_uint8,
+    philox_normal,
+)
 from sdrt.kernels import compile as compilation
 from sdrt.kernels.compile import ARCHITECTURES, MODULES, KernelError, cubin
 from sdrt.kernels.host_build import host_library
 
 ENTRIES = {
     "check_finite": {"check_finite_f16", "check_finite_f32"},
+    "guidance_rescale": {"guidance_rescale_f16", "guidance_rescale_f32"},
     "guided_step": {
         f"{kernel}_{dtype}{width}"
         for kernel in ("guided_step", "prepare_input")
@@ -32,6 +40,7 @@ ENTRIES = {
 }
 STRUCTS = {
     "check_finite": ("CheckFiniteParams", check_finite.Params),
+    "guidance_rescale": ("GuidanceRescaleParams", guidance_rescale.Params),
     "guided_step": ("GuidedStepParams", guided_step.Params),
     "image_to_uint8": ("ImageToUint8Params", image_to_uint8.Params),
     "philox_normal": ("PhiloxNormalParams", philox_normal.Params),
@@ -141,6 +150,13 @@ def test_no_multiply_add_saves_a_rounding(module: str) -> None:
     assert not re.search(r"\.(?:ftz|approx)[.\w]*f32\b", text)
     if module != "check_finite":
         assert "mul.rn.f32" in text
+
+
+def test_no_multiply_add_saves_a_rounding_of_the_double_sums() -> None:
+    text = ptx("guidance_rescale", "sm_90")
+    assert not re.search(r"\b(?:fma|mad)[.\w]*f64\b|\b(?:mul|add|sub)\.f64\b|\.approx[.\w]*f64\b", text)
+    for operation in ("mul.rn.f64", "div.rn.f64", "sqrt.rn.f64"):
+        assert operation in text
 
 
 @pytest.mark.parametrize(
@@ -257,7 +273,7 @@ def test_a_source_that_does_not_compile_gives_the_compilers_log(cache: Path, sou
 
 def test_an_unknown_module_or_architecture_is_named(cache: Path) -> None:
     with pytest.raises(
-        KernelError, match="no kernel module 'guided': choose one of check_finite, guided_step"
+        KernelError, match="no kernel module 'guided': choose one of check_finite, guidance_rescale"
     ):
         cubin("guided", "sm_90")
     with pytest.raises(KernelError, match=r"compiles nothing for sm_35: it knows .*sm_90"):

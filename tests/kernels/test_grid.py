@@ -16,7 +16,7 @@ import pytest
 from step_runs import STEPS, artificial_table, copied, drive, make_buffers, make_run, same_bits
 from step_runs import arrays as named_arrays
 
-from sdrt.kernels import check_finite, guided_step, image_to_uint8, philox_normal
+from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
 from sdrt.kernels.compile import SOURCES
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host
@@ -24,6 +24,7 @@ from sdrt.kernels.launch import Launch
 
 PARAMS = {
     "check_finite": "CheckFiniteParams",
+    "guidance_rescale": "GuidanceRescaleParams",
     "guided_step": "GuidedStepParams",
     "image_to_uint8": "ImageToUint8Params",
     "philox_normal": "PhiloxNormalParams",
@@ -54,11 +55,14 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     source, library = folder / "grid.cpp", folder / "grid.so"
     lines = [f'#include "{Path(__file__).with_name("emulated_cuda.h")}"']
     for module, params in PARAMS.items():
+        in_turn = "true" if "__shared__" in (SOURCES / f"{module}.cu").read_text() else "false"
         lines += [
             "#undef ENTRY",
             f'#include "{SOURCES / module}.cu"',
             f'extern "C" void run_{module}(void (*kernel)(const {params}), const {params} *params,',
-            "    unsigned blocks, unsigned threads) { emulate(kernel, *params, blocks, threads); }",
+            "    unsigned blocks, unsigned threads) {",
+            f"  emulate(kernel, *params, blocks, threads, {in_turn});",
+            "}",
         ]
     source.write_text("\n".join([*lines, ""]))
     options = ["-std=c++20", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread"]
@@ -74,7 +78,9 @@ def test_a_whole_run(
     emulation: Emulation, grid: tuple[int, int], guided: bool, dtype: str, shape: tuple[int, int, int, int]
 ) -> None:
     run = make_run(artificial_table(), guided=guided, dtype=dtype, shape=shape)
-    buffers = make_buffers(run, inpainting=True)
+    buffers = make_buffers(run, inpainting=True, denoised=True)
+    if guided:
+        buffers.factors = np.linspace(0.6, 1.1, shape[0], dtype=np.float32)
     reference = copied(buffers)
 
     def step(step_buffers: StepBuffers) -> None:
@@ -85,12 +91,34 @@ def test_a_whole_run(
     def prepare(step_buffers: StepBuffers) -> None:
         emulation.run(guided_step.launch_prepare_input(on_host(step_buffers)), grid)
 
-    drive(run, buffers, step, prepare)
+    drive(run, buffers, step, prepare, keep_factors)
     step(buffers)  # after the end: nothing
-    drive(run, reference)
+    drive(run, reference, rescale=keep_factors)
     for name, array in named_arrays(buffers).items():
         assert same_bits(array, getattr(reference, name)), name
     assert buffers.counter[0] == STEPS
+
+
+def keep_factors(_: StepBuffers) -> None:
+    """In the place of their kernel, which wants a grid of its own."""
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3, 5), (1, 4, 12, 12)], ids=["fewer than lanes", "more"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors(emulation: Emulation, dtype: str, shape: tuple[int, int, int, int]) -> None:
+    run = make_run(artificial_table(2), guided=True, dtype=dtype, shape=shape)
+    buffers = make_buffers(run, phi=0.7)
+    buffers.noise_pred[...] = run.predictions[0]
+    reference = copied(buffers)
+    for step in range(3):  # the last behind the end: nothing
+        buffers.counter[0] = reference.counter[0] = step
+        launch = guidance_rescale.launch(on_host(buffers))
+        emulation.run(launch, (launch.grid, launch.block))
+        guidance_rescale.guidance_rescale(reference)
+        assert buffers.factors is not None
+        assert reference.factors is not None
+        assert same_bits(buffers.factors, reference.factors)
+        assert not np.any(buffers.factors == 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

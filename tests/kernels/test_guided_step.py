@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from step_runs import SHAPE, STEPS, TABLES, Run, arrays, artificial_table, drive, make_buffers, make_run
@@ -40,7 +42,7 @@ def assert_each_step_is_the_recurrence(run: Run, guided: FloatArray) -> StepBuff
         m_error = np.zeros_like(m)
         if len(size) != images:
             m_error = tolerances.GUIDANCE * (
-                size[:images] + run.guidance_scale * (size[:images] + size[images:])
+                size[:images] + run.guidance[step] * (size[:images] + size[images:])
             )
         terms = row[Column.P] * x, row[Column.Q] * m
         d_error = term * (np.abs(terms[0]) + np.abs(terms[1])) + np.abs(row[Column.Q]) * (1 + term) * m_error
@@ -85,7 +87,7 @@ def test_artificial_table_would_notice_every_column() -> None:
     run = make_run(artificial_table(), guided=False, dtype="float32")
     result = exact_run(run)
     for column in Column:
-        if column in (Column.INPUT_SCALE, Column.X0_X, Column.X0_M, Column.SIGNAL, Column.NOISE):
+        if column == Column.INPUT_SCALE or column > Column.SAVE:  # not of the recurrence
             continue
         rows = run.table.rows.copy()
         rows[:, column] = 0.0
@@ -94,7 +96,7 @@ def test_artificial_table_would_notice_every_column() -> None:
             run.predictions,
             run.start,
             run.noise,
-            run.guidance_scale,
+            run.guidance,
         )
         assert np.max(np.abs(exact_run(other) - result)) > 1e-3, column
 
@@ -108,7 +110,9 @@ def scalar_step(buffers: StepBuffers, index: tuple[int, ...]) -> np.float32:
     m = prediction[index]
     if len(prediction) != images:
         conditional = prediction[(index[0] + images, *index[1:])]
-        m = m + buffers.guidance_scale[0] * (conditional - m)
+        m = m + row[Column.GUIDANCE] * (conditional - m)
+    if buffers.factors is not None:
+        m = buffers.factors[index[0]] * m
     x = buffers.latents[index]
     d = row[Column.P] * x + row[Column.Q] * m
     result = row[Column.A] * x + row[Column.B0] * d
@@ -129,12 +133,59 @@ def test_every_bit_is_defined(guided: bool, dtype: str) -> None:
     """A compiled kernel can be compared bit for bit only if the order of operations is the documented one."""
     run = make_run(artificial_table(), guided=guided, dtype=dtype)
     buffers = make_buffers(run)
+    if guided:
+        buffers.factors = np.array([0.7, 1.1], np.float32)
     for prediction, noise in zip(run.predictions, run.noise, strict=True):
         buffers.noise_pred[...] = prediction
         buffers.noise[...] = noise
         expected = np.array([scalar_step(buffers, index) for index in np.ndindex(SHAPE)])
         guided_step(buffers)
         assert np.array_equal(buffers.latents.ravel(), expected)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_the_guess_of_the_clean_latents(guided: bool) -> None:
+    """Of x before the step and of the prediction after guidance; and keeping it changes nothing else."""
+    run = make_run(artificial_table(), guided=guided, dtype="float32")
+    buffers, without = make_buffers(run, inpainting=True, denoised=True), make_buffers(run, inpainting=True)
+    images = len(run.start)
+    for step, (row, m) in enumerate(zip(run.table.rows, run.guided, strict=True)):
+        x, size = buffers.latents.astype(np.float64), np.abs(run.predictions[step].astype(np.float64))
+        m_error = np.zeros_like(m)
+        if guided:
+            m_error = tolerances.GUIDANCE * (
+                size[:images] + run.guidance[step] * (size[:images] + size[images:])
+            )
+        terms = row[Column.X0_X] * x, row[Column.X0_M] * m
+        bound = tolerances.STEP_TERM * (np.abs(terms[0]) + np.abs(terms[1]))
+        bound += np.abs(row[Column.X0_M]) * (1 + tolerances.STEP_TERM) * m_error
+        for one in (buffers, without):
+            one.noise_pred[...], one.noise[...] = run.predictions[step], run.noise[step]
+            guided_step(one)
+        assert buffers.denoised is not None
+        assert np.all(np.abs(buffers.denoised - sum(terms)) <= bound)
+        assert np.array_equal(buffers.latents, without.latents)
+
+
+def test_each_row_has_its_guidance() -> None:
+    """A row whose w is 1 gives the conditional half's x to within roundings, one whose w is 0 the other's."""
+    run = make_run(artificial_table(2), guided=True, dtype="float32")
+    both = replace(run, guidance=np.array([1.0, 0.0]))
+    half = run.predictions[0, SHAPE[0] :], run.predictions[1, : SHAPE[0]]
+    assert_each_step_is_the_recurrence(both, np.stack(half).astype(np.float64))
+
+
+@pytest.mark.parametrize("evaluated", [1, 2])
+def test_both_halves_are_written_whichever_were_read(evaluated: int) -> None:
+    """So a step without guidance can be followed by one with it, and the other way round."""
+    run = make_run(artificial_table(), guided=evaluated == 2, dtype="float16")
+    buffers, usual = make_buffers(run), make_buffers(run)
+    other = np.zeros((SHAPE[0] * (3 - evaluated), *SHAPE[1:]), np.float16)
+    drive(run, usual)
+    drive(run, replace(buffers, sample=other))
+    assert np.array_equal(buffers.latents, usual.latents)
+    for half in np.split(other, 3 - evaluated):
+        assert np.array_equal(half, usual.sample[: SHAPE[0]])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -198,7 +249,7 @@ def test_table_that_fills_its_buffer_can_be_walked_to_the_end() -> None:
 def test_guidance_of_one_is_the_conditional_half_and_zero_the_other() -> None:
     run = make_run(artificial_table(), guided=True, dtype="float16")
     for scale, half in ((1.0, run.predictions[:, SHAPE[0] :]), (0.0, run.predictions[:, : SHAPE[0]])):
-        with_guidance = Run(run.table, run.predictions, run.start, run.noise, scale)
+        with_guidance = replace(run, guidance=np.full(STEPS, scale))
         assert_each_step_is_the_recurrence(with_guidance, half.astype(np.float64))
 
 
@@ -234,13 +285,13 @@ def test_what_a_row_does_not_use_it_does_not_read() -> None:
 def test_buffers_stay_where_they_are_and_inputs_as_they_are() -> None:
     """Their addresses are bound to the U-Net, and on a GPU baked into a graph."""
     run = make_run(artificial_table(), guided=True, dtype="float16")
-    buffers = make_buffers(run, inpainting=True)
+    buffers = make_buffers(run, inpainting=True, phi=0.0, denoised=True)
 
     def addresses() -> dict[str, int]:
         return {name: array.ctypes.data for name, array in arrays(buffers).items()}
 
     before = addresses()
-    names = ("rows", "timesteps", "guidance_scale", "mask", "known", "known_noise", "count")
+    names = ("rows", "timesteps", "mask", "known", "known_noise", "count", "factors", "guidance_rescale")
     inputs = {name: getattr(buffers, name).copy() for name in names}
     drive(run, buffers)
     assert addresses() == before

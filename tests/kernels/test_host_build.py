@@ -23,7 +23,14 @@ from step_runs import (
     same_bits,
 )
 
-from sdrt.kernels import check_finite, guided_step, host_build, image_to_uint8, philox_normal
+from sdrt.kernels import (
+    check_finite,
+    guidance_rescale,
+    guided_step,
+    host_build,
+    image_to_uint8,
+    philox_normal,
+)
 from sdrt.kernels.compile import KernelError
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host, run_on_host
@@ -45,6 +52,10 @@ def host_prepare(buffers: StepBuffers) -> None:
     run_on_host(guided_step.launch_prepare_input(on_host(buffers)))
 
 
+def host_rescale(buffers: StepBuffers) -> None:
+    run_on_host(guidance_rescale.launch(on_host(buffers)))
+
+
 def assert_same(buffers: StepBuffers, reference: StepBuffers) -> None:
     wanted = arrays(reference)
     for name, array in arrays(buffers).items():
@@ -63,29 +74,35 @@ def moved(array: NDArray[Any], offset: int) -> NDArray[Any]:
 # guided_step
 
 
-@pytest.mark.parametrize(("shape", "inpainting"), [(ODD, False), (EVEN, True)], ids=["odd", "even-masked"])
+@pytest.mark.parametrize(("shape", "everything"), [(ODD, False), (EVEN, True)], ids=["odd", "even-all"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_every_step_of_every_sampler(
-    table: SamplerTable, guided: bool, dtype: str, inpainting: bool, shape: tuple[int, int, int, int]
+    table: SamplerTable, guided: bool, dtype: str, everything: bool, shape: tuple[int, int, int, int]
 ) -> None:
-    """Every buffer after every step: x, ring, saved x, next input and timestep, counter, fault, ticket."""
+    """Every buffer after every step: x, ring, saved x, next input and timestep, counter, fault, ticket.
+
+    With everything that a step may do: a mask, guidance rescaled, the guess of the clean latents kept.
+    """
     run = make_run(table, guided=guided, dtype=dtype, shape=shape)
-    buffers = make_buffers(run, inpainting=inpainting)
+    phi = 0.7 if everything and guided else None
+    buffers = make_buffers(run, inpainting=everything, phi=phi, denoised=everything)
     reference = copied(buffers)
     steps = 0
 
     def both(_: StepBuffers) -> None:
         nonlocal steps
         reference.noise_pred[...], reference.noise[...] = buffers.noise_pred, buffers.noise
+        if phi is not None:
+            guidance_rescale.guidance_rescale(reference)
         host_step(buffers)
         guided_step.guided_step(reference)
         assert_same(buffers, reference)
         steps += 1
 
     guided_step.prepare_input(reference)
-    drive(run, buffers, both, host_prepare)
+    drive(run, buffers, both, host_prepare, host_rescale)
     assert steps == buffers.counter[0] == len(table.timesteps)
 
 
@@ -106,12 +123,16 @@ def test_the_entry_is_made_for_dtype_and_alignment() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "name", ["noise_pred", "latents", "history", "saved", "noise", "sample", "mask", "known", "known_noise"]
+    "name",
+    [
+        *("noise_pred", "latents", "history", "saved", "noise", "sample", "mask", "known", "known_noise"),
+        "denoised",
+    ],
 )
 def test_an_array_that_starts_off_the_grid_is_taken_element_by_element(name: str, dtype: str) -> None:
     """A caller's own latents may start anywhere; a wide load there would be a fault on a GPU."""
     run = make_run(artificial_table(), guided=True, dtype=dtype, shape=EVEN)
-    start = make_buffers(run, inpainting=True)
+    start = make_buffers(run, inpainting=True, denoised=True)
     placed = {key: moved(array, 4 if key == name else 0) for key, array in arrays(start).items()}
     buffers, reference = StepBuffers(**placed), copied(start)
     launch = guided_step.launch(on_host(buffers))
@@ -134,9 +155,15 @@ def step_cases(draw: st.DrawFn) -> StepBuffers:
     rows = random.uniform(-2, 2, (steps, COLUMNS)) * (random.uniform(size=(steps, COLUMNS)) < 0.7)
     table = SamplerTable("drawn", random.uniform(0, 999, steps), rows, 1.0)
     run = make_run(table, guided=draw(st.booleans()), dtype=draw(st.sampled_from(DTYPES)), shape=shape)
-    buffers = make_buffers(run, inpainting=draw(st.booleans()), count=draw(st.booleans()))
+    buffers = make_buffers(
+        run, inpainting=draw(st.booleans()), count=draw(st.booleans()), denoised=draw(st.booleans())
+    )
     buffers.counter[0] = draw(st.integers(0, steps + 4))
-    buffers.guidance_scale[0] = draw(FLOATS)
+    buffers.rows[:, Column.GUIDANCE] = draw(FLOATS)
+    if draw(st.booleans()):
+        buffers.factors = random.uniform(0.3, 1.1, shape[0]).astype(np.float32)
+    halves = draw(st.sampled_from([1, 2]))
+    buffers.sample = np.zeros((halves * shape[0], *shape[1:]), buffers.sample.dtype)
     for array in (buffers.latents, buffers.history, buffers.saved, buffers.noise):
         array[...] = random.standard_normal(array.shape)
     buffers.latents.flat[0] = draw(FLOATS)
@@ -187,14 +214,14 @@ def test_what_a_row_does_not_use_it_does_not_read() -> None:
     assert dirty.fault[0] == guided_step.NO_FAULT
 
 
-@pytest.mark.parametrize("column", [*range(Column.SAVE + 1), Column.SIGNAL, Column.NOISE])
-def test_each_column_is_read_from_its_place(column: int) -> None:
+@pytest.mark.parametrize("column", Column)
+def test_each_column_is_read_from_its_place(column: Column) -> None:
     """Rows of few numbers, one of them the column's: a wrong index in the header cannot hide."""
     rows = np.zeros((5, COLUMNS))
     rows[:, [Column.INPUT_SCALE, Column.Q, Column.A, Column.B0, Column.SAVE]] = 1.0
     rows[:, column] = 0.75
-    run = make_run(SamplerTable("x", np.arange(5.0), rows, 1.0), guided=False, dtype="float32")
-    buffers, reference, without = (make_buffers(run, inpainting=True) for _ in range(3))
+    run = make_run(SamplerTable("x", np.arange(5.0), rows, 1.0), guided=True, dtype="float32")
+    buffers, reference, without = (make_buffers(run, inpainting=True, denoised=True) for _ in range(3))
     drive(run, buffers, host_step, host_prepare)
     drive(run, reference)
     assert_same(buffers, reference)
@@ -202,7 +229,7 @@ def test_each_column_is_read_from_its_place(column: int) -> None:
     drive(run, without, host_step, host_prepare)
     assert any(
         not same_bits(getattr(buffers, name), getattr(without, name))
-        for name in ("latents", "sample", "saved", "history")
+        for name in ("latents", "sample", "saved", "history", "denoised")
     )
 
 
@@ -241,6 +268,48 @@ def test_every_half_is_widened_as_numpy_does() -> None:
     wanted[wanted == 0] = 0.0  # d = 0 x + 1 m, and +0 - 0 is +0
     assert same_bits(buffers.history[0], wanted)
     assert buffers.fault[0] == 0
+
+
+# guidance_rescale
+
+
+@st.composite
+def rescale_cases(draw: st.DrawFn) -> StepBuffers:
+    """Fewer elements than lanes and more; constant halves; numbers far from zero and at the ends."""
+    shape = draw(st.tuples(st.integers(1, 3), st.integers(1, 4), *[st.integers(1, 14)] * 2))
+    run = make_run(artificial_table(2), guided=True, dtype=draw(st.sampled_from(DTYPES)), shape=shape)
+    buffers = make_buffers(run, count=draw(st.booleans()), phi=draw(st.floats(0, 1, width=32)))
+    buffers.counter[0] = draw(st.integers(0, 6))
+    buffers.rows[:, Column.GUIDANCE] = draw(FLOATS)
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scale = draw(st.sampled_from([0.0, 1e-3, 1.0, 100.0]))
+    buffers.noise_pred[...] = draw(HALVES) + scale * random.standard_normal(buffers.noise_pred.shape)
+    buffers.noise_pred.flat[draw(st.integers(0, buffers.noise_pred.size - 1))] = draw(HALVES)
+    return buffers
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(buffers=rescale_cases())
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_any_factors(buffers: StepBuffers) -> None:
+    reference = copied(buffers)
+    host_rescale(buffers)
+    guidance_rescale.guidance_rescale(reference)
+    assert_same(buffers, reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_prediction_that_is_not_finite_is_still_a_fault_after_rescaling(dtype: str, value: float) -> None:
+    run = make_run(artificial_table(), guided=True, dtype=dtype, shape=EVEN)
+    run.predictions[2].flat[-1] = value
+    buffers, reference = make_buffers(run, phi=0.7), make_buffers(run, phi=0.7)
+    drive(run, buffers, host_step, host_prepare, host_rescale)
+    drive(run, reference)
+    assert buffers.fault[0] == 2
+    assert_same(buffers, reference)
 
 
 # philox_normal

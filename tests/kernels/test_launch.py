@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from step_runs import artificial_table, make_buffers, make_run
 
-from sdrt.kernels import check_finite, guided_step, image_to_uint8, philox_normal
+from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
 from sdrt.kernels.compile import MODULES, sources
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host
@@ -30,7 +30,7 @@ def array(shape: tuple[int, ...], dtype: str = "float32") -> HostArray:
 
 def step_buffers(dtype: str = "float16", *, inpainting: bool = True, guided: bool = True) -> StepBuffers:
     run = make_run(artificial_table(), guided=guided, dtype=dtype, shape=SD15_512)
-    return make_buffers(run, inpainting=inpainting)
+    return make_buffers(run, inpainting=inpainting, phi=0.7 if inpainting else None, denoised=inpainting)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,9 @@ def test_blocks_are_no_larger_than_the_kernels_are_compiled_for() -> None:
         for bound in re.findall(r"__launch_bounds__\((\d+)\)", text)
     ]
     assert len(bounds) >= len(MODULES)
-    assert set(bounds) == {BLOCK}
+    assert set(bounds) == {BLOCK, guidance_rescale.LANES}
+    (lanes,) = re.findall(r"LANES = (\d+)", sources()["guidance_rescale.cuh"])
+    assert int(lanes) == guidance_rescale.LANES
 
 
 def test_the_same_buffers_give_the_same_launch_at_every_step() -> None:
@@ -75,7 +77,7 @@ def test_the_same_buffers_give_the_same_launch_at_every_step() -> None:
 
 def test_a_buffer_that_is_not_there_has_address_zero() -> None:
     params = guided_step.launch(on_host(step_buffers(inpainting=False))).params
-    for name in ("mask", "known", "known_noise"):
+    for name in ("mask", "known", "known_noise", "factors", "denoised"):
         assert getattr(params, name) == 0
     assert params.count != 0
 
@@ -95,12 +97,15 @@ WRONG = [
     ),
     ("noise_pred", (2, 4, 64, 64), "float64", r"noise_pred is float64: it must be float16 or float32"),
     ("sample", (2, 4, 64, 64), "float32", r"sample is float32: it must be float16"),
+    ("sample", (3, 4, 64, 64), "float16", r"sample has 3 rows: 1 images have 1, or 2 guided"),
     ("latents", (4, 64, 64), "float32", r"must have the four axes N, C, h, w"),
     ("latents", (1, 4, 64, 64), "float16", r"latents is float16: it must be float32"),
     ("history", (3, 1, 4, 64, 64), "float32", r"history has shape"),
     ("rows", (12, COLUMNS + 1), "float32", r"rows has shape"),
     ("timesteps", (12,), "float64", r"timesteps is float64"),
-    ("guidance_scale", (), "float32", r"guidance_scale has shape \(\)"),
+    ("factors", (), "float32", r"factors has shape \(\)"),
+    ("guidance_rescale", (1,), "float64", r"guidance_rescale is float64"),
+    ("denoised", (1, 4, 64, 32), "float32", r"denoised has shape"),
     ("counter", (1,), "int64", r"counter is int64: it must be int32"),
     ("mask", (1, 4, 64, 64), "float32", r"mask has shape"),
     ("known", (1, 4, 32, 64), "float32", r"known has shape"),
@@ -114,7 +119,7 @@ def test_a_step_with_a_wrong_buffer_is_refused(
     name: str, shape: tuple[int, ...], dtype: str, message: str
 ) -> None:
     buffers = changed(on_host(step_buffers()), name, array(shape, dtype))
-    for make in (guided_step.launch, guided_step.launch_prepare_input):
+    for make in (guided_step.launch, guided_step.launch_prepare_input, guidance_rescale.launch):
         with pytest.raises(ValueError, match=message):
             make(buffers)
 
@@ -124,6 +129,31 @@ def test_half_an_inpainting_is_refused(name: str) -> None:
     buffers = changed(on_host(step_buffers()), name, None)
     with pytest.raises(ValueError, match="belong together"):
         guided_step.launch(buffers)
+
+
+@pytest.mark.parametrize(("evaluated", "prepared"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_rows_read_and_rows_written_are_independent(evaluated: int, prepared: int) -> None:
+    buffers = on_host(step_buffers())
+    for name, rows in (("noise_pred", evaluated), ("sample", prepared)):
+        buffers = changed(buffers, name, array((rows, *SD15_512[1:]), "float16"))
+    params = guided_step.launch(buffers).params
+    assert (params.guided, params.halves) == (evaluated - 1, prepared)
+
+
+def test_one_block_rescales_one_image() -> None:
+    run = make_run(artificial_table(), guided=True, dtype="float32", shape=(3, 4, 5, 6))
+    made = guidance_rescale.launch(on_host(make_buffers(run, phi=0.5)))
+    assert (made.module, made.entry) == ("guidance_rescale", "guidance_rescale_f32")
+    assert (made.grid, made.block) == (3, guidance_rescale.LANES)
+    assert (made.params.images, made.params.image_elements) == (3, 120)
+
+
+def test_rescaling_without_what_it_needs_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to rescale without guidance"):
+        guidance_rescale.launch(on_host(step_buffers(guided=False)))
+    for name in ("factors", "guidance_rescale"):
+        with pytest.raises(ValueError, match=f"{name} missing"):
+            guidance_rescale.launch(changed(on_host(step_buffers()), name, None))
 
 
 def test_a_step_without_a_ticket_is_refused() -> None:
@@ -193,7 +223,10 @@ def test_bytes_of_a_step() -> None:
     assert guided_step.bytes_moved(buffers, multistep.rows, 5) == base + state
     assert guided_step.bytes_moved(buffers, multistep.rows, 19) == base - halves  # no first-order last row
     euler = make_table("euler", NoiseSchedule(), 2)
-    assert guided_step.bytes_moved(step_buffers(), euler.rows, 0) == base + 2 * state + state // 4
+    masked = step_buffers()
+    assert guided_step.bytes_moved(masked, euler.rows, 0) == base + 3 * state + state // 4  # and the guess
+    masked.denoised = None
+    assert guided_step.bytes_moved(masked, euler.rows, 0) == base + 2 * state + state // 4
     every = SamplerTable("every", np.ones(2), np.ones((2, COLUMNS)), 1.0)
     assert guided_step.bytes_moved(buffers, every.rows, 0) == base + 6 * state  # 3 d, saved in and out, noise
     plain = step_buffers("float32", inpainting=False, guided=False)
@@ -204,12 +237,14 @@ def test_bytes_of_the_other_kernels() -> None:
     assert philox_normal.bytes_moved(array((2, 4, 8, 8))) == 2 * 4 * 8 * 8 * 4
     assert image_to_uint8.bytes_moved(array((1, 3, 512, 512), "float16")) == 2_359_296
     assert check_finite.bytes_moved(array((1, 3, 512, 512), "float16")) == 1_572_864
+    assert guidance_rescale.bytes_moved(step_buffers()) == 2 * 4 * 64 * 64 * 2
 
 
 def test_figures_in_the_texts_are_those_that_the_functions_give() -> None:
     rows = make_table("dpmpp_2m", NoiseSchedule(), 20).rows
     figures = {
         guided_step: guided_step.bytes_moved(step_buffers(inpainting=False), rows, 5),
+        guidance_rescale: guidance_rescale.bytes_moved(step_buffers()),
         image_to_uint8: image_to_uint8.bytes_moved(array((1, 3, 512, 512), "float16")),
         check_finite: check_finite.bytes_moved(array((1, 3, 512, 512), "float16")),
         philox_normal: philox_normal.bytes_moved(array(SD15_512)),
@@ -225,6 +260,6 @@ def test_figures_in_the_texts_are_those_that_the_functions_give() -> None:
 
 
 def test_making_launches_imports_nothing_of_cuda() -> None:
-    modules = "check_finite, compile, guided_step, image_to_uint8, launch, philox_normal"
+    modules = "check_finite, compile, guidance_rescale, guided_step, image_to_uint8, launch, philox_normal"
     code = f"import sys; from sdrt.kernels import {modules}; sys.exit('cuda' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,6 +26,7 @@ from step_runs import (
 )
 
 import tolerances
+from sdrt.kernels.guidance_rescale import guidance_rescale
 from sdrt.kernels.guided_step import NO_FAULT, StepBuffers, guided_step, prepare_input
 from sdrt.kernels.image_to_uint8 import image_to_uint8
 from sdrt.kernels.launch import BLOCK, MAX_GRID
@@ -81,12 +82,15 @@ def test_a_whole_run(
     inpainting: bool,
 ) -> None:
     run = make_run(table, guided=guided, dtype=dtype, shape=shape)
-    reference = make_buffers(run, inpainting=inpainting)
+    phi = 0.7 if guided and inpainting else None
+    reference = make_buffers(run, inpainting=inpainting, phi=phi, denoised=inpainting)
     buffers = step_on(device, reference)
     device.prepare_input(buffers)
     for prediction, noise in zip(run.predictions, run.noise, strict=True):
         device.upload(prediction, buffers.noise_pred)
         device.upload(noise, buffers.noise)
+        if phi is not None:
+            device.guidance_rescale(buffers)
         device.guided_step(buffers)
     drive(run, reference)
     assert_same(device, buffers, reference)
@@ -104,6 +108,22 @@ def test_more_elements_than_threads(device: Device, dtype: str) -> None:
         device.guided_step(buffers)
         guided_step(reference)
     assert_same(device, buffers, reference)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shape", [ODD, SD15, BEYOND_THE_GRID], ids=str)
+def test_factors_of_guidance(device: Device, shape: tuple[int, int, int, int], dtype: str) -> None:
+    run = make_run(artificial_table(2), guided=True, dtype=dtype, shape=shape)
+    reference = make_buffers(run, phi=0.7)
+    reference.noise_pred[...] = run.predictions[0]
+    reference.noise_pred[-1] = 0.25  # of one half alone
+    buffers = step_on(device, reference)
+    device.guidance_rescale(buffers)
+    guidance_rescale(reference)
+    assert_same(device, buffers, reference)
+    device.upload(np.full_like(reference.noise_pred, 0.25), buffers.noise_pred)
+    device.guidance_rescale(buffers)
+    assert np.all(device.download(buffers.factors) == 1)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -3,111 +3,45 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from json_paths import KeyPath, key_paths, removed, replaced
+from json_paths import KeyPath, key_paths
+from manifests import (
+    DOCUMENT,
+    INPAINTING_SIZES,
+    LCM_SIZES,
+    SIZES,
+    changed,
+    components,
+    example,
+    image_variations,
+    refused,
+    sdxl,
+    without,
+)
 
-from sdrt.runtime.bundle import EMBEDDED, Bundle
-from sdrt.runtime.components import COMPONENTS, PRECISIONS, components_of, required_components
+from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.components import (
+    COMPONENTS,
+    DYNAMIC_AXES,
+    PRECISIONS,
+    Precision,
+)
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.manifest import (
     FORMAT_VERSION,
-    Component,
     Defaults,
-    FileEntry,
-    LatentGeometry,
-    Limits,
     Manifest,
     SizeLimit,
-    TokenizerFacts,
-    from_json,
-    to_json,
 )
+from sdrt.runtime.manifest_json import from_json, to_json
 from sdrt.runtime.schedule import NoiseSchedule
 
-SIZES = {
-    "tokens": 77,
-    "text_width": 16,
-    "cross_width": 16,
-    "unet_channels": 4,
-    "latent_channels": 4,
-}
-SDXL_SIZES = {**SIZES, "text_width_2": 24, "cross_width": 40, "projection_width": 12}
-
-
-def entry(path: str) -> FileEntry:
-    return FileEntry(path, 10, "0" * 64)
-
-
-def example(**changes: Any) -> Manifest:
-    manifest = Manifest(
-        family="sd",
-        components={
-            name: Component(
-                f"{name}/model.onnx", (entry(f"{name}/model.onnx"),), "fp32", spec.resolve(SIZES, "fp32")
-            )
-            for name, spec in COMPONENTS.items()
-        },
-        latents=LatentGeometry(4, 8),
-        schedule=NoiseSchedule(),
-        tokenizer=TokenizerFacts(entry("tokenizer.json"), 77, 1, 2, 2),
-        text_output="last_hidden_state",
-        defaults=Defaults(64, 64, 20, 7.5, "dpmpp_2m"),
-        limits=Limits(1, 4, SizeLimit(64, 128, 8), SizeLimit(64, 64, 1)),
-        provenance={"source": "ein Bild — 🍎"},
-        parity={"figures": []},
-    )
-    return replace(manifest, **changes)
-
-
-def sdxl(**changes: Any) -> Manifest:
-    """The example's counterpart with two text encoders."""
-    components = {
-        name: Component(
-            f"{name}/model.onnx", (entry(f"{name}/model.onnx"),), "fp16", spec.resolve(SDXL_SIZES, "fp16")
-        )
-        for name, spec in components_of("sdxl").items()
-    }
-    manifest = example(
-        family="sdxl",
-        components=components,
-        text_output="penultimate_hidden_state",
-        tokenizer_2=TokenizerFacts(entry("tokenizer_2.json"), 77, 1, 2, 0),
-        force_zeros_for_empty_prompt=True,
-        ranges={"vae_decoder": {"largest": 1e5}},
-    )
-    return replace(manifest, **changes)
-
-
-DOCUMENT: dict[str, Any] = json.loads(to_json(example()))
-SDXL: dict[str, Any] = json.loads(to_json(sdxl()))
-
-
-def changed(path: KeyPath, value: Any, document: dict[str, Any] = DOCUMENT) -> dict[str, Any]:
-    """A document, by default the example's, with the value at ``path`` replaced."""
-    return replaced(document, path, value)
-
-
-def without(path: KeyPath, document: dict[str, Any] = DOCUMENT) -> dict[str, Any]:
-    """A document, by default the example's, without what is at ``path``."""
-    return removed(document, path)
-
-
 PATHS = list(key_paths(DOCUMENT))
-
-
-def refused(document: Any) -> str:
-    """The message with which a document is refused; it is one line that names the file or a part."""
-    with pytest.raises(BundleError) as caught:
-        from_json(document if isinstance(document, str) else json.dumps(document))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize(
@@ -122,8 +56,12 @@ def refused(document: Any) -> str:
         ),
         example(text_output="penultimate_hidden_state"),
         example(ranges={"unet": {"largest": 7.0}}),
+        example(preview=None),
+        example(components=components("sd", INPAINTING_SIZES)),
+        example(components=components("sd", LCM_SIZES)),
         sdxl(),
         sdxl(force_zeros_for_empty_prompt=False),
+        image_variations(),
     ],
 )
 def test_round_trip(manifest: Manifest) -> None:
@@ -133,12 +71,8 @@ def test_round_trip(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_round_trip_of_each_precision(precision: str) -> None:
-    components = {
-        name: replace(part, precision=precision, spec=COMPONENTS[name].resolve(SIZES, precision))  # type: ignore[arg-type]
-        for name, part in example().components.items()
-    }
-    manifest = example(components=components)
+def test_round_trip_of_each_precision(precision: Precision) -> None:
+    manifest = example(components=components("sd", SIZES, precision))
     assert from_json(to_json(manifest)) == manifest
 
 
@@ -202,50 +136,16 @@ def test_newer_format_is_refused_before_anything_else_is_read(version: int) -> N
     assert "upgrade sdrt" in message
 
 
-def test_version_1_is_still_read() -> None:
-    document = without(("ranges",))
-    document["format_version"] = 1
-    assert from_json(json.dumps(document)) == example()
-    assert Bundle.open(EMBEDDED).manifest.family == "sd"
-
-
-def test_sdxl_has_two_text_encoders_and_tokenizers() -> None:
-    manifest = from_json(json.dumps(SDXL))
-    assert (
-        manifest.required_components
-        == required_components("sdxl")
-        == tuple(name for name in components_of("sdxl") if name != "vae_encoder")
-    )
-    assert [facts.pad for facts in manifest.tokenizers] == [2, 0]
-    assert [file.path for file in manifest.files()][-2:] == ["tokenizer.json", "tokenizer_2.json"]
-    assert example().required_components == ("text_encoder", "unet", "vae_decoder")
-    assert len(example().tokenizers) == 1
-
-
-@pytest.mark.parametrize("path", [("components", "text_encoder_2"), ("tokenizer_2",)], ids=str)
-def test_sdxl_without_its_second_encoder(path: KeyPath) -> None:
-    assert str(path[-1]) in refused(without(path, SDXL))
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "words"),
-    [
-        (("family",), "sd", "names an unknown component 'text_encoder_2'"),
-        (("force_zeros_for_empty_prompt",), 1, "'1', not true or false"),
-        (("tokenizer_2", "max_length"), 64, "max_length fits"),
-        (("components", "text_encoder_2", "outputs", 0, "shape", 2), 16, "output fits the unet"),
-        (("components", "text_encoder_2", "outputs", 1, "shape", 1), 16, "text_embeds fit the unet"),
-        (("components", "unet", "inputs", 4, "shape", 1), 5, "time_ids is float16['rows', 5]"),
-        (("text_output",), "text_embeds", "text_output is an output of the text encoder"),
-    ],
-    ids=str,
-)
-def test_wrong_value_in_sdxl(path: KeyPath, value: Any, words: str) -> None:
-    assert words in refused(changed(path, value, SDXL))
-
-
 # The encoder may be left out, the rest of the table has defaults in the dataclasses of the runtime.
-OPTIONAL = {("provenance",), ("parity",), ("ranges",), ("components", "vae_encoder")}
+OPTIONAL = {
+    ("provenance",),
+    ("parity",),
+    ("ranges",),
+    ("components", "vae_encoder"),
+    ("preview",),
+    ("limits", "max_chunks"),
+    ("limits", "max_clip_skip"),
+}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +204,28 @@ def test_missing_component(missing: str) -> None:
         (("defaults", "guidance_scale"), float("inf"), "not a finite number"),
         (("defaults", "guidance_scale"), 10**400, "malformed"),
         (("family",), "sdxl", "text_embeds, time_ids"),
-        (("family",), "flux", "family 'flux', this sdrt draws sd, sdxl: upgrade"),
+        (("family",), "flux", "family 'flux', this sdrt draws sd, sdxl, image-variations: upgrade"),
+        (("components", "text_encoder", "inputs", 1, "shape", 2), 24, "custom_embeddings are as wide"),
+        (("components", "text_encoder", "inputs", 2, "dtype"), "int32", "clip_skip is int32[1]"),
+        (
+            ("components", "text_encoder", "inputs", 1, "name"),
+            "input_ids",
+            "the inputs of text_encoder are not",
+        ),
+        (
+            ("components", "unet", "inputs", 2, "shape", 1),
+            64,
+            "max_length fits the text encoder and the unet",
+        ),
+        (("limits", "max_chunks"), 0, "max_chunks is at least 1"),
+        (("limits", "max_chunks"), True, "limits.max_chunks is 'True', not a whole number"),
+        (("limits", "max_clip_skip"), -1, "max_clip_skip is at least 0"),
+        (("preview", "weights"), [[1, 2, 3]] * 3, "preview has a row for each channel"),
+        (("preview", "weights", 0), [1, 2], "preview has a row for each channel"),
+        (("preview", "weights", 3, 0), None, "preview.weights[3][0] is 'None', not a finite number"),
+        (("preview", "bias"), [0.0] * 4, "preview.bias has 4 entries, not 3"),
+        (("preview", "bias", 0), float("nan"), "preview.bias[0] is 'nan', not a finite number"),
+        (("preview",), None, "preview is 'None', not an object"),
         (("ranges",), [1], "ranges is '[1]', not an object"),
         (("defaults", "sampler"), "new_one", "a known sampler"),
         (("defaults", "guidance_scale"), -3.0, "guidance_scale is not negative"),
@@ -375,7 +296,7 @@ def check_usable(manifest: Manifest) -> None:
     assert manifest.limits.height.admits(manifest.defaults.height)
     for size in range(manifest.limits.width.minimum, manifest.limits.width.minimum + 99):
         assert not manifest.limits.width.admits(size) or size % manifest.latents.factor == 0
-    axes = dict.fromkeys(("batch", "rows", "height", "width", "latent_height", "latent_width"), 2)
+    axes = dict.fromkeys(DYNAMIC_AXES, 2)
     for part in manifest.components.values():
         for spec in (*part.spec.inputs, *part.spec.outputs):
             assert all(type(size) is int and size > 0 for size in spec.concrete(axes))

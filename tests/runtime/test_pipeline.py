@@ -23,7 +23,7 @@ from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageE
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.noise import RNGS, noise_source
 from sdrt.runtime.pipeline import BlackImageWarning, Pipeline, PipelineOutput
-from sdrt.runtime.prompts import PromptTruncatedWarning
+from sdrt.runtime.prompts import PromptEncoder, PromptTruncatedWarning
 from sdrt.runtime.solvers import SAMPLERS, make_table
 
 Array = NDArray[Any]
@@ -41,9 +41,10 @@ class OpenPipeline(Pipeline):
         device: Device,
         backend: str,
         reasons: Sequence[str] = (),
+        load_more: Callable[[str], Executor] | None = None,
     ) -> None:
         self.executors = dict(executors)
-        super().__init__(bundle, self.executors, device, backend, reasons)
+        super().__init__(bundle, self.executors, device, backend, reasons, load_more)
 
     def exchange(self, component: str, executor: Executor) -> None:
         """Use another executor, and forget every buffer and cache."""
@@ -336,6 +337,7 @@ def test_cache_of_embeddings_is_bounded(fresh: OpenPipeline, monkeypatch: pytest
     arguments = {**SHORT, "num_inference_steps": 1, "output_type": "latents"}
     for prompt in "abcdefgh":
         fresh(prompt, negative_prompt="kept", **arguments)
+        assert isinstance(fresh._encoder, PromptEncoder)
         assert len(fresh._encoder._cache) <= 4
     assert text_encoder.evaluations == 9  # the negative prompt is used each time and stays
 
@@ -699,7 +701,7 @@ class MainMemoryTensor:
     [
         ({"prompt": []}, "the list of prompts is empty"),
         ({"prompt": 5}, "a prompt is int: a text or a list of texts"),
-        ({"prompt": None}, "a prompt is NoneType"),
+        ({"prompt": None}, "the prompt is missing"),
         ({"prompt": ["a", None]}, "a prompt is NoneType"),
         ({"prompt": b"a"}, "a prompt is int: texts are wanted"),
         ({"prompt": "a\ud800"}, "not Unicode text"),
@@ -723,8 +725,8 @@ class MainMemoryTensor:
         ({"num_inference_steps": "20"}, "'20': a whole number is wanted"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan: a finite number"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf: a finite number"),
-        ({"guidance_scale": -1.0}, "guidance_scale is -1.0: from 0 to 1000"),
-        ({"guidance_scale": 1001}, "guidance_scale is 1001: from 0 to 1000"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0: allowed are numbers from 0 to 1000"),
+        ({"guidance_scale": 1001}, "guidance_scale is 1001.0: allowed are numbers from 0 to 1000"),
         ({"guidance_scale": "7"}, "guidance_scale is '7'"),
         ({"guidance_scale": True}, "guidance_scale is True"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0: a whole number of at least 1"),
@@ -753,7 +755,10 @@ class MainMemoryTensor:
         ({"eta": 10**400}, "eta is inf: a finite number is wanted"),
         ({"guidance_scale": 10**400}, "guidance_scale is inf: a finite number"),
         ({"height": np.float32(16)}, "a whole number is wanted"),
-        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["embeds"]}, "only 'latents'"),
+        (
+            {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["embeds"]},
+            "a list of latents, denoised, preview",
+        ),
         ({"latents": np.zeros((1, 4, 8, 9), np.float32)}, r"float32\[1, 4, 8, 8\] is wanted"),
         ({"latents": np.zeros((1, 4, 8, 8))}, r"latents are float64\[1, 4, 8, 8\]"),
         ({"latents": [1.0]}, "latents are <class 'list'>"),
@@ -761,8 +766,14 @@ class MainMemoryTensor:
         ({"latents": np.full((1, 4, 8, 8), np.inf, np.float32)}, "latents hold NaN or infinity"),
         ({"output_type": "jpeg"}, "output_type is 'jpeg': one of pil, numpy, latents, device"),
         ({"callback_on_step_end": 5}, "callback_on_step_end is int: a function"),
-        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": None}, "only 'latents'"),
-        ({"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": "latents"}, "only 'latents'"),
+        (
+            {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": None},
+            "a list of latents, denoised, preview",
+        ),
+        (
+            {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": "latents"},
+            "a list of latents, denoised, preview",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )

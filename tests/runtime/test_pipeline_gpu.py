@@ -13,7 +13,8 @@ import torch
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.engine_compare import random_inputs, tolerance
 from sdrt.export.modules import wrapped
-from sdrt.export.parity import SAMPLING_FACTOR, compare
+from sdrt.export.parity import compare
+from sdrt.export.parity_sampling import SAMPLING_FACTOR
 from sdrt.kernels.philox import philox_normal
 from sdrt.runtime import Bundle, Pipeline, decode, denoise, prompts
 from sdrt.runtime.backends import choose_backend, load_executor, open_device

@@ -13,7 +13,7 @@ from recording import RecordedExecutor, RecordingDriver, as_numpy, recording_dev
 
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import components_of
-from sdrt.runtime.denoise import DenoiseLoop
+from sdrt.runtime.denoise import DenoiseLoop, StepKind
 from sdrt.runtime.devices import Device, HostDevice
 from sdrt.runtime.errors import NumericsError, UsageError
 from sdrt.runtime.executors import Executor
@@ -30,6 +30,7 @@ SIZES = {
     **{"unet_channels": 4, "latent_channels": 4, "skips": 1},
 }
 TABLE = make_table("euler", NoiseSchedule(), 2)
+GUIDANCE = np.full(len(TABLE), 5.0)
 Array = NDArray[Any]
 
 
@@ -97,7 +98,7 @@ class Scene:
         ]
         self.encoder = PromptEncoder(encoders, device, batch=2, most_texts=4)
         self.loop = DenoiseLoop(device, wrap(FakeUNet()), 2, (2, 3), guided=True)
-        self.loop.prepare(draws_noise=False)
+        self.loop.prepare([StepKind(guided=True)])
         device.synchronize()
         for text in self.texts:
             text.evaluations = 0  # the warm-up's
@@ -193,7 +194,7 @@ def test_nan_names_encoder_and_text_and_is_not_kept(scene: Scene, encoder: int, 
     scene.texts[encoder].nan_in = None
     scene.write(texts)  # from the cache: still known to be bad
     name = scene.texts[encoder].spec.name
-    scene.loop.start(TABLE, 5.0, seeds=[1, 2], time_ids=np.zeros((4, 6), np.float32))
+    scene.loop.start(TABLE, GUIDANCE, seeds=[1, 2], inputs={"time_ids": np.zeros((4, 6))})
     with pytest.raises(NumericsError, match=f"the {name} gave NaN or infinity for the prompt 'bad'"):
         scene.encoder.raise_faults(scene.loop.faults(), TABLE, list(map(Prompt, texts)))
     scene.write(texts)  # encoded anew
@@ -203,7 +204,7 @@ def test_nan_names_encoder_and_text_and_is_not_kept(scene: Scene, encoder: int, 
 
 def test_time_ids_reach_the_unet(scene: Scene) -> None:
     sizes = np.arange(24, dtype=np.float32).reshape(4, 6)
-    scene.loop.start(TABLE, 5.0, seeds=[1, 2], time_ids=sizes)
+    scene.loop.start(TABLE, GUIDANCE, seeds=[1, 2], inputs={"time_ids": sizes})
     assert np.array_equal(scene.device.download(scene.loop.arena["time_ids"]), sizes)
 
 

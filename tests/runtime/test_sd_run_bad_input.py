@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from sdrt.runtime import errors
-from sdrt.runtime.cli import EPILOG, main
+from sdrt.runtime.cli import main
+from sdrt.runtime.cli_options import EPILOG
 from sdrt.runtime.solvers import SAMPLERS
 
 USAGE, BUNDLE, NUMERICS, BACKEND, OUTPUT = 2, 3, 6, 7, 8
@@ -98,7 +99,7 @@ def test_statuses_are_those_of_the_documentation() -> None:
         (["--steps", "many"], "argument --steps/--num-inference-steps: invalid int value: 'many'"),
         (["--steps", "2.5"], "invalid int value: '2.5'"),
         (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
-        (["--guidance-scale", "strong"], "invalid float value: 'strong'"),
+        (["--guidance-scale", "strong"], "invalid number or list of numbers value: 'strong'"),
         (["--eta"], "expected one argument"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
         (["--no-such\noption"], "unrecognized arguments: --no-such option"),
@@ -111,7 +112,7 @@ def test_statuses_are_those_of_the_documentation() -> None:
         (["--steps", "1000000"], "num_inference_steps is 1000000: allowed are whole numbers from 1 to 1000"),
         (["--guidance-scale", "nan"], "guidance_scale is nan: a finite number is wanted"),
         (["--guidance-scale", "inf"], "guidance_scale is inf: a finite number is wanted"),
-        (["--guidance-scale", "-1"], "guidance_scale is -1.0: from 0 to 1000"),
+        (["--guidance-scale", "-1"], "guidance_scale is -1.0: allowed are numbers from 0 to 1000"),
         (["--height", "18"], "height is 18: this bundle draws multiples of 4 from 16 to 32 pixels"),
         (["--width", "17"], "width is 17: this bundle draws multiples of 4 from 16 to 32 pixels"),
         (["--width", "512"], "width is 512: this bundle draws multiples of 4 from 16 to 32 pixels"),
@@ -228,12 +229,12 @@ def with_another_graph(bundle: Path) -> None:
     ("damage", "words"),
     [
         (unlisted, "unet/model.onnx.data is not in the manifest"),
-        (of_another_family, "family 'flux', this sdrt draws sd, sdxl: upgrade sdrt"),
+        (of_another_family, "family 'flux', this sdrt draws sd, sdxl, image-variations: upgrade sdrt"),
         (with_another_graph, "is not the graph that the manifest describes: sample should be float32"),
         (missing, "unet/model.onnx.data is missing"),
         (truncated, "unet/model.onnx.data has 1000 bytes, the manifest says"),
         (altered, "unet/model.onnx.data does not have the SHA-256"),
-        (newer, "format version 99, this sdrt reads up to 2: upgrade sdrt"),
+        (newer, "format version 99, this sdrt reads up to 3: upgrade sdrt"),
         (outside, "'../tokenizer.json', which lies outside the bundle"),
         (absolute, "'/etc/passwd', which lies outside the bundle"),
         (linked_outside, "tokenizer.json leads outside the bundle"),

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusionImg2ImgPipeline
 from solver_reference import fake_model, normal
 
 from sdrt.kernels.sampler_row import COLUMNS, Column
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.schedule import TIMESTEP_SPACINGS, NoiseSchedule
-from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, make_table, run_table
+from sdrt.runtime.solvers import (
+    SAMPLERS,
+    SamplerOptions,
+    SamplerTable,
+    first_step,
+    make_table,
+    run_table,
+)
 
 SCHEDULE = NoiseSchedule()
 TWO_ROWS = ("heun", "dpm2", "dpm2_a", "dpmpp_sde")
@@ -89,6 +98,46 @@ def test_start_leaves_out_steps(name: str) -> None:
     assert len(part) == rows
     np.testing.assert_array_equal(part.timesteps[-5:], whole.timesteps[-5:])
     assert part.init_noise_sigma == whole.init_noise_sigma
+
+
+@pytest.mark.parametrize("start", [0, 3, 4])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_know_their_step(name: str, start: int) -> None:
+    table = make_table(name, SCHEDULE, 5, start=start)
+    last = 4 - start
+    if name in TWO_ROWS:
+        steps = [step for step in range(last) for _ in range(2)] + [last]
+    else:
+        steps = [0] * (name == "pndm" and last > 0) + list(range(last + 1))
+    assert table.steps.tolist() == steps
+    assert (table.start, table.num_inference_steps) == (start, 5)
+    with pytest.raises(ValueError, match="read-only"):
+        table.steps[0] = 1
+
+
+@pytest.mark.parametrize("steps", [[1, 2], [0, 2], [0, -1], [0], [0, 0, 1]])
+def test_steps_that_do_not_fit_the_rows_are_refused(steps: list[int]) -> None:
+    with pytest.raises(UsageError, match="allowed are 2 that rise from 0"):
+        SamplerTable("x", np.array([2.0, 1.0]), np.zeros((2, COLUMNS)), 1.0, np.array(steps))
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 7, 20, 50, 999])
+def test_strength_leaves_out_as_many_steps_as_diffusers(num_inference_steps: int) -> None:
+    """But that it always does one; `get_timesteps` of its image-to-image pipelines needs little of them."""
+    pipeline = SimpleNamespace(scheduler=SimpleNamespace(timesteps=np.arange(num_inference_steps), order=1))
+    for hundredths in range(1, 101):
+        strength = hundredths / 100
+        start = first_step(num_inference_steps, strength)
+        get_timesteps = StableDiffusionImg2ImgPipeline.get_timesteps
+        timesteps, count = get_timesteps(pipeline, num_inference_steps, strength, "cpu")
+        assert num_inference_steps - start == max(count, 1)
+        assert list(range(start, num_inference_steps))[-count:] == timesteps.tolist() or count == 0
+
+
+@pytest.mark.parametrize("strength", [0, 0.0, -0.5, 1.01, float("nan"), float("inf"), "0.5", None, True])
+def test_refuses_strength(strength: Any) -> None:
+    with pytest.raises(UsageError, match=r"strength is .*: allowed are numbers above 0, .* to 1"):
+        first_step(20, strength)
 
 
 def test_old_keywords_stand_for_options() -> None:

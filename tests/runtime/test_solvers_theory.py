@@ -15,6 +15,7 @@ from solver_reference import SHAPE, fake_model, normal, relative_error
 import tolerances
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
 from sdrt.runtime.schedule import PREDICTION_TYPES, FloatArray, NoiseSchedule
+from sdrt.runtime.schedule_sigmas import SIGMA_SCHEDULES
 from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, make_table, run_table
 
 # Smooth in the steps, so that four times as many divide each by four: whole timesteps 1000 / n apart
@@ -200,7 +201,7 @@ def variance_error(table: SamplerTable, std: float) -> float:
     The recurrence is linear then, so one run on unit vectors gives how much of x each noise becomes.
     """
     rows = len(table) - 1
-    most = replace(table, timesteps=table.timesteps[:rows], rows=table.rows[:rows])
+    most = replace(table, timesteps=table.timesteps[:rows], rows=table.rows[:rows], steps=table.steps[:rows])
     gaussian = Gaussian(table, "epsilon", 0.0, std)
     start = np.zeros(rows + 1)
     start[0] = gaussian.signal[0] * np.hypot(std, gaussian.sigmas[0])  # the exact spread
@@ -265,6 +266,70 @@ def test_x0_columns_find_the_clean_latents(name: str, prediction_type: str) -> N
         assert alpha**2 + sigma**2 == pytest.approx(1.0)
         m = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}[prediction_type]
         np.testing.assert_allclose(row[Column.X0_X] * x + row[Column.X0_M] * m, x0, atol=1e-11)
+
+
+def in_terms_of_noise(table: SamplerTable, prediction_type: str) -> Callable[[FloatArray, float], FloatArray]:
+    """`fake_model`, which predicts the noise, as a model that predicts something else; for run_table."""
+    rows = iter(table.rows)
+
+    def predict(z: FloatArray, timestep: float) -> FloatArray:
+        row = next(rows)
+        signal, sigma = (row[column] * row[Column.INPUT_SCALE] for column in (Column.SIGNAL, Column.NOISE))
+        noise = fake_model(z, timestep)
+        x0 = (z - sigma * noise) / signal
+        return x0 if prediction_type == "sample" else np.asarray(signal * noise - sigma * x0)
+
+    return predict
+
+
+OPTIONS = [
+    SamplerOptions(),
+    *(SamplerOptions(sigma_schedule=name) for name in SIGMA_SCHEDULES),
+    SamplerOptions(timesteps=(990, 700, 480, 310, 150, 60, 9)),
+    SamplerOptions(sigmas=(14.0, 6.0, 3.0, 1.5, 0.6, 0.1, 0.0)),
+    SamplerOptions(eta=0.6),
+    *(
+        SamplerOptions(solver_order=order, lower_order_final=lower)
+        for order in (1, 2, 3)
+        for lower in (True, False)
+    ),
+    SamplerOptions(solver_order=4),
+    SamplerOptions(spacing="sgm_uniform"),
+    SamplerOptions(original_inference_steps=25),
+]
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        pytest.param(name, chosen, id=f"{name}-{index}")
+        for name, sampler in SAMPLERS.items()
+        for index, chosen in enumerate(OPTIONS)
+        if set(chosen.given) <= sampler.options and (chosen.solver_order or 1) <= sampler.max_order
+    ],
+)
+def test_what_is_predicted_does_not_matter(name: str, chosen: SamplerOptions, prediction_type: str) -> None:
+    """With every option: a model's prediction put in other words gives the same latents.
+
+    So what is equal to diffusers' for predicted noise is right for the others, also where diffusers does
+    not have them.
+    """
+    if (name, prediction_type) == ("pndm", "v_prediction"):  # in diffusers PLMS combines the v themselves
+        with pytest.raises(AssertionError):
+            assert_same_in_other_words(name, chosen, prediction_type)
+    else:
+        assert_same_in_other_words(name, chosen, prediction_type)
+
+
+def assert_same_in_other_words(name: str, chosen: SamplerOptions, prediction_type: str) -> None:
+    for steps in (None,) if chosen.num_given_steps else (5, 20):
+        table = make_table(name, NoiseSchedule(), steps, chosen)
+        other = make_table(name, NoiseSchedule(prediction_type=prediction_type), steps, chosen)
+        start, noise = normal(*SHAPE) * table.init_noise_sigma, normal(len(table), *SHAPE, seed=1)
+        expected = run_table(table, fake_model, start, noise)
+        result = run_table(other, in_terms_of_noise(other, prediction_type), start, noise)
+        assert relative_error(result, expected) <= tolerances.SAMPLER_FORMULAS
 
 
 def test_recurrence_reads_history_saved_and_noise() -> None:

@@ -1,0 +1,237 @@
+"""The options of ``sd-run``, and what they are called in `Pipeline.__call__`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Final
+
+import sdrt
+from sdrt.runtime.command import Parser
+
+EPILOG: Final = """exit status: 0 done; 2 usage; 3 the bundle cannot be used; 6 NaN or infinity;
+7 the backend is missing or fails; 8 the picture cannot be written; 130 interrupted; 1 anything else.
+No file is left half written."""
+
+# Options whose name differs from the pipeline's argument.
+_RENAMED: Final = {
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "num_images",
+    "mask_image": "mask",
+}
+_SHARED: Final = (
+    *("negative_prompt", "plain_prompt", "clip_skip", "height", "width", "num_images_per_prompt"),
+    *("seed", "rng", "image", "strength", "mask_image", "expand", "variation"),
+    *("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale"),
+    *("sampler", "karras", "spacing", "sigma_schedule", "timesteps", "sigmas", "eta", "solver_order"),
+    *("lower_order_final", "original_inference_steps"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``sd-run``."""
+    result = Parser(
+        prog="sd-run",
+        description="Draw pictures from a prompt, or from a picture.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_drawing(result)
+    _add_picture(result.add_argument_group("from a picture"))
+    _add_interpolation(result.add_argument_group("from one to another"))
+    _add_sampling(result.add_argument_group("sampling"))
+    _add_running(result.add_argument_group("running"))
+    return result
+
+
+def pipeline_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that the command shares with `Pipeline.__call__`, by its names; those that were given."""
+    found = {name: getattr(arguments, _RENAMED.get(name, name)) for name in _SHARED}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers between commas."""
+    return [float(part) for part in text.split(",")]
+
+
+def _whole_numbers(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def _number_or_numbers(text: str) -> float | list[float]:
+    """One number, or several between commas."""
+    found = _numbers(text)
+    return found if len(found) > 1 else found[0]
+
+
+# What argparse says that a value is not.
+_numbers.__name__, _whole_numbers.__name__ = "list of numbers", "list of whole numbers"
+_number_or_numbers.__name__ = "number or list of numbers"
+
+
+def _add_drawing(result: argparse.ArgumentParser) -> None:
+    add = result.add_argument
+    add("prompt", metavar="PROMPT", nargs="?", help="what to draw; (word:1.3) weighs, BREAK begins a chunk")
+    add("--negative-prompt", metavar="TEXT", help="what to move away from")
+    add("--plain-prompt", action="store_true", default=None, help="brackets and BREAK are text")
+    add("--clip-skip", type=int, metavar="N", help="leave out the text encoder's last N layers (default: 0)")
+    add(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[=WORD]",
+        help="a textual-inversion file (.safetensors) and the word that stands for it in prompts "
+        "(default: the file's name); may be given several times",
+    )
+    add("--bundle", metavar="DIR", help="a folder that sd-export made (default: the embedded emoji model)")
+    add("--seed", type=int, metavar="N", help="of the first picture; the others count up (default: random)")
+    add(
+        "--num-images",
+        "--num-images-per-prompt",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many pictures (default: 1)",
+    )
+    add("--height", type=int, metavar="PIXELS", help="default: the given picture's, or the bundle's")
+    add("--width", type=int, metavar="PIXELS", help="likewise")
+    add(
+        "--output",
+        "-o",
+        type=Path,
+        metavar="PATH",
+        help="a .png, or a folder (default: ./PROMPT-SEED.png); frames: an animated .webp or .png, or "
+        "a folder (default: ./PROMPT-SEED.webp); with --interactive also base64: pictures come in the "
+        "results",
+    )
+    add("--json", action="store_true", help="print one JSON object: paths, seeds, seconds per stage")
+    add("--quiet", "-q", action="store_true", help="print errors only")
+    add("--preview", action="store_true", help="show the picture on the terminal while it is drawn")
+    add("--version", action="version", version=f"sdrt {sdrt.__version__}")
+
+
+def _add_picture(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--image", metavar="FILE", help="a picture to start from")
+    add(
+        "--strength",
+        type=float,
+        metavar="SHARE",
+        help="how much it may change, above 0 to 1 (default: 0.8; with a mask 1)",
+    )
+    add("--mask", metavar="FILE", help="draw where this picture is white; where it is black, nothing changes")
+    add(
+        "--expand",
+        type=_whole_numbers,
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="enlarge the picture by so many pixels a side, and draw there",
+    )
+    add(
+        "--variation",
+        type=float,
+        metavar="SHARE",
+        help="invert the picture to noise, take this share of the noise from the seed, and draw "
+        "(default without PROMPT: 0.3)",
+    )
+
+
+def _add_interpolation(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--to-prompt", metavar="TEXT", help="draw frames from PROMPT to this one")
+    add("--to-seed", type=int, metavar="N", help="draw frames from --seed to this one")
+    add("--frames", type=int, default=None, metavar="N", help="how many (default: 16)")
+    add("--fps", type=float, default=None, metavar="N", help="frames per second (default: 8)")
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--steps",
+        "--num-inference-steps",
+        type=int,
+        metavar="N",
+        help="sampling steps (default: the bundle's)",
+    )
+    add(
+        "--guidance-scale",
+        type=_number_or_numbers,
+        metavar="W[,W…]",
+        help="how far to follow the prompt; 1 or less: no guidance; several: one for each step "
+        "(default: the bundle's)",
+    )
+    add(
+        "--guidance-interval",
+        type=_numbers,
+        metavar="START,STOP",
+        help="guide only between these shares of the steps, such as 0.1,0.8; the others take half the work",
+    )
+    add(
+        "--guidance-rescale",
+        type=float,
+        metavar="PHI",
+        help="against overexposure by strong guidance, 0 to 1 (default: 0)",
+    )
+    add(
+        "--sampler",
+        metavar="NAME",
+        help="such as ddim, dpmpp_2m or euler; an unknown name lists all (default: the bundle's)",
+    )
+    add("--karras", action="store_true", default=None, help="short for --sigma-schedule karras")
+    add("--sigma-schedule", metavar="NAME", help="noise levels: karras, exponential or beta")
+    add("--spacing", metavar="NAME", help="of timesteps: leading, trailing (sgm_uniform) or linspace")
+    add("--timesteps", type=_numbers, metavar="T,T…", help="the timesteps themselves, falling")
+    add("--sigmas", type=_numbers, metavar="S,S…", help="the noise levels themselves, falling to 0")
+    add(
+        "--eta",
+        type=float,
+        metavar="SHARE",
+        help="fresh noise per step, 0 to 1 (if the sampler has it; default: the sampler's own)",
+    )
+    add("--solver-order", type=int, metavar="N", help="of a multistep sampler")
+    add(
+        "--no-lower-order-final",
+        dest="lower_order_final",
+        action="store_false",
+        default=None,
+        help="keep a multistep sampler's order to the end",
+    )
+    add(
+        "--original-inference-steps",
+        type=int,
+        metavar="N",
+        help="steps that a model for lcm or tcd was distilled for (default: 50)",
+    )
+    add(
+        "--rng",
+        metavar="NAME",
+        help="philox or cpu: the noise of PyTorch's CUDA or CPU generator (default: philox)",
+    )
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu (default: auto, the first of these "
+        "that can run the bundle here)",
+    )
+    add("--device", type=int, metavar="N", help="number of the GPU (default: 0)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="on the CPU, threads inside one operator (default: one per core)",
+    )
+    add(
+        "--interactive",
+        action="store_true",
+        help="stay loaded: one JSON request a line on standard input, one result a line on standard output; "
+        "the options given here are the requests' defaults",
+    )
+    add("--warm-up", action="store_true", help="with --interactive: draw a picture before the first request")
+    add("--no-verify", action="store_true", help="compare sizes but not hashes of the bundle's files")

@@ -1,0 +1,73 @@
+"""Frames between two prompts or two seeds, as one request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.manifest import Manifest
+from sdrt.runtime.noise import noise_source
+from sdrt.runtime.prompt_chunks import Blend, Prompt
+from sdrt.runtime.request import Request, build_request, latent_shape
+from sdrt.runtime.request_checks import whole
+from sdrt.runtime.request_texts import MAX_IMAGES
+from sdrt.runtime.start import slerp
+
+
+def interpolated_request(
+    manifest: Manifest,
+    prompt: str,
+    to_prompt: str | None,
+    frames: int,
+    to_seed: int | None,
+    options: Mapping[str, Any],
+) -> Request:
+    """The request whose images are the frames; see `Pipeline.interpolate`.
+
+    Raises:
+        UsageError: An argument is out of range, or nothing differs between the ends.
+    """
+    count = whole("frames", frames)
+    if not 2 <= count <= MAX_IMAGES:
+        raise UsageError(f"frames is {count}: a whole number from 2 to {MAX_IMAGES}")
+    if to_prompt is None and to_seed is None:
+        raise UsageError("nothing differs between the first frame and the last: give another prompt or seed")
+    for name, end in (("prompt", prompt), ("to_prompt", prompt if to_prompt is None else to_prompt)):
+        if not isinstance(end, str):
+            raise UsageError(f"{name} is {type(end).__name__}: one text is wanted")
+    if options.get("latents") is not None:
+        raise UsageError("latents are given: an interpolation makes its own from the seeds")
+    first = build_request(manifest, prompt, {**options, "num_images_per_prompt": 1})
+    last = build_request(
+        manifest,
+        prompt if to_prompt is None else to_prompt,
+        {**options, "num_images_per_prompt": 1, "seed": first.seeds[0] if to_seed is None else to_seed},
+    )
+    if first.picture is not None and first.picture.variation is not None:
+        raise UsageError("variation is given: an interpolation goes from prompt to prompt or seed to seed")
+    shares = [float(share) for share in np.linspace(0.0, 1.0, count)]
+    shape = latent_shape(manifest, first.height, first.width)
+    noise, to_noise = (noise_source(first.rng, request.seeds).initial(shape) for request in (first, last))
+    text = {
+        **first.texts[0],
+        "to_prompt": last.texts[0]["prompt"],
+        "to_seed": last.seeds[0],
+        "frames": count,
+    }
+    (start,), (finish,) = first.conditions, last.conditions
+    assert isinstance(start, Prompt)
+    assert isinstance(finish, Prompt)
+    return replace(
+        first,
+        conditions=[start if start == finish else Blend(start, finish, share) for share in shares],
+        negatives=first.negatives * count,
+        texts=[{**text, "frame": number} for number in range(count)],
+        seeds=first.seeds * count,
+        latents=(
+            None if to_seed is None else np.concatenate([slerp(noise, to_noise, share) for share in shares])
+        ),
+    )

@@ -1,0 +1,67 @@
+"""A bundle's components on a backend: what every drawing needs, and the rest when it is first wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from sdrt.runtime.backends import Choice, load_executor
+from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.devices import Device
+from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.executors import Executor
+from sdrt.runtime.generation import ConditionEncoder
+from sdrt.runtime.picture_prompts import PictureEncoder
+from sdrt.runtime.prompts import PromptEncoder
+from sdrt.runtime.request_texts import MAX_IMAGES
+from sdrt.runtime.schedule import check_integer
+from sdrt.runtime.text_encoders import text_encoders
+
+MAX_DEVICES: Final = 64
+
+
+def check_gpu(device: int, stream: object) -> None:
+    if stream is not None:
+        raise UsageError("device and stream were both given: a stream has its device, leave the number out")
+    check_integer("device", device, 0, MAX_DEVICES - 1)
+
+
+def condition_encoder(bundle: Bundle, executors: Mapping[str, Executor], device: Device) -> ConditionEncoder:
+    limits = bundle.manifest.limits
+    if "image_encoder" in executors:
+        return PictureEncoder(executors["image_encoder"], device, batch=limits.min_batch)
+    return PromptEncoder(
+        text_encoders(bundle, executors),
+        device,
+        batch=limits.min_batch,
+        most_texts=2 * min(limits.max_batch, MAX_IMAGES),
+        max_chunks=limits.max_chunks,
+        max_clip_skip=limits.max_clip_skip,
+    )
+
+
+def load_executors(bundle: Bundle, load: Callable[[str], Executor]) -> dict[str, Executor]:
+    """Every component that a drawing needs.
+
+    Two at a time: loading one is partly single-threaded. The largest first, it takes the longest.
+    """
+    names = sorted(bundle.manifest.required_components, key=lambda name: -_size(bundle, name))
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="sdrt-load") as pool:
+        loading = {name: pool.submit(load, name) for name in names}
+        return {name: future.result() for name, future in loading.items()}
+
+
+def load_component(
+    bundle: Bundle, choice: Choice, device: Device, threads: int | None, verify: bool, name: str
+) -> Executor:
+    if bundle.component(name).precision == "bf16":
+        raise BackendError(
+            f"{name} is in bfloat16, which the kernels around it do not read: "
+            "export with --dtype fp16 or fp32"
+        )
+    return load_executor(bundle, name, backend=choice.name, device=device, threads=threads, verify=verify)
+
+
+def _size(bundle: Bundle, component: str) -> int:
+    return sum(entry.size for entry in bundle.component(component).files)

@@ -1,0 +1,130 @@
+"""The picture that a call starts from, and what is to become of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.manifest import Manifest
+from sdrt.runtime.request_checks import number, share, whole
+
+if TYPE_CHECKING:
+    from sdrt.runtime.canvas import Canvas
+
+DEFAULT_STRENGTH: Final = 0.8  # of diffusers' image-to-image pipelines
+DEFAULT_VARIATION: Final = 0.3  # seen on the embedded model: the same thing, drawn otherwise
+_PICTURE_OPTIONS: Final = ("strength", "mask_image", "expand", "variation")
+
+
+@dataclass(frozen=True, slots=True)
+class PictureTask:
+    """A run that starts from a picture.
+
+    Attributes:
+        canvas: The picture, and what of it is drawn.
+        strength: Share of the schedule that is run, above 0 to 1.
+        variation: The share of fresh noise in the noise that the picture was inverted to; None for a run that
+            starts mid-schedule.
+        recipe: The arguments behind it, as plain data.
+    """
+
+    canvas: Canvas
+    strength: float
+    variation: float | None
+    recipe: Mapping[str, Any]
+
+    @property
+    def starts_from_noise(self) -> bool:
+        """Whether nothing of the picture is in the first x: a mask with a strength of 1 (as in diffusers)."""
+        return self.canvas.mask is not None and self.strength == 1.0
+
+
+def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt: bool) -> PictureTask | None:
+    """Check and read what of a call's options is about a picture; None for text to image.
+
+    Raises:
+        UsageError: A picture cannot be read or does not fit, or the options contradict each other.
+    """
+    image = options.get("image")
+    inpaints = manifest.components["unet"].spec.input("inpainting") is not None
+    if image is None:
+        for name in _PICTURE_OPTIONS:
+            if options.get(name) is not None:
+                raise UsageError(f"{name} is given, but no image: it says what becomes of one")
+        if inpaints:
+            raise UsageError(
+                "this bundle is an inpainting model: it needs an image, and a mask_image or expand"
+            )
+        return None
+    _check_encoder(manifest)
+    masked = options.get("mask_image") is not None or options.get("expand") is not None
+    if inpaints and not masked:
+        raise UsageError(
+            "this bundle is an inpainting model: it needs a mask_image or expand beside the image"
+        )
+    variation = _variation(options, masked=masked, has_prompt=has_prompt)
+    if not has_prompt and variation is None:
+        raise UsageError("the prompt is missing: what shall be drawn?")
+    canvas = _canvas(manifest, options)
+    strength = _strength(options.get("strength"), masked=masked)
+    return PictureTask(canvas, strength, variation, _recipe(options, canvas, strength, variation))
+
+
+def _check_encoder(manifest: Manifest) -> None:
+    if "vae_encoder" not in manifest.components:
+        raise UsageError("an image is given, but this bundle has no vae_encoder: export it again")
+
+
+def _variation(options: Mapping[str, Any], *, masked: bool, has_prompt: bool) -> float | None:
+    given = options.get("variation")
+    if given is None:
+        alone = not has_prompt and not masked and options.get("strength") is None
+        return DEFAULT_VARIATION if alone else None
+    for name in ("mask_image", "expand", "strength", "latents"):
+        if options.get(name) is not None:
+            raise UsageError(f"variation and {name} are given: a variation begins at the inverted picture")
+    return share("variation", given)
+
+
+def _strength(given: object, *, masked: bool) -> float:
+    if given is None:
+        return 1.0 if masked else DEFAULT_STRENGTH
+    strength = number("strength", given)
+    if not 0.0 < strength <= 1.0:
+        raise UsageError(
+            f"strength is {given!r}: a number above 0, which would leave the picture as it is, to 1"
+        )
+    return strength
+
+
+def _canvas(manifest: Manifest, options: Mapping[str, Any]) -> Canvas:
+    from sdrt.runtime.canvas import fit
+    from sdrt.runtime.image_files import read_image, read_mask
+
+    mask = options.get("mask_image")
+    height, width = (options.get(name) for name in ("height", "width"))
+    return fit(
+        read_image(options["image"]),
+        manifest.limits,
+        mask=None if mask is None else read_mask(mask),
+        expand=options.get("expand"),
+        height=None if height is None else whole("height", height),
+        width=None if width is None else whole("width", width),
+    )
+
+
+def _recipe(
+    options: Mapping[str, Any], canvas: Canvas, strength: float, variation: float | None
+) -> dict[str, Any]:
+    """Pictures by the SHA-256 of what the model was shown: their names say nothing elsewhere."""
+    recipe: dict[str, Any] = {"image_sha256": hashlib.sha256(canvas.image.tobytes()).hexdigest()}
+    if canvas.mask is not None:
+        recipe["mask_sha256"] = hashlib.sha256(canvas.mask.tobytes()).hexdigest()
+    if options.get("expand") is not None:
+        recipe["expand"] = [int(pixels) for pixels in options["expand"]]
+    if variation is not None:
+        return {**recipe, "variation": variation}
+    return {**recipe, "strength": strength}

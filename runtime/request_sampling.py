@@ -1,0 +1,163 @@
+"""How a call samples: the sampler's table, and the guidance of each of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.guidance import guidance_weights
+from sdrt.runtime.loop_buffers import MAX_ROWS
+from sdrt.runtime.manifest import Manifest
+from sdrt.runtime.request_checks import flag, number, share, whole
+from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, first_step, make_table
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A call's way from noise to a picture.
+
+    Attributes:
+        table: Of the sampler; some samplers have more than one row for a step.
+        weights: float32 [rows], w of each row; a row of 1 or less runs the conditional half alone.
+        guidance_rescale: phi.
+        embedded_guidance: w that the U-Net is told in place of guidance (latent consistency models), or None.
+        recipe: The arguments behind it, as plain data.
+    """
+
+    table: SamplerTable
+    weights: NDArray[np.float32]
+    guidance_rescale: float
+    embedded_guidance: float | None
+    recipe: Mapping[str, Any]
+
+    @property
+    def guided(self) -> bool:
+        """Whether any row runs the unconditional half."""
+        return bool((self.weights > 1.0).any())
+
+
+def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: float | None) -> Sampling:
+    """Check what of a call's options is about sampling.
+
+    Args:
+        manifest: Of the bundle.
+        options: See `sdrt.runtime.options.DrawOptions`.
+        strength: Of a run that starts from a picture; None for a whole run.
+
+    Raises:
+        UsageError: An option is of a wrong type, out of range, or not one of the sampler's.
+    """
+    defaults = manifest.defaults
+    sampler = options.get("sampler")
+    sampler = defaults.sampler if sampler is None else sampler
+    if not isinstance(sampler, str):
+        raise UsageError(f"sampler is {sampler!r}: a name is wanted, one of {', '.join(SAMPLERS)}")
+    karras = flag("karras", options.get("karras", False))
+    eta = options.get("eta")
+    eta = None if eta is None else number("eta", eta)
+    chosen = _sampler_options(sampler, options, karras=karras, eta=eta)
+    steps = _steps(manifest, chosen, options.get("num_inference_steps"))
+    start = 0 if strength is None else first_step(steps, strength)
+    table = make_table(sampler, manifest.schedule, steps, chosen, start=start, karras=karras)
+    if len(table) > MAX_ROWS:
+        raise UsageError(
+            f"num_inference_steps is {steps}, which is {len(table)} evaluations of the unet with "
+            f"{sampler}: at most {MAX_ROWS}"
+        )
+    scale = options.get("guidance_scale")
+    scale = defaults.guidance_scale if scale is None else _scale(scale)
+    interval = options.get("guidance_interval")
+    told = manifest.components["unet"].spec.input("timestep_cond") is not None
+    rescale = share("guidance_rescale", options.get("guidance_rescale", 0.0))
+    recipe = {
+        "num_inference_steps": steps,
+        "guidance_scale": _plain(scale),
+        "sampler": table.name,
+        "karras": karras,
+        "eta": eta,
+        **_beyond_usual(chosen),
+        **({} if interval is None else {"guidance_interval": _plain(interval)}),
+        **({"guidance_rescale": rescale} if rescale else {}),
+    }
+    weights = guidance_weights(table, 1.0 if told else scale, (0.0, 1.0) if interval is None else interval)
+    return Sampling(
+        table=table,
+        weights=weights.astype(np.float32),
+        guidance_rescale=rescale,
+        embedded_guidance=_embedded(scale, interval) if told else None,
+        recipe=recipe,
+    )
+
+
+def _scale(given: object) -> float | list[float]:
+    """One w, or one for each step."""
+    if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str):
+        return [number("an entry of guidance_scale", entry) for entry in given]
+    return number("guidance_scale", given)
+
+
+def _embedded(scale: object, interval: object) -> float:
+    """The one w that a latent consistency model is told."""
+    if interval is not None:
+        raise UsageError("guidance_interval is given: this model is told its guidance and runs one half")
+    if isinstance(scale, Sequence):
+        raise UsageError("guidance_scale is a list: this model is told one number, and runs one half")
+    return number("guidance_scale", scale)
+
+
+def _sampler_options(
+    sampler: str, options: Mapping[str, Any], *, karras: bool, eta: float | None
+) -> SamplerOptions:
+    given: dict[str, Any] = {
+        name: options[name] for name in ("spacing", "sigma_schedule") if options.get(name) is not None
+    }
+    for name in ("timesteps", "sigmas"):
+        if (values := options.get(name)) is not None:
+            given[name] = _numbers(name, values)
+    for name in ("solver_order", "original_inference_steps"):
+        if options.get(name) is not None:
+            given[name] = whole(name, options[name])
+    given["lower_order_final"] = flag("lower_order_final", options.get("lower_order_final", True))
+    if karras and given.pop("sigma_schedule", "karras") != "karras":
+        name = options["sigma_schedule"]
+        raise UsageError(f"karras and sigma_schedule {name!r} are given: they contradict each other")
+    # No noise is what a sampler without `eta` has anyway; one that has it must be told of a zero.
+    has_eta = sampler in SAMPLERS and "eta" in SAMPLERS[sampler].options
+    if eta or (has_eta and eta is not None):
+        given["eta"] = eta
+    return SamplerOptions(**given)
+
+
+def _steps(manifest: Manifest, chosen: SamplerOptions, asked: object) -> int:
+    given = chosen.num_given_steps
+    if asked is None and given is not None:
+        return given
+    count = manifest.defaults.num_inference_steps if asked is None else whole("num_inference_steps", asked)
+    most = manifest.schedule.num_train_timesteps
+    if not 1 <= count <= most:
+        raise UsageError(f"num_inference_steps is {count}: allowed are whole numbers from 1 to {most}")
+    return count
+
+
+def _numbers(name: str, values: object) -> tuple[float, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        raise UsageError(f"{name} are {values!r}: a list of numbers is wanted")
+    return tuple(number(f"an entry of {name}", value) for value in values)
+
+
+def _plain(value: Any) -> Any:
+    """A number, or numbers, as JSON has them."""
+    if isinstance(value, Sequence | np.ndarray):
+        return [float(entry) for entry in value]
+    return float(value)
+
+
+def _beyond_usual(chosen: SamplerOptions) -> dict[str, Any]:
+    """Options that are not at their defaults; `karras` and `eta` have entries of their own."""
+    entries = {name: getattr(chosen, name) for name in chosen.given if name != "eta"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}

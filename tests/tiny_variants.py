@@ -1,0 +1,90 @@
+"""Checkpoints of other kinds from the tiny one: inpainting, latent consistency, image variations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+GUIDANCE_WIDTH = 8
+ENCODER_SIZE = 32  # pixels a side of what the image encoder reads
+CROSS_WIDTH = 16  # of the tiny U-Net
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+
+
+def write_tiny_inpainting_checkpoint(folder: Path, tiny: Path) -> None:
+    """The tiny checkpoint with a U-Net of 9 channels, as Stable Diffusion inpainting has.
+
+    Args:
+        folder: To be made.
+        tiny: Of `write_tiny_checkpoint`.
+    """
+    _copy_with_unet(folder, tiny, "StableDiffusionInpaintPipeline", in_channels=9)
+
+
+def write_tiny_lcm_checkpoint(folder: Path, tiny: Path) -> None:
+    """The tiny checkpoint with a U-Net that is told the guidance scale, and LCMScheduler."""
+    from diffusers import LCMScheduler
+
+    _copy_with_unet(folder, tiny, "LatentConsistencyModelPipeline", time_cond_proj_dim=GUIDANCE_WIDTH)
+    LCMScheduler().save_pretrained(folder / "scheduler")
+
+
+def write_tiny_image_variations_checkpoint(folder: Path, tiny: Path) -> None:
+    """The tiny checkpoint with a CLIP image encoder in place of the text's."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    _copy_with_unet(folder, tiny, "StableDiffusionImageVariationPipeline")
+    for text in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / text)
+    torch.manual_seed(1)
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=CROSS_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=ENCODER_SIZE,
+            patch_size=8,
+        )
+    )
+    encoder.half().save_pretrained(folder / "image_encoder", safe_serialization=True)
+    (folder / "feature_extractor").mkdir()
+    write_json(
+        folder / "feature_extractor" / "preprocessor_config.json",
+        {  # as CLIPImageProcessor saves it
+            "crop_size": {"height": ENCODER_SIZE, "width": ENCODER_SIZE},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": MEAN,
+            "image_processor_type": "CLIPImageProcessor",
+            "image_std": STD,
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "size": {"shortest_edge": ENCODER_SIZE},
+        },
+    )
+
+
+def write_json(file: Path, document: dict[str, Any]) -> None:
+    file.write_text(json.dumps(document), encoding="utf-8")
+
+
+def _copy_with_unet(folder: Path, tiny: Path, pipeline: str, **changes: Any) -> None:
+    """A copy whose pipeline class is another and whose U-Net's configuration has ``changes``."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(tiny, folder)
+    write_json(folder / "model_index.json", {"_class_name": pipeline})
+    if changes:
+        torch.manual_seed(2)
+        config = UNet2DConditionModel.load_config(tiny / "unet")
+        unet = UNet2DConditionModel.from_config({**config, **changes})
+        unet.half().save_pretrained(folder / "unet", safe_serialization=True)
