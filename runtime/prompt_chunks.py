@@ -267,9 +267,14 @@ class _Packer:
                 break
         else:
             return
-        self._lost.append(
-            text.text if text.tokens is None else self._tokenizer.cut_off(text.text, text.tokens, taken)
-        )
+        self._lost.append(self._end_of(text, taken))
+
+    def _end_of(self, text: _Text, taken: int) -> str:
+        """What follows the first ``taken`` tokens of a stretch, with the white space behind it."""
+        if not taken or text.tokens is None:
+            return text.text
+        behind = text.text[len(text.text.rstrip()) :]
+        return self._tokenizer.cut_off(text.text, text.tokens, taken) + behind
 
     def end_chunk(self) -> None:
         """Fill the current chunk up and begin the next one; after the last one nothing follows."""
@@ -284,7 +289,7 @@ class _Packer:
 
     def cut_off(self) -> str:
         """What there was no room for."""
-        return "".join(self._lost).rstrip()
+        return "".join(self._lost).strip()
 
     def _make_room(self, word: Sequence[object]) -> bool:
         """Begin a chunk for a word that would be cut; False if there is no room for any of it."""

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -28,7 +29,7 @@ from sdrt.runtime.prompt_chunks import (
     part_names,
     with_sources,
 )
-from sdrt.runtime.prompt_syntax import MAX_WEIGHT
+from sdrt.runtime.prompt_weights import weighted
 from sdrt.runtime.replay import replayable
 from sdrt.runtime.solvers import SamplerTable
 from sdrt.runtime.text_encoders import (
@@ -49,7 +50,6 @@ from sdrt.runtime.text_encoders import (
 
 MAX_QUOTED: Final = 400  # characters of a prompt's cut-off end that a warning repeats
 MAX_CACHED: Final = 64  # chunks; a negative prompt and a few favourites stay
-MIN_MEAN: Final = 1e-3  # of hidden states whose mean is restored, as a share of their size
 MAX_PLANS: Final = 256  # prompts that need not be cut into tokens again
 
 
@@ -205,13 +205,28 @@ class PromptEncoder:
             NumericsError: A component gave NaN or infinity; the message names the first of them.
             UsageError: The latents that the caller brought hold them.
         """
-        bad = {prompt for prompt, words in zip(prompts, faults.texts, strict=True) if words.any()}
-        for (prompt, _), plan in self._plans.items():
-            for part in with_sources(plan.chunks) if prompt in bad else ():
-                if part in self._cache:
-                    self._free.append(self._cache.pop(part))
+        texts = faults.texts.copy()
+        bad = {prompt for prompt, words in zip(prompts, texts, strict=True) if words.any()}
+        found = {prompt: self._forget(prompt) for prompt in bad}
+        for row, prompt in enumerate(prompts):
+            if prompt in bad and found[prompt].any():
+                texts[row] = found[prompt]
         names = [encoder.executor.spec.name for encoder in self._encoders]
-        faults.raise_if_any(table, [_quotable(prompt) for prompt in prompts], names)
+        quotable = [_quotable(prompt) for prompt in prompts]
+        replace(faults, texts=texts).raise_if_any(table, quotable, names)
+
+    def _forget(self, prompt: Prompt | Blend) -> NDArray[np.bool]:
+        """Take a prompt's chunks out of the cache and give their fault words, for each encoder; waits.
+
+        In a row of several chunks the words do not tell the encoders apart.
+        """
+        words = np.zeros(MAX_ENCODERS, bool)
+        plans = [plan for (planned, _), plan in self._plans.items() if planned == prompt]
+        for part in {part for plan in plans for part in with_sources(plan.chunks)} & set(self._cache):
+            slot = self._cache.pop(part)
+            words |= np.asarray(self._device.download(self._arena[in_slot(slot, FAULTS)]))[0].astype(bool)
+            self._free.append(slot)
+        return words
 
     def _plan(self, prompt: Prompt | Blend, chunks: int) -> Plan:
         key = (prompt, chunks)
@@ -365,28 +380,6 @@ class PromptEncoder:
                 PromptTruncatedWarning,
                 stacklevel=3,
             )
-
-
-def weighted(states: NDArray[Any], weights: Sequence[float]) -> NDArray[np.float64]:
-    """Hidden states times the tokens' weights, as stable-diffusion-webui does it, in float64.
-
-    ``z' = z · w · mean(z) / mean(z · w)``: each token's state is multiplied, then all of them, so that their
-    mean is what it was (``process_tokens`` of its ``modules/sd_hijack_clip.py``). Where a mean is below
-    `MIN_MEAN` of the numbers' root mean square, or the two are more than `MAX_WEIGHT` times apart or of
-    different sign, they say nothing of the size of the states, and the quotient would blow them up or turn
-    them round: there is no second factor then.
-
-    Args:
-        states: [1, tokens, width], of one encoder and one chunk.
-        weights: One per token.
-    """
-    exact = states.astype(np.float64)
-    product: NDArray[np.float64] = exact * np.array(weights)[:, None]
-    before, after = float(exact.mean()), float(product.mean())
-    small = [abs(array.mean()) <= MIN_MEAN * math.sqrt(np.mean(array**2)) for array in (exact, product)]
-    if not any(small) and 1 / MAX_WEIGHT <= before / after <= MAX_WEIGHT:
-        product *= before / after
-    return product
 
 
 def _quotable(prompt: Prompt | Blend) -> str | None:
