@@ -52,15 +52,14 @@ def guided_step_flop(checkpoint: Checkpoint, size: int) -> int:
 
     Counted by running the network on the meta device: shapes only, no arithmetic and no memory.
     """
-    from sdrt.export.modules import SdxlUNet, UNet, example_inputs
+    from sdrt.export.modules import UNet, example_inputs
     from sdrt.export.weights import meta_module
 
     side = size // checkpoint.factor
     context = checkpoint.sizes().get("tokens", 1)  # a picture's embedding is one
     axes = {"rows": 2, "latent_height": side, "latent_width": side, "context": context}
     inputs = example_inputs(checkpoint, "unet", axes, torch.Generator().manual_seed(0))
-    wrapper = SdxlUNet if checkpoint.family == "sdxl" else UNet
-    module = wrapper(meta_module(checkpoint, "unet")).to("meta")
+    module = UNet(meta_module(checkpoint, "unet")).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*(tensor.to("meta") for tensor in inputs))
     return int(counter.get_total_flops())
