@@ -85,5 +85,5 @@ figure { margin: 0; min-width: 0; }
 img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px; }
 figcaption { margin-top: .3rem; }
 code { display: block; font-size: 11px; line-height: 1.35; overflow-wrap: anywhere; background: var(--soft);
-  border-radius: 3px; padding: .2rem .35rem; margin-top: .2rem; }
+  border-radius: 3px; padding: .2rem .35rem; margin-top: .2rem; max-height: 9em; overflow: auto; }
 """

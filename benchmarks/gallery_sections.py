@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,11 +56,15 @@ class Section:
     columns: int = 0
 
 
-def sections() -> list[Section]:
-    """What the page shows, in its order; later commands start from earlier pictures."""
+def sections(sampler_steps: Sequence[int] = SAMPLER_STEPS) -> list[Section]:
+    """What the page shows, in its order; later commands start from earlier pictures.
+
+    Args:
+        sampler_steps: Each sampler draws with so many steps.
+    """
     return [
         *_texts(),
-        _samplers(),
+        _samplers(sampler_steps),
         *_guidance(),
         *_pictures(),
         *_interpolations(),
@@ -73,30 +77,27 @@ def _entries(words: Iterable[tuple[list[str], str]], *shared: str) -> list[Entry
 
 def _texts() -> list[Section]:
     prompts = ("a red apple", "a cat face", "a house", "a red car", "a yellow star", "a blue whale")
-    long_text = "a very small and very simple picture of " + "one of the " * 30 + "red balloon"
+    balloon = "white, " * 80 + "a red balloon"
     return [
         Section(
             "Prompts",
             "The embedded model draws 64 × 64 pixels and knows 167 emoji. Later commands start from these.",
-            [
-                Entry([text, "--seed", "3"], text, file=f"{text.split()[-1]}.png" if index else "apple.png")
-                for index, text in enumerate(prompts)
-            ],
+            [Entry([text, "--seed", "3"], text, file=f"{text.split()[-1]}.png") for text in prompts],
         ),
         Section(
             "Negative prompts",
-            "The same noise, with something to move away from.",
+            "Pairs from the same noise: without, and with something to move away from.",
             _entries(
                 [
-                    (["a fruit"], "a fruit"),
-                    (["a fruit", "--negative-prompt", "a red apple"], "a fruit, not a red apple"),
-                    (["a fruit", "--negative-prompt", "a green fruit"], "a fruit, not green"),
-                    (["a face"], "a face"),
-                    (["a face", "--negative-prompt", "a yellow face"], "a face, not yellow"),
-                    (["a face", "--negative-prompt", "a smiling face"], "a face, not smiling"),
+                    (["a face", "--seed", "3"], "a face"),
+                    (["a face", "--negative-prompt", "a clown face", "--seed", "3"], "not a clown"),
+                    (["a face", "--seed", "2"], "a face"),
+                    (["a face", "--negative-prompt", "a yellow face", "--seed", "2"], "not yellow"),
+                    (["a fruit", "--seed", "9"], "a fruit"),
+                    (["a fruit", "--negative-prompt", "a red apple", "--seed", "9"], "not an apple"),
                 ],
-                "--seed",
-                "5",
+                "--guidance-scale",
+                "2",
             ),
         ),
         Section(
@@ -105,32 +106,33 @@ def _texts() -> list[Section]:
             "in chunks, and so is one with BREAK.",
             _entries(
                 [
-                    (["a (red:0.2) (green:1.6) apple"], "green weighs more than red"),
-                    (["a (red:1.6) (green:0.2) apple"], "red weighs more than green"),
-                    (["a red apple BREAK a green apple"], "two chunks"),
-                    ([long_text], "the balloon stands after the 75th token"),
+                    (["a (red apple:1.4) BREAK a (lemon:0.4)"], "two chunks, more of an apple"),
+                    (["a (red apple:0.2) BREAK a (lemon:1.8)"], "two chunks, more of a lemon"),
+                    ([balloon], "the balloon stands after the 75th token"),
                     (["a cat face", "--clip-skip", "1"], "clip skip 1"),
                     (["a (cat) [face]", "--plain-prompt"], "brackets as text"),
                 ],
                 "--seed",
                 "3",
+                "--guidance-scale",
+                "4",
             ),
         ),
     ]
 
 
-def _samplers() -> Section:
+def _samplers(sampler_steps: Sequence[int]) -> Section:
     words = [
         (["a fox face", "--sampler", name, "--steps", str(steps)], f"{name}, {steps} steps")
         for name in SAMPLERS
-        for steps in SAMPLER_STEPS
+        for steps in sampler_steps
     ]
     return Section(
         "Samplers",
         "All from the same noise. lcm and tcd are for models that were distilled for few steps, which this "
         "one was not: they are here to be complete.",
-        _entries(words, "--seed", "7"),
-        columns=len(SAMPLER_STEPS),
+        _entries(words, "--seed", "7", "--guidance-scale", "4"),
+        columns=len(sampler_steps),
     )
 
 
@@ -189,12 +191,20 @@ def _pictures() -> list[Section]:
     kept = "A pixel that the mask keeps is exactly as it was given."
     return [
         Section(
-            "Image to image", "A red apple on its way to a green one.", _entries(strength, "--seed", "5")
+            "Image to image",
+            "A red apple on its way to a green one.",
+            _entries(strength, "--seed", "5", "--guidance-scale", "2"),
         ),
         Section(
-            "Inpainting", f"Only what is white in the mask is drawn. {kept}", _entries(masks, "--seed", "5")
+            "Inpainting",
+            f"Only what is white in the mask is drawn. {kept}",
+            _entries(masks, "--seed", "5", "--guidance-scale", "4"),
         ),
-        Section("Outpainting", f"A larger canvas. {kept}", _entries(expand, "--seed", "5")),
+        Section(
+            "Outpainting",
+            f"A larger canvas. {kept}",
+            _entries(expand, "--seed", "5", "--guidance-scale", "4"),
+        ),
         Section(
             "Variations without a prompt",
             "The apple is inverted to the noise it would be drawn from; a share of that noise is replaced.",

@@ -130,7 +130,7 @@ def _inputs(
     if told is not None and request.sampling.embedded_guidance is not None:
         width = told.shape[1]
         assert isinstance(width, int)  # in every manifest that was read
-        one_row = guidance_embedding(request.sampling.embedded_guidance, width)
+        one_row = guidance_embedding(request.sampling.embedded_guidance - 1.0, width)  # as in diffusers
         inputs["timestep_cond"] = np.broadcast_to(one_row, (rows, width))
     if known is not None and known.masked_latents is not None and known.mask is not None:
         both = np.concatenate([known.mask, known.masked_latents], axis=1)
