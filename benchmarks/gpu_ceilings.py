@@ -56,8 +56,8 @@ def guided_step_flop(checkpoint: Checkpoint, size: int) -> int:
     from sdrt.export.weights import meta_module
 
     side = size // checkpoint.factor
-    axes = {"rows": 2, "latent_height": side, "latent_width": side}
-    axes["context"] = checkpoint.sizes()["tokens"]
+    context = checkpoint.sizes().get("tokens", 1)  # a picture's embedding is one
+    axes = {"rows": 2, "latent_height": side, "latent_width": side, "context": context}
     inputs = example_inputs(checkpoint, "unet", axes, torch.Generator().manual_seed(0))
     module = UNet(meta_module(checkpoint, "unet")).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():

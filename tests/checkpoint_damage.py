@@ -22,6 +22,7 @@ WEIGHTS = {
     "text_encoder": "text_encoder/model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",
+    "image_encoder": "image_encoder/model.safetensors",
 }
 
 

@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_variants import (
@@ -136,15 +137,28 @@ def _variant(write: Callable[[Path, Path], None], tiny: Path, factory: pytest.Te
     return folder
 
 
-def _variant_bundle(checkpoint: Path, factory: pytest.TempPathFactory, made_before: str) -> Path:
-    """One image of one size: the quickest export."""
+def _variant_bundle(
+    checkpoint: Path, tiny_bundle: Path, factory: pytest.TempPathFactory, made_before: str
+) -> Path:
+    """One image of one size. Networks that are the tiny checkpoint's have the graphs of its bundle."""
     if place := os.environ.get(made_before):
         return Path(place)
+    import onnx_ir as ir
+
+    from sdrt.export import bundle_writer
     from sdrt.export.cli import main
+    from sdrt.export.graph import onnx_from_module
+
+    def graph(module: Any, args: Any, spec: Any, *rest: Any) -> ir.Model:
+        if spec.name in ("text_encoder", "vae_decoder", "vae_encoder"):
+            return ir.load(tiny_bundle / spec.name / "model.onnx")
+        return onnx_from_module(module, args, spec, *rest)
 
     out = factory.mktemp("bundle") / "tiny"
     sizes = ["--height", "16", "--width", "16", "--batch", "1", "--chunks", "1"]
-    assert main([str(checkpoint), str(out), "--quiet", *sizes]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bundle_writer, "onnx_from_module", graph)
+        assert main([str(checkpoint), str(out), "--quiet", *sizes]) == 0
     return out
 
 
@@ -167,21 +181,30 @@ def variations_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
-def inpainting_bundle(inpainting_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inpainting_bundle(
+    inpainting_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Its bundle: fp32, one image of 16 x 16 pixels. Read only.
 
     While working on tests, ``SDRT_TINY_INPAINTING_BUNDLE`` may name one that was made before.
     """
-    return _variant_bundle(inpainting_checkpoint, tmp_path_factory, "SDRT_TINY_INPAINTING_BUNDLE")
+    return _variant_bundle(
+        inpainting_checkpoint, tiny_bundle, tmp_path_factory, "SDRT_TINY_INPAINTING_BUNDLE"
+    )
 
 
 @pytest.fixture(scope="session")
-def lcm_bundle(lcm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lcm_bundle(lcm_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its bundle, as that of `inpainting_bundle`; ``SDRT_TINY_LCM_BUNDLE`` may name one."""
-    return _variant_bundle(lcm_checkpoint, tmp_path_factory, "SDRT_TINY_LCM_BUNDLE")
+    made_before = "SDRT_TINY_LCM_BUNDLE"
+    return _variant_bundle(lcm_checkpoint, tiny_bundle, tmp_path_factory, made_before)
 
 
 @pytest.fixture(scope="session")
-def variations_bundle(variations_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def variations_bundle(
+    variations_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Its bundle, as that of `inpainting_bundle`; ``SDRT_TINY_VARIATIONS_BUNDLE`` may name one."""
-    return _variant_bundle(variations_checkpoint, tmp_path_factory, "SDRT_TINY_VARIATIONS_BUNDLE")
+    return _variant_bundle(
+        variations_checkpoint, tiny_bundle, tmp_path_factory, "SDRT_TINY_VARIATIONS_BUNDLE"
+    )

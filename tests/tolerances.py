@@ -206,3 +206,20 @@ PREVIEW_LEVEL = (8 * 5 * 127.5 + 2 * 255) * EPS32
 # the two means whose quotient is a factor. Each is of n numbers (1232 and more), so its error is 1/sqrt(n) of
 # GRAPH_FP32 times the numbers' size, of which the mean of the tiny networks is a hundredth and more.
 WEIGHTED_TEXT = GRAPH_FP32 * (1 + 2**0.5 * 100 / 1232**0.5)
+
+# guidance_embedding against diffusers', absolute, in units of the largest angle, 1000 w. Both compute in
+# float32: an exponent e up to 9.2 with 3 roundings makes the angle 1000 w exp(-e) err by 3 e exp(-e) EPS32 of
+# it, at most 1.1; exponential, scale and product round 3 times: 4.1 for each of the two. Sine and cosine add
+# 1 EPS32 each. Seen: 3.2.
+GUIDANCE_EMBEDDING = 9 * EPS32
+
+# Four DDIM steps of a loop around the wrapped U-Net against diffusers' own pipeline, both PyTorch in float32
+# on the same numbers, relative L2: the guidance's sum (3 roundings, weighted by up to 5) and the order of
+# sums can differ; as ONNX Runtime and PyTorch differ by 15 EPS32 in one evaluation (GRAPH_FP32): 15 * 5 * 4.
+# Seen: 2.1. Another guidance embedding makes 180,000, mask and masked latents the other way round 3,400,000.
+UNET_LOOP = 300 * EPS32
+
+# How much of the variance of the embedded model's pictures the preview map must explain at the latents' size.
+# The best affine map for these very pictures explains 0.86, the mean colour 0; the map is fitted to others.
+# Seen: 0.84.
+PREVIEW_EXPLAINED = 0.75
