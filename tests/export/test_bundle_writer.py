@@ -307,3 +307,11 @@ def test_a_write_that_fails_is_status_8_and_names_out(
     assert cli.main([str(tiny_checkpoint), str(out), "--quiet", *traced_before]) == 8
     assert capsys.readouterr().err == f"sd-export: cannot write {out}: the disk is full\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_chunks_of_prompts_are_an_axis_and_a_limit(tiny_checkpoint: Path, chunks: int) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    asked = replace(options(AxisRange(16, 16), AxisRange(16, 16)), chunks=chunks)
+    assert graph_axes(checkpoint, asked)["context"] == AxisRange(77, 77 * chunks, 77)
+    assert bundle_manifest.manifest_of(checkpoint, asked, {}, [None]).limits.max_chunks == chunks  # type: ignore[list-item]

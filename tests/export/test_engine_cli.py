@@ -148,6 +148,7 @@ def bundle(tmp_path: Path) -> Path:
     [
         (["--height", "72"], 2, "height 72: the bundle's graphs admit multiples of 16 from 64 to 128"),
         (["--batch", "9"], 2, "batch 9: the bundle's graphs admit 1 to 8 images"),
+        (["--chunks", "16"], 2, "chunks 16: the bundle's graphs admit prompts of"),
         (["--compute-capability", "9.0"], 2, "tensorrt-rtx builds for 7.5, 8.0, 8.6"),
     ],
 )
@@ -299,7 +300,7 @@ def test_the_report_gives_the_figures_of_each_engine() -> None:
     heading, line = report_lines([EngineReport("unet", Path("x"), manifest, new=True)])
     assert heading == "tensorrt-rtx 1.7, compute capability 8.0+:"
     assert line == (
-        "  unet: rows 1..16, latent_height 16..32, latent_width 16..32; "
+        "  unet: rows 1..16, latent_height 16..32, latent_width 16..32, context 77; "
         "31 of 32 attentions fused, 1 written out; "
         "1700.0 MB; 27 MiB of scratch memory; built in 21.4 s with 3.0 GiB; "
         "compared with ONNX Runtime: 3.0e-04 at most, 2.0e-02 allowed"

@@ -23,6 +23,7 @@ from sdrt.export import bundle_writer, cli
 from sdrt.export.bundle_manifest import TOOLS
 from sdrt.runtime.bundle import Bundle, sha256
 from sdrt.runtime.components import COMPONENTS
+from sdrt.runtime.manifest import FORMAT_VERSION
 from sdrt.runtime.pipeline import Pipeline
 
 # An export in a process of its own that takes the tracer's graphs from a bundle made before, as the fixture
@@ -91,7 +92,7 @@ def test_every_file_is_named_with_its_size_and_hash(tiny_bundle: Path) -> None:
 def test_the_manifest_describes_the_checkpoint(tiny_bundle: Path) -> None:
     manifest = manifest_of(tiny_bundle)
     assert manifest["format"] == "sdrt-bundle"
-    assert manifest["format_version"] == 2
+    assert manifest["format_version"] == FORMAT_VERSION
     assert manifest["family"] == "sd"
     assert list(manifest["components"]) == list(COMPONENTS)
     assert manifest["latents"] == {"channels": 4, "factor": 2}
@@ -114,7 +115,8 @@ def test_the_manifest_describes_the_checkpoint(tiny_bundle: Path) -> None:
         "sampler": "dpmpp_2m",
     }
     side = {"minimum": 16, "maximum": 32, "multiple": 4}
-    assert manifest["limits"] == {"min_batch": 1, "max_batch": 2, "height": side, "width": side}
+    text = {"max_chunks": 4, "max_clip_skip": 1}
+    assert manifest["limits"] == {"min_batch": 1, "max_batch": 2, "height": side, "width": side, **text}
     tokenizer = {key: manifest["tokenizer"][key] for key in ("max_length", "bos", "eos", "pad")}
     assert tokenizer == {"max_length": 77, "bos": 712, "eos": 713, "pad": 713}
 
@@ -140,6 +142,8 @@ def test_an_fp16_bundle_of_one_size_says_so(fp16_bundle: Path) -> None:
         "max_batch": 1,
         "height": {"minimum": 18, "maximum": 18, "multiple": 2},
         "width": {"minimum": 16, "maximum": 16, "multiple": 2},
+        "max_chunks": 4,
+        "max_clip_skip": 1,
     }
     assert (manifest["defaults"]["height"], manifest["defaults"]["width"]) == (18, 16)
 
@@ -192,6 +196,9 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--batch", "-1"], "--batch"),
     (["--batch", "1..2..3"], "OPT is for engines, give --engine too"),
     (["--batch", "100"], "at most 64"),
+    (["--chunks", "0"], "--chunks is '0'"),
+    (["--chunks", "1..2..3"], "OPT is for engines, give --engine too"),
+    (["--chunks", "1..17"], "--chunks is '1..17': at most 16"),
     (["--height", "17"], "--height is 17: multiples of 2 up to 4096 (a size of this checkpoint)"),
     (["--width", "17"], "--width is 17"),
     (["--height", "0"], "--height is '0'"),
