@@ -288,8 +288,8 @@ def _refuse_unfit(trt: Any, engine: Engine, component: str, gpu: Gpu) -> None:
 
 
 def _axes_of(component: str, axes: Mapping[str, int]) -> Mapping[str, int]:
-    """A text encoder works on one text after the other, whatever the number of pictures."""
-    return {} if component.startswith("text_encoder") else axes
+    """Encoders work on one text or picture after the other, whatever the number of pictures."""
+    return {} if component.startswith(("text_encoder", "image_encoder")) else axes
 
 
 def _probe_onnxruntime_cuda(bundle: Bundle, gpu: Gpu | None, shape: RequestShape | None) -> str:

@@ -141,13 +141,15 @@ def _save(arguments: argparse.Namespace, output: PipelineOutput) -> list[Path]:
 def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None) -> Pipeline:
     """The pipeline on a backend that admits the request; says which one, where that was left to us."""
     from sdrt.runtime.backends import AUTO, RequestShape
+    from sdrt.runtime.loading import longest_prompt
     from sdrt.runtime.pipeline import Pipeline
 
     limits = bundle.manifest.limits
     shape = None
     if request is not None:
         images = max(limits.min_batch, min(len(request.conditions), limits.max_batch))
-        shape = RequestShape(images, request.height, request.width, request.guided)
+        chunks = longest_prompt(bundle, request)
+        shape = RequestShape(images, request.height, request.width, request.guided, chunks)
     pipeline = Pipeline.load(
         bundle,
         backend=arguments.backend,

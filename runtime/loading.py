@@ -13,10 +13,12 @@ from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.generation import ConditionEncoder
 from sdrt.runtime.picture_prompts import PictureEncoder
+from sdrt.runtime.prompt_chunks import Prompt, PromptPlanner
 from sdrt.runtime.prompts import PromptEncoder
+from sdrt.runtime.request import Request
 from sdrt.runtime.request_texts import MAX_IMAGES
 from sdrt.runtime.schedule import check_integer
-from sdrt.runtime.text_encoders import text_encoders
+from sdrt.runtime.text_encoders import open_tokenizers, text_encoders
 
 MAX_DEVICES: Final = 64
 
@@ -39,6 +41,27 @@ def condition_encoder(bundle: Bundle, executors: Mapping[str, Executor], device:
         max_chunks=limits.max_chunks,
         max_clip_skip=limits.max_clip_skip,
     )
+
+
+def longest_prompt(bundle: Bundle, request: Request) -> int:
+    """The chunks of a request's longest prompt, before anything is loaded.
+
+    Tokenizers are only read where a text could have more than one chunk: each token is a character or more.
+    """
+    prompts = [prompt for prompt in (*request.conditions, *request.negatives) if isinstance(prompt, Prompt)]
+    room = min((facts.max_length - 2 for facts in bundle.manifest.tokenizers), default=0)
+    long = {
+        prompt
+        for prompt in prompts
+        if prompt.text and (len(prompt.text.encode()) > room or "BREAK" in prompt.text)
+    }
+    if not long:
+        return 1
+    limits = bundle.manifest.limits
+    planner = PromptPlanner(
+        open_tokenizers(bundle), max_chunks=limits.max_chunks, max_clip_skip=limits.max_clip_skip
+    )
+    return max(len(planner.plan(prompt).chunks) for prompt in long)
 
 
 def load_executors(bundle: Bundle, load: Callable[[str], Executor]) -> dict[str, Executor]:

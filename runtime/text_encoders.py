@@ -44,19 +44,27 @@ class TextEncoder(NamedTuple):
         return spec.concrete({"batch": 1})[-1]
 
 
+def open_tokenizers(bundle: Bundle) -> list[Tokenizer]:
+    """One tokenizer for each text encoder.
+
+    Raises:
+        BundleError: A tokenizer's file cannot be used.
+    """
+    return [
+        Tokenizer.from_file(
+            bundle.file(facts.file), max_length=facts.max_length, bos=facts.bos, eos=facts.eos, pad=facts.pad
+        )
+        for facts in bundle.manifest.tokenizers
+    ]
+
+
 def text_encoders(bundle: Bundle, executors: Mapping[str, Executor]) -> list[TextEncoder]:
     """The text encoders of a bundle's family, each with its tokenizer.
 
     Raises:
         BundleError: A tokenizer's file cannot be used.
     """
-    manifest = bundle.manifest
-    tokenizers = [
-        Tokenizer.from_file(
-            bundle.file(facts.file), max_length=facts.max_length, bos=facts.bos, eos=facts.eos, pad=facts.pad
-        )
-        for facts in manifest.tokenizers
-    ]
+    manifest, tokenizers = bundle.manifest, open_tokenizers(bundle)
     encoders = [TextEncoder(tokenizers[0], executors["text_encoder"], manifest.text_output)]
     if manifest.family == "sdxl":
         hidden = "penultimate_hidden_state"

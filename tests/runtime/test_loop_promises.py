@@ -19,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from recording import RecordedExecutor, RecordingDriver, as_numpy, recording_device
 
+from sdrt.runtime import loading
 from sdrt.runtime import pipeline as pipeline_module
 from sdrt.runtime.backends import Choice, Gpu
 from sdrt.runtime.bundle import Bundle
@@ -463,7 +464,7 @@ def gpu(host: Pipeline, monkeypatch: pytest.MonkeyPatch) -> RecordingDriver:
     monkeypatch.setattr(
         pipeline_module, "open_device", lambda _, stream: recording_device(driver, stream=stream)
     )
-    monkeypatch.setattr(pipeline_module, "load_executor", load)
+    monkeypatch.setattr(loading, "load_executor", load)
     return driver
 
 
@@ -492,7 +493,7 @@ def test_load_in_a_callers_stream(host: Pipeline, gpu: RecordingDriver) -> None:
 def test_component_that_cannot_be_loaded_leaves_nothing(
     host: Pipeline, gpu: RecordingDriver, monkeypatch: pytest.MonkeyPatch, component: str
 ) -> None:
-    load = vars(pipeline_module)["load_executor"]  # the fixture's
+    load = vars(loading)["load_executor"]  # the fixture's
 
     def fail(bundle: Bundle, name: str, **options: Any) -> Executor:
         if name == component:
@@ -500,7 +501,7 @@ def test_component_that_cannot_be_loaded_leaves_nothing(
         executor: Executor = load(bundle, name, **options)
         return executor
 
-    monkeypatch.setattr(pipeline_module, "load_executor", fail)
+    monkeypatch.setattr(loading, "load_executor", fail)
     with pytest.raises(BackendError, match=f"no engine for {component}"):
         Pipeline.load(host.bundle)
     gc.collect()
