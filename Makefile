@@ -14,7 +14,7 @@ WHEELS ?=
 GPU_FLAGS ?=
 GPU_SITE := $(CURDIR)/out/gpu-site
 
-.PHONY: help run test check format bench bundle gpu clean
+.PHONY: help run test check format bench gallery bundle gpu clean
 
 help:
 	@echo "make run     draw a picture with the embedded model, from its checkpoint"
@@ -22,6 +22,7 @@ help:
 	@echo "make check   format, lint and types alone"
 	@echo "make format  rewrite the code as 'make check' wants it"
 	@echo "make bench   the figures of the README, measured here"
+	@echo "make gallery  one page of pictures: what each option does, with the command for each"
 	@echo "make gpu     test, measure and report on a machine with an NVIDIA GPU (GPU_PYTHON=…, WHEELS=folder)"
 	@echo "make bundle  export the bundle that the wheel ships, after the embedded model was trained anew"
 	@echo "make clean   remove what the above made, the virtual environment too"
@@ -55,6 +56,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m sdrt.benchmarks.first_picture
+
+gallery: $(STAMP)
+	$(BIN)/python -m sdrt.benchmarks.gallery
 
 bundle: $(STAMP)
 	$(BIN)/sd-export models/emoji models/emoji/bundle $(EXPORT_FLAGS) --force

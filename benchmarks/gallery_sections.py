@@ -130,7 +130,7 @@ def _samplers(sampler_steps: Sequence[int]) -> Section:
     return Section(
         "Samplers",
         "All from the same noise. lcm and tcd are for models that were distilled for few steps, which this "
-        "one was not: they are here to be complete.",
+        "one was not. pndm and dpm2_a want more than 10 steps of it; diffusers draws the same there.",
         _entries(words, "--seed", "7", "--guidance-scale", "4"),
         columns=len(sampler_steps),
     )
@@ -148,7 +148,7 @@ def _guidance() -> list[Section]:
         ),
         Section(
             "Guidance: interval, schedule, rescale",
-            "Outside of the interval only one half is run. Rescale takes back contrast that guidance adds.",
+            "Outside of the interval only one half is run. Rescale is for models that predict v; here it does little.",
             _entries(
                 [
                     ([*owl, "--guidance-scale", "7.5"], "all steps"),

@@ -9,7 +9,7 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tiny_variants import (
@@ -17,6 +17,9 @@ from tiny_variants import (
     write_tiny_inpainting_checkpoint,
     write_tiny_lcm_checkpoint,
 )
+
+if TYPE_CHECKING:
+    from sdrt.benchmarks.gallery_sections import Section
 
 # Nothing in the tests may reach a network, and no library may try.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -208,3 +211,13 @@ def variations_bundle(
     return _variant_bundle(
         variations_checkpoint, tiny_bundle, tmp_path_factory, "SDRT_TINY_VARIATIONS_BUNDLE"
     )
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Section]]:
+    """The page of ``make gallery`` as it is made, and its sections with all pictures drawn."""
+    from sdrt.benchmarks.gallery import write_gallery
+    from sdrt.benchmarks.gallery_sections import sections
+
+    drawn = sections()
+    return write_gallery(tmp_path_factory.mktemp("gallery"), drawn), drawn
