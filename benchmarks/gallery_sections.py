@@ -148,7 +148,7 @@ def _guidance() -> list[Section]:
         ),
         Section(
             "Guidance: interval, schedule, rescale",
-            "Outside of the interval only one half is run. Rescale is for models that predict v; here it does little.",
+            "Outside of the interval one half is run. Rescale is for v-prediction: here it does little.",
             _entries(
                 [
                     ([*owl, "--guidance-scale", "7.5"], "all steps"),

@@ -1,7 +1,7 @@
 """What each option does to a picture of the embedded model, measured on the pictures of the gallery.
 
-Distances are root mean squares of levels (0 to 255), or those of the recipe's descriptors (`features.py`), where
-two pictures of one emoji are some 0.1 apart and pictures of different emoji 1 and more.
+Distances are root mean squares of levels (0 to 255), or those of the recipe's descriptors (`features.py`),
+where two pictures of one emoji are some 0.1 apart and pictures of different emoji 1 and more.
 """
 
 from __future__ import annotations
