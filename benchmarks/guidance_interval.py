@@ -1,0 +1,64 @@
+"""What a guidance interval saves: the time of the loop against the share of the steps that are guided.
+
+    python -m sdrt.benchmarks.guidance_interval [--bundle DIR] [--repeats N]
+
+Pairs of runs, with the interval and without, one after the other in one process; ratios of CPU time pair by
+pair, since the machine may be noisy. Expected is ``(1 + f) / 2`` for a share f of guided steps, if the U-Net
+takes twice the time for two halves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+from sdrt.runtime.pipeline import Pipeline
+
+PROMPT, STEPS, GUIDANCE = "a red apple", 20, 7.5
+SHARES = (0.0, 0.25, 0.5, 0.75)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print a table."""
+    commands = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands.add_argument("--bundle", help="default: the embedded model")
+    commands.add_argument("--repeats", type=int, default=30, help="pairs for each share (default: 30)")
+    arguments = commands.parse_args(argv)
+    print("guided share   expected   median ratio   quartiles")
+    with Pipeline.load(arguments.bundle, threads=1) as pipeline:
+        for share in SHARES:
+            ratios = interval_ratios(pipeline, share, arguments.repeats)
+            low, median, high = statistics.quantiles(ratios, n=4)
+            print(f"{share:12.2f} {(1 + share) / 2:10.3f} {median:14.3f}   {low:.3f} … {high:.3f}")
+    return 0
+
+
+def interval_ratios(pipeline: Pipeline, share: float, repeats: int) -> list[float]:
+    """Loop with a share of its steps guided over loop with all, CPU seconds, pair by pair.
+
+    Args:
+        pipeline: Loaded.
+        share: 0 to 1; the interval is in the middle of the run.
+        repeats: Pairs, after one that is not counted.
+    """
+    start = (1 - share) / 2
+    some = [GUIDANCE if start * STEPS <= step < (start + share) * STEPS else 1.0 for step in range(STEPS)]
+    ratios = []
+    for pair in range(repeats + 1):
+        part, whole = (_loop_seconds(pipeline, scale) for scale in (some, [GUIDANCE] * STEPS))
+        if pair:
+            ratios.append(part / whole)
+    return ratios
+
+
+def _loop_seconds(pipeline: Pipeline, scale: list[float]) -> float:
+    started = time.process_time()
+    pipeline(PROMPT, seed=1, num_inference_steps=STEPS, guidance_scale=scale, output_type="latents")
+    return time.process_time() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
