@@ -10,14 +10,14 @@ import gc
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from recording import RecordedExecutor, RecordingDriver, as_numpy, recording_device
+from recorded_pipeline import Counted, Network, Recorded, assert_equal
+from recording import RecordingDriver, as_numpy, recording_device
 
 from sdrt.runtime import loading
 from sdrt.runtime import pipeline as pipeline_module
@@ -45,51 +45,12 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-class Network(RecordedExecutor):
-    """Notes that it was closed."""
-
-    closed = False
-
-    def close(self) -> None:
-        super().close()
-        self.closed = True
-
-
 class Uncapturable(Network):
     """As ONNX Runtime's CUDA provider: its work may not be recorded."""
 
     def __init__(self, executor: Executor, device: CudaDevice, driver: RecordingDriver) -> None:
         super().__init__(executor, device, driver)
         self.capturable = False
-
-
-class Recorded(Pipeline):
-    """A pipeline on a recording driver."""
-
-    def __init__(self, host: Pipeline, kind: type[Network] = Network, **about: Any) -> None:
-        """The networks of ``host``, another pipeline of the same bundle."""
-        self.driver = RecordingDriver(**about)
-        self.cuda = recording_device(self.driver)
-        networks = host._executors.items()
-        executors = {name: kind(one, self.cuda, self.driver) for name, one in networks}
-        super().__init__(host.bundle, executors, self.cuda, "recording", ["for a test"])
-
-
-class Counted:
-    """A callback that notes the driver's counts after each step, and asks for nothing."""
-
-    def __init__(self) -> None:
-        self.seen: list[Counter[str]] = []
-
-    def __call__(self, pipeline: Pipeline, _step: int, _timestep: float, state: dict[str, Any]) -> None:
-        assert isinstance(pipeline, Recorded)
-        assert state == {}
-        self.seen.append(pipeline.driver.counts.copy())
-
-    @property
-    def steps(self) -> list[Counter[str]]:
-        """What each step but the first added: the first comes with what prepares the run."""
-        return [after - before for before, after in pairwise(self.seen)]
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +83,6 @@ def counted(pipeline: Recorded, **options: Any) -> tuple[PipelineOutput, list[Co
 
 def table_of(pipeline: Pipeline, sampler: str, eta: float = 0.0, **_: Any) -> SamplerTable:
     return make_table(sampler, pipeline.bundle.manifest.schedule, STEPS, eta=eta)
-
-
-def assert_equal(one: PipelineOutput, other: PipelineOutput) -> None:
-    assert np.array_equal(one.latents, other.latents)
-    assert np.array_equal(one.images, other.images)
 
 
 # --- per step
