@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from sdrt.runtime.callbacks import StepHook
 from sdrt.runtime.decode import ImageDecoder
 from sdrt.runtime.denoise import DenoiseLoop, StepKind
 from sdrt.runtime.devices import Device
+from sdrt.runtime.errors import DeviceMemoryError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.faults import Faults
 from sdrt.runtime.manifest import Manifest
@@ -21,6 +23,8 @@ from sdrt.runtime.output import Collected, DeviceCollected
 from sdrt.runtime.request import Request
 from sdrt.runtime.solvers import SamplerTable
 from sdrt.runtime.start import KnownPicture, blends, start_arguments
+
+MAX_CACHED_SHAPES: Final = 4  # each holds the buffers and graphs of one shape
 
 
 class ConditionEncoder(Protocol):
@@ -217,6 +221,77 @@ class Generation:
 
     def _raise_faults(self, request: Request, rows: Sequence[Hashable]) -> None:
         self._encoder.raise_faults(self._loop.faults(), request.sampling.table, rows)
+
+
+class Generations:
+    """The shapes that were drawn last, each with its buffers, bindings and graphs."""
+
+    def __init__(
+        self,
+        device: Device,
+        executors: Mapping[str, Executor],
+        encoder: ConditionEncoder,
+        manifest: Manifest,
+    ) -> None:
+        """Keep what `ready` needs."""
+        self._device, self._executors = device, executors
+        self._encoder, self._manifest = encoder, manifest
+        self._shapes: OrderedDict[Shape, Generation] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many shapes are kept."""
+        return len(self._shapes)
+
+    def clear(self) -> None:
+        """Give all of their memory back."""
+        self._shapes.clear()
+
+    def ready(
+        self, request: Request, images: int, chunks: int, hook: StepHook | None, *, decodes: bool
+    ) -> Generation:
+        """What draws a shape, kept or new, prepared for the request.
+
+        The one unused for longest makes room; all of them do where the device's memory is too small.
+
+        Args:
+            request: Gives size and guidance.
+            images: That are drawn together.
+            chunks: Of their prompts.
+            hook: What is called between the steps.
+            decodes: Whether pictures are wanted, not only latents.
+
+        Raises:
+            DeviceMemoryError: The buffers do not fit.
+            BackendError: An engine does not admit this shape.
+        """
+        factor = self._manifest.latents.factor
+        shape = Shape(images, request.height // factor, request.width // factor, request.guided, chunks)
+        try:
+            return self._prepared(shape, request, hook, decodes=decodes)
+        except DeviceMemoryError:
+            if not self._shapes:
+                raise
+            self._shapes.clear()
+        return self._prepared(shape, request, hook, decodes=decodes)
+
+    def _prepared(
+        self, shape: Shape, request: Request, hook: StepHook | None, *, decodes: bool
+    ) -> Generation:
+        generation = self._shapes.pop(shape, None)
+        if generation is None:
+            while len(self._shapes) >= MAX_CACHED_SHAPES:
+                self._shapes.popitem(last=False)
+            generation = Generation(
+                shape,
+                self._device,
+                self._executors["unet"],
+                self._executors["vae_decoder"],
+                self._encoder,
+                self._manifest,
+            )
+        generation.prepare(request, hook, decodes=decodes)
+        self._shapes[shape] = generation
+        return generation
 
 
 def _drawn_on_device(request: Request) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,9 +27,9 @@ from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.callbacks import StepHook
 from sdrt.runtime.devices import Device
 from sdrt.runtime.encode import Pictures
-from sdrt.runtime.errors import BackendError, DeviceMemoryError, UsageError
+from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executors import Executor
-from sdrt.runtime.generation import Generation, Shape
+from sdrt.runtime.generation import Generations
 from sdrt.runtime.interpolation import interpolated_request
 from sdrt.runtime.loading import check_gpu, condition_encoder, load_component, load_executors
 from sdrt.runtime.noise import DEFAULT_RNG, Rng, noise_source
@@ -51,7 +50,6 @@ from sdrt.runtime.start import KnownPicture, slerp, with_device_latents
 
 __all__ = ["BlackImageWarning", "Pipeline", "PipelineOutput"]
 
-MAX_CACHED_SHAPES: Final = 4  # each holds the buffers and graphs of one shape
 MAX_THREADS: Final = 1024  # a mistyped number must not start a million
 
 
@@ -88,7 +86,7 @@ class Pipeline:
         self._load_more = load_more
         self._encoder = condition_encoder(bundle, executors, device)
         self._pictures = Pictures(lambda: self._executor("vae_encoder"), device, bundle.manifest)
-        self._shapes: OrderedDict[Shape, Generation] = OrderedDict()
+        self._generations = Generations(self._device, self._executors, self._encoder, bundle.manifest)
         self._closed = False
         self._cancelled = threading.Event()
         self._busy = threading.Lock()
@@ -157,9 +155,8 @@ class Pipeline:
             self._closed = True
             for executor in self._executors.values():
                 executor.close()
-            self._shapes.clear()
             self._load_more = None
-            del self._encoder, self._pictures
+            del self._encoder, self._pictures, self._generations
             self._executors.clear()
             self._device.close()
 
@@ -317,7 +314,7 @@ class Pipeline:
         batches = list(self._batches(request))
         for images, chunks in sorted({(len(batch), chunks) for batch, chunks in batches}):
             # What is refused is so before any drawing.
-            self._generation(request, images, chunks, hook, decodes=decodes)
+            self._generations.ready(request, images, chunks, hook, decodes=decodes)
         seconds: dict[str, float] = {}
         known = None
         if request.picture is not None:
@@ -331,7 +328,7 @@ class Pipeline:
         on_device = DeviceCollected(self._device, wanted) if output_type == "device" else None
         collected = on_device or Collected(output_type, wanted, canvas)
         for batch, chunks in batches:
-            generation = self._generation(request, len(batch), chunks, hook, decodes=decodes)
+            generation = self._generations.ready(request, len(batch), chunks, hook, decodes=decodes)
             stages = generation.draw(request, batch, collected, hook, known, decodes=decodes)
             seconds = {**seconds, **{name: seconds.get(name, 0.0) + value for name, value in stages.items()}}
         images, latents = collected.finish()
@@ -354,7 +351,7 @@ class Pipeline:
         for image, condition in enumerate(request.conditions):
             if condition not in inverted:
                 images, chunks = manifest.limits.min_batch, self._encoder.chunks(condition)
-                generation = self._generation(alone, images, chunks, None, decodes=False)
+                generation = self._generations.ready(alone, images, chunks, None, decodes=False)
                 inverted[condition] = generation.invert(alone, image, table, known, hook)
             fresh = noise_source(request.rng, [request.seeds[image]]).initial(known.latents.shape[1:])
             noise.append(slerp(inverted[condition], fresh, request.picture.variation))
@@ -380,42 +377,6 @@ class Pipeline:
             "version": sdrt.__version__,
         }
         return tuple({**recipe, **origin} for recipe in request.recipes())
-
-    def _generation(
-        self, request: Request, images: int, chunks: int, hook: StepHook | None, *, decodes: bool
-    ) -> Generation:
-        """What draws a shape, from the cache or new, ready for the request.
-
-        The one unused for longest makes room; all of them do where the device's memory is too small.
-        """
-        factor = self.bundle.manifest.latents.factor
-        shape = Shape(images, request.height // factor, request.width // factor, request.guided, chunks)
-        try:
-            return self._prepared(shape, request, hook, decodes=decodes)
-        except DeviceMemoryError:
-            if not self._shapes:
-                raise
-            self._shapes.clear()
-        return self._prepared(shape, request, hook, decodes=decodes)
-
-    def _prepared(
-        self, shape: Shape, request: Request, hook: StepHook | None, *, decodes: bool
-    ) -> Generation:
-        generation = self._shapes.pop(shape, None)
-        if generation is None:
-            while len(self._shapes) >= MAX_CACHED_SHAPES:
-                self._shapes.popitem(last=False)
-            generation = Generation(
-                shape,
-                self._device,
-                self._executors["unet"],
-                self._executors["vae_decoder"],
-                self._encoder,
-                self.bundle.manifest,
-            )
-        generation.prepare(request, hook, decodes=decodes)
-        self._shapes[shape] = generation
-        return generation
 
     def _batches(self, request: Request) -> Iterator[tuple[list[int], int]]:
         """Cut N images into batches that the graphs admit; a last one that is too small repeats itself.

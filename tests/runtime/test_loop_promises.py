@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from recorded_pipeline import Counted, Network, Recorded, assert_equal
 from recording import RecordingDriver, as_numpy, recording_device
 
-from sdrt.runtime import loading
+from sdrt.runtime import generation, loading
 from sdrt.runtime import pipeline as pipeline_module
 from sdrt.runtime.backends import Choice, Gpu
 from sdrt.runtime.bundle import Bundle
@@ -360,7 +360,7 @@ def test_other_shapes_make_room_where_memory_is_short(host: Pipeline) -> None:
             "width": 32,
         }
         assert_equal(pipeline("a", **options), host("a", **options))
-    assert len(pipeline._shapes) < pipeline_module.MAX_CACHED_SHAPES
+    assert len(pipeline._generations) < generation.MAX_CACHED_SHAPES
     for one in (probe, pipeline):
         one.close()
         assert one.driver.live == {}

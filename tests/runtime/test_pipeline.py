@@ -15,8 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import tolerances
-from sdrt.runtime import backends, prompts
-from sdrt.runtime import pipeline as pipeline_module
+from sdrt.runtime import backends, generation, prompts
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.devices import Device
 from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageError
@@ -559,7 +558,7 @@ def test_shapes_change_and_come_back(fresh: OpenPipeline) -> None:
     sizes = [(16, 20), (20, 16), (20, 20), (24, 16), (28, 16), (32, 32)]
     for height, width in sizes:
         fresh("a", seed=1, height=height, width=width, **SHORT)
-        assert len(fresh._shapes) <= pipeline_module.MAX_CACHED_SHAPES
+        assert len(fresh._generations) <= generation.MAX_CACHED_SHAPES
     assert_equal(fresh("a", seed=1, **SHORT), first)
     assert len(unet.bound) == len(sizes) + 2  # the first shape had to make room and came back
     fresh("a", seed=1, height=32, width=32, **SHORT)
@@ -781,7 +780,9 @@ def test_bad_argument(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], words: str
 ) -> None:
     """Refused in one line that says what is allowed, before any component has run."""
-    monkeypatch.setattr(pipeline, "_generation", lambda *_, **__: pytest.fail("something was computed"))
+    monkeypatch.setattr(
+        pipeline._generations, "ready", lambda *_, **__: pytest.fail("something was computed")
+    )
     with pytest.raises(UsageError, match=words) as caught:
         pipeline(**{"prompt": "a", **arguments})
     assert "\n" not in str(caught.value)
