@@ -351,18 +351,18 @@ def test_unet_is_evaluated_once_a_row_on_one_binding(fresh: OpenPipeline) -> Non
 
 
 def test_prompt_over_the_token_limit_warns_and_quotes(fresh: OpenPipeline) -> None:
-    prompt = "apple " * 80 + "UNREAD Ending"
-    with pytest.warns(PromptTruncatedWarning, match="over 75 tokens.*UNREAD Ending"):
+    prompt = "a " * 300 + "UNREAD Ending"  # one token each fills the bundle's chunks
+    with pytest.warns(PromptTruncatedWarning, match="over 4 chunks of 75 tokens.*UNREAD Ending"):
         output = fresh(prompt, seed=1, **SHORT)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fresh("a " * 75, seed=1, **SHORT)  # one token each: just fits
+        fresh("a " * 300, seed=1, **SHORT)  # just fits
     assert output.recipes[0]["prompt"] == prompt
 
 
 def test_negative_prompt_over_the_token_limit_warns(fresh: OpenPipeline) -> None:
     with pytest.warns(PromptTruncatedWarning, match="UNREAD"):
-        fresh("a", negative_prompt="apple " * 80 + "UNREAD", **SHORT)
+        fresh("a", negative_prompt="a " * 300 + "UNREAD", **SHORT)
 
 
 # --- samplers and steps

@@ -284,9 +284,10 @@ def test_no_bar_where_there_is_no_terminal(run: Run) -> None:
 
 
 def test_prompt_over_the_token_limit(run: Run, work: Path) -> None:
-    _, err = run("a " * 75 + "this is  not read", "--output", "a.png")
+    _, err = run("a " * 300 + "this is  not read", "--output", "a.png")
     assert err == (
-        "sd-run: warning: the prompt is over 75 tokens; this end of it is not read: 'this is not read'\n"
+        "sd-run: warning: the prompt is over 4 chunks of 75 tokens; this end of it is not read: "
+        "'this is not read'\n"
     )
     assert names(work) == ["a.png"]
 
