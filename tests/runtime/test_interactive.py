@@ -247,9 +247,9 @@ def test_every_picture_of_a_list_has_a_file_of_its_own(serve: Any, work: Path) -
 def test_warnings_come_with_the_result(serve: Any) -> None:
     many = {"num_images_per_prompt": 3}
     long, plain = serve(
-        {"prompt": "a " * 90, "output": "base64", **many}, {"prompt": "a", "output": "base64"}
+        {"prompt": "a " * 301, "output": "base64", **many}, {"prompt": "a", "output": "base64"}
     )
-    assert "over 75 tokens" in long["warnings"][0]
+    assert "over 4 chunks of 75 tokens" in long["warnings"][0]
     assert len(long["warnings"]) == 1  # though two batches were drawn
     assert "warnings" not in plain
 
@@ -280,7 +280,11 @@ def test_last_line_without_an_end_and_empty_lines(serve: Any) -> None:
         (b"[" * 100_000 + b"\n", 2, "a request is one line of JSON"),
         (b'{"prompt": "' + b"x" * (1 << 24) + b'"}\n', 2, "a request of more than 16777216 bytes"),
         ({}, 2, "a request needs a prompt"),
-        ({"prompt": "x", "steps": 3}, 2, "a request has no steps: there is prompt, negative_prompt"),
+        (
+            {"prompt": "x", "steps": 3},
+            2,
+            "a request has no steps, did you mean timesteps? there is prompt, negative_prompt",
+        ),
         ({"prompt": "x", "latents": []}, 2, "a request has no latents"),
         ({"prompt": "x", "output_type": "device"}, 2, "a request has no output_type"),
         ({"prompt": 5}, 2, "a prompt is int"),
