@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from task_calls import SHORT, TASKS
 
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.engine_compare import random_inputs, tolerance
@@ -64,6 +65,21 @@ def test_same_seed_gives_the_same_picture_as_on_the_cpu(gpu_backend: str, engine
             error, _ = compare(found.latents, expected.latents)
             assert error <= SAMPLING_FACTOR * tolerance(engine_bundle, "unet")
             assert np.abs(found.images.astype(int) - expected.images).max() <= 1
+
+
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"chunks"}))  # the engines are built for one chunk
+def test_a_task_gives_the_same_picture_as_on_the_cpu(
+    gpu_backend: str, engine_bundle: Bundle, name: str
+) -> None:
+    options = {**SHORT, **TASKS[name]}
+    with (
+        Pipeline.load(engine_bundle, backend=gpu_backend) as pipeline,
+        Pipeline.load(engine_bundle, backend="onnxruntime-cpu") as cpu,
+    ):
+        found, expected = pipeline(**options), cpu(**options)
+    error, _ = compare(found.latents, expected.latents)
+    assert error <= SAMPLING_FACTOR * tolerance(engine_bundle, "unet")
+    assert np.abs(found.images.astype(int) - expected.images).max() <= 1
 
 
 def test_graphs_give_what_separate_launches_give(
