@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sdrt.runtime.request import Request
 DEFAULT_FRAMES: Final = 16
 DEFAULT_FPS: Final = 8.0
+STAGES: Final = ("load", "vae_encoder", "invert", "text_encoder", "denoise", "vae_decoder", "save")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,7 +217,8 @@ def _can_preview(console: Console, pipeline: Pipeline) -> bool:
 def _report(
     arguments: argparse.Namespace, paths: list[Path], output: PipelineOutput, seconds: dict[str, float]
 ) -> None:
-    seeds = [recipe["seed"] for recipe in output.recipes]
+    # An animation is one path for all of its frames.
+    seeds = [recipe["seed"] for recipe in output.recipes][: len(paths)]
     if arguments.json:
         document = {
             "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, seeds, strict=True)],
@@ -227,8 +229,7 @@ def _report(
     elif not arguments.quiet:
         for path, seed in zip(paths, seeds, strict=True):
             put(f"{path}  seed {seed}")
-        stages = ("load", "text_encoder", "denoise", "vae_decoder", "save")
-        parts = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in stages)
+        parts = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in STAGES if stage in seconds)
         put(f"{seconds['command']:.2f} s ({parts})")
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sd_run_terminal import SD_RUN, OnTerminal
 
 from sdrt.runtime.cli import main
 from sdrt.runtime.pipeline import Pipeline
 
-SD_RUN = str(Path(sys.executable).with_name("sd-run"))
 CPU = ("--backend", "onnxruntime-cpu")  # `auto` says what it took; a backend that was named is no news
 Run = Callable[..., tuple[str, str]]
 
@@ -122,54 +119,22 @@ def test_report_that_cannot_be_written(tiny_bundle: Path, work: Path, unbuffered
     assert result.stderr == "sd-run: cannot write to standard output: the disk is full\n"
 
 
-class OnTerminal:
-    """``sd-run`` with stderr on a terminal of its own."""
-
-    def __init__(self, work: Path, *arguments: str) -> None:
-        self._own, theirs = pty.openpty()
-        self.shown = ""
-        self.process = subprocess.Popen(
-            [SD_RUN, "x", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=theirs,
-            cwd=work,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
-        )
-        os.close(theirs)
-
-    def read(self, until: str | None = None) -> str:
-        """What the terminal shows, up to a word or to the end of the process."""
-        deadline = time.monotonic() + 60
-        while (until is None or until not in self.shown) and time.monotonic() < deadline:
-            try:
-                self.shown += os.read(self._own, 4096).decode()
-            except OSError:  # how Linux says that the other end is closed
-                break
-        return self.shown
-
-    def end(self) -> int:
-        self.read()
-        self.process.communicate(timeout=60)
-        os.close(self._own)
-        return self.process.returncode
-
-
 def test_progress_bar_on_a_terminal(tiny_bundle: Path, work: Path) -> None:
-    terminal = OnTerminal(work, "--bundle", str(tiny_bundle), "--steps", "7", "--num-images", "3")
+    terminal = OnTerminal(work, "x", "--bundle", str(tiny_bundle), "--steps", "7", "--num-images", "3")
     assert terminal.end() == 0
     assert "drawing" in terminal.shown
     assert "14/14" in terminal.shown  # three pictures, two at a time
 
 
 def test_no_progress_bar_when_quiet(tiny_bundle: Path, work: Path) -> None:
-    terminal = OnTerminal(work, "--bundle", str(tiny_bundle), "--steps", "7", "--quiet")
+    terminal = OnTerminal(work, "x", "--bundle", str(tiny_bundle), "--steps", "7", "--quiet")
     assert terminal.end() == 0
     assert terminal.shown == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_in_the_middle(tiny_bundle: Path, work: Path, number: signal.Signals) -> None:
-    terminal = OnTerminal(work, "--bundle", str(tiny_bundle), "--steps", "499", "--num-images", "100")
+    terminal = OnTerminal(work, "x", "--bundle", str(tiny_bundle), "--steps", "499", "--num-images", "100")
     terminal.read(until="1/")
     terminal.process.send_signal(number)
     assert terminal.end() == 130
