@@ -20,6 +20,7 @@ import tolerances
 from sdrt.benchmarks.gallery_sections import Entry, Section
 from sdrt.runtime.noise import noise_source
 from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.request import build_request
 from sdrt.runtime.start import slerp
 
 RECIPE = Path(__file__).parents[2] / "models" / "emoji"
@@ -169,6 +170,22 @@ def test_a_variation_is_nearer_to_its_source_than_to_other_pictures(
     for number, row in enumerate(away):
         assert row[number] < 0.5 * np.delete(row, number).min()
         assert not np.array_equal(varied[number], sources[number])
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpmpp_2m"])
+def test_inversion_ends_where_any_sampler_begins(gallery: Gallery, pipeline: Pipeline, sampler: str) -> None:
+    """Without new noise and guidance the picture's own latents come back, the nearer the more steps."""
+    apple = pictures(gallery, "Prompts")[0]
+    task = build_request(pipeline.bundle.manifest, None, {"image": apple}).picture
+    assert task is not None
+    known = pipeline._pictures.known(task).latents
+    options: dict[str, Any] = {"image": apple, "variation": 0.0, "guidance_scale": 1.0, "sampler": sampler}
+    errors = []
+    for steps in (10, 80):
+        back = pipeline(num_inference_steps=steps, output_type="latents", **options).latents
+        errors.append(float(np.linalg.norm(back - known) / np.linalg.norm(known)))
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[0] < 0.15
 
 
 def test_frames_lead_from_one_end_to_the_other(pipeline: Pipeline) -> None:
