@@ -28,6 +28,7 @@ _WITHOUT: Final = (
     *("negative_prompt", "clip_skip", "plain_prompt"),
     *("strength", "mask_image", "expand", "variation"),
 )
+_NEUTRAL: Final = ("negative_prompt", "clip_skip", "plain_prompt")  # such as a recipe has them
 
 
 class Picture:
@@ -67,7 +68,7 @@ def build_variations(
     if options.get("image") is None:
         raise UsageError("the image is missing: this bundle draws variations of one")
     for name in _WITHOUT:
-        if options.get(name):
+        if name in options and not _is_neutral(name, options[name]):
             raise UsageError(f"{name} is given: a bundle of image variations has no such thing")
     images = whole("num_images_per_prompt", options.get("num_images_per_prompt", 1))
     if not 1 <= images <= MAX_IMAGES:
@@ -81,6 +82,11 @@ def build_variations(
         "image_sha256": hashlib.sha256(shown.tobytes()).hexdigest(),
     }
     return with_sampling(manifest, options, rng, None, [picture] * images, [None] * images, [text] * images)
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """Whether it asks for nothing. Of a share, 0 is an answer; an array is neither true nor false."""
+    return name in _NEUTRAL and not value
 
 
 class PictureEncoder:

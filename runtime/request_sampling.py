@@ -89,7 +89,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         table=table,
         weights=weights.astype(np.float32),
         guidance_rescale=rescale,
-        embedded_guidance=_embedded(scale, interval) if told else None,
+        embedded_guidance=_embedded(scale, interval, rescale) if told else None,
         recipe=recipe,
     )
 
@@ -101,8 +101,12 @@ def _scale(given: object) -> float | list[float]:
     return number("guidance_scale", given)
 
 
-def _embedded(scale: object, interval: object) -> float:
+def _embedded(scale: object, interval: object, rescale: float) -> float:
     """The one w that a latent consistency model is told."""
+    if rescale:
+        raise UsageError(
+            f"guidance_rescale is {rescale:g}: this model is told its guidance, there is nothing to rescale"
+        )
     if interval is not None:
         raise UsageError("guidance_interval is given: this model is told its guidance and runs one half")
     if isinstance(scale, Sequence):

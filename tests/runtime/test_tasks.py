@@ -99,19 +99,6 @@ def test_a_schedule_follows_the_noise_levels_of_a_picture(pipeline: Pipeline) ->
     )
 
 
-def test_a_latent_consistency_model_runs_one_half(lcm_bundle: Path) -> None:
-    loaded = Pipeline.load(lcm_bundle, backend="onnxruntime-cpu")
-    rows = Rows(loaded)
-    spied = Pipeline(loaded.bundle, {**loaded._executors, "unet": rows}, loaded._device, "counted")
-    strong = latents(spied, num_inference_steps=4, guidance_scale=8.0)
-    assert rows.seen == [1] * 4
-    weak = latents(spied, num_inference_steps=4, guidance_scale=2.0)
-    assert not np.allclose(strong, weak, rtol=1e-3)  # it is told
-    for option in ({"guidance_interval": (0.0, 0.5)}, {"guidance_scale": [1.0] * 4}):
-        with pytest.raises(UsageError, match="this model is told"):
-            latents(spied, **{"num_inference_steps": 4, **option})
-
-
 # --- pictures
 
 
@@ -142,12 +129,6 @@ def test_soft_masks_keep_what_is_black(pipeline: Pipeline, strength: float) -> N
 def test_a_mask_on_the_device_is_refused(pipeline: Pipeline) -> None:
     with pytest.raises(UsageError, match="with a mask the picture is put together on the host"):
         pipeline("x", image=PICTURE, mask_image=MASK, **{**SHORT, "output_type": "device"})
-
-
-def test_given_latents_are_the_noise_of_a_picture(pipeline: Pipeline) -> None:
-    noise = pipeline.initial_latents(4, 16, 16)
-    for task in ({"image": PICTURE, "strength": 0.5}, {"image": PICTURE, "mask_image": MASK}):
-        assert np.array_equal(latents(pipeline, latents=noise, **task), latents(pipeline, **task))
 
 
 def test_variations_follow_their_seed(pipeline: Pipeline) -> None:
