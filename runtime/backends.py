@@ -36,6 +36,7 @@ class RequestShape:
         width: Pixels.
         guided: Whether the U-Net runs on two rows for each picture.
         chunks: Of the longest prompt.
+        picture: Whether it starts from a picture, which the VAE's encoder has to read.
     """
 
     images: int
@@ -43,6 +44,7 @@ class RequestShape:
     width: int
     guided: bool = True
     chunks: int = 1
+    picture: bool = False
 
     def axes(self, factor: int, tokens: int) -> dict[str, int]:
         """The named axes of the components; ``factor`` is pixels per latent, ``tokens`` those of a chunk."""
@@ -263,7 +265,7 @@ def _probe_tensorrt(flavour: str) -> Callable[[Bundle, Gpu | None, RequestShape 
         trt = import_tensorrt(flavour)
         version = trt.__version__
         axes = shape.axes(bundle.manifest.latents.factor, bundle.manifest.tokens) if shape else {}
-        for name in required_components(bundle.manifest.family):
+        for name in _needed(bundle, shape):
             engine = find_engine(bundle, name, flavour, version, gpu.capability, _axes_of(name, axes))
             _refuse_unfit(trt, engine, name, gpu)
         return f"{flavour} {version} has an engine of every component for {gpu}"
@@ -289,7 +291,15 @@ def _refuse_unfit(trt: Any, engine: Engine, component: str, gpu: Gpu) -> None:
 
 def _axes_of(component: str, axes: Mapping[str, int]) -> Mapping[str, int]:
     """Encoders work on one text or picture after the other, whatever the number of pictures."""
+    if component == "vae_encoder":
+        return {name: size for name, size in axes.items() if name != "batch"}
     return {} if component.startswith(("text_encoder", "image_encoder")) else axes
+
+
+def _needed(bundle: Bundle, shape: RequestShape | None) -> tuple[str, ...]:
+    """The components that a request needs."""
+    pictures = ("vae_encoder",) if shape is not None and shape.picture else ()
+    return (*required_components(bundle.manifest.family), *pictures)
 
 
 def _probe_onnxruntime_cuda(bundle: Bundle, gpu: Gpu | None, shape: RequestShape | None) -> str:
@@ -297,10 +307,7 @@ def _probe_onnxruntime_cuda(bundle: Bundle, gpu: Gpu | None, shape: RequestShape
 
     version = import_with_cuda().__version__
     axes = shape.axes(bundle.manifest.latents.factor, bundle.manifest.tokens) if shape else {}
-    graphs = [
-        find_graph(bundle, name, version, _axes_of(name, axes))[1]
-        for name in required_components(bundle.manifest.family)
-    ]
+    graphs = [find_graph(bundle, name, version, _axes_of(name, axes))[1] for name in _needed(bundle, shape)]
     return f"onnxruntime {version} runs on {gpu}: {'; '.join(graphs)}"
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.image_files import MAX_PIXELS
 from sdrt.runtime.manifest import ImageProcessorFacts, Limits, SizeLimit
 
 _FADE: Final = 16  # pixels over which replicated edges become their blurred selves
@@ -86,6 +87,8 @@ def fit(
     if expand is not None:
         image, mask = _expanded(image, mask, _checked_expansion(expand, image, limits))
     assert mask is not None  # given, or of the expansion
+    if not mask.any():
+        raise UsageError("what the mask draws lies outside of what is cut out: nothing would be drawn")
     rows, columns = image.shape[:2]
     below = _next_size(rows, limits.height) - rows
     beside = _next_size(columns, limits.width) - columns
@@ -170,12 +173,20 @@ def clip_pixels(image: NDArray[np.uint8], facts: ImageProcessorFacts) -> NDArray
 
     Returns:
         float32 [1, 3, size, size].
+
+    Raises:
+        UsageError: The picture is so long that at this size it would have more than `MAX_PIXELS` pixels.
     """
     from PIL import Image
 
     rows, columns = image.shape[:2]
     shorter, longer = sorted((rows, columns))
     other = int(facts.size * longer / shorter)  # cut off, as transformers does it
+    if facts.size * other > MAX_PIXELS:
+        raise UsageError(
+            f"the image is {columns}x{rows} pixels (width x height): too long for an encoder that is shown "
+            f"{facts.size}x{facts.size} of its middle; cut it first"
+        )
     size = (facts.size, other) if columns <= rows else (other, facts.size)
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     top, left = (small.shape[0] - facts.size) // 2, (small.shape[1] - facts.size) // 2
@@ -250,8 +261,19 @@ def _middle(height: int, width: int, rows: int, columns: int) -> tuple[float, fl
 def _sampled(
     mask: NDArray[np.float32], rows: int, columns: int, box: tuple[float, float, float, float]
 ) -> NDArray[np.float32]:
-    """The values at the middles of ``rows`` by ``columns`` pixels of a box: no value that was not there."""
+    """A box of a mask as ``rows`` by ``columns`` pixels, without a value that was not there.
+
+    Made smaller, each pixel is the largest of those it covers: what is thin and drawn must not be lost.
+    """
     left, top, right, bottom = box
+    if bottom - top > rows or right - left > columns:
+        starts = (top + np.arange(rows) * (bottom - top) / rows).astype(int)
+        begins = (left + np.arange(columns) * (right - left) / columns).astype(int)
+        inside = mask[: math.ceil(bottom), : math.ceil(right)]
+        covered: NDArray[np.float32] = np.maximum.reduceat(
+            np.maximum.reduceat(inside, starts, axis=0), begins, axis=1
+        )
+        return covered
     down = top + (np.arange(rows) + 0.5) * (bottom - top) / rows
     across = left + (np.arange(columns) + 0.5) * (right - left) / columns
     sampled: NDArray[np.float32] = mask[np.ix_(down.astype(int), across.astype(int))]

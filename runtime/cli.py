@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.error("--interactive takes its prompts from standard input: leave PROMPT out")
     if not arguments.interactive and arguments.prompt is None and arguments.image is None:
         commands.error("the following arguments are required: PROMPT")
+    if arguments.preview and arguments.interactive:
+        commands.error("--preview does not go with --interactive")
     if arguments.warm_up and not arguments.interactive:
         commands.error("--warm-up goes with --interactive")
     if _interpolates(arguments) and arguments.interactive:
@@ -64,11 +67,12 @@ def _run(arguments: argparse.Namespace) -> None:
     options = pipeline_options(arguments)
     request = _request(arguments, bundle, options)  # before anything is loaded
     if arguments.negative_prompt and request is not None and not request.guided and not arguments.quiet:
-        say("sd-run", "warning: at a guidance scale of 1 or less the negative prompt is not used")
+        told = request.sampling.embedded_guidance is not None
+        why = "this model runs one half only" if told else "at a guidance scale of 1 or less"
+        say("sd-run", f"warning: {why}: the negative prompt is not used")
     with _load(arguments, bundle, request) as pipeline:
         for entry in arguments.embedding:
-            file, _, word = entry.partition("=")
-            pipeline.load_textual_inversion(file, word or None)
+            pipeline.load_textual_inversion(*_file_and_word(entry))
         loaded = time.perf_counter() - started
         if arguments.interactive:
             from sdrt.runtime.interactive import serve
@@ -84,9 +88,16 @@ def _run(arguments: argparse.Namespace) -> None:
     _report(arguments, paths, output, seconds)
 
 
+def _file_and_word(entry: str) -> tuple[str, str | None]:
+    """``FILE=WORD`` or ``FILE``; a name may have an equals sign, too."""
+    file, equals, word = entry.rpartition("=")
+    return (file, word or None) if equals and not os.path.isfile(entry) else (entry, None)  # noqa: PTH113
+
+
 def _request(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any]) -> Request | None:
     """What is asked for, checked; the requests of --interactive come later, but for their defaults."""
     from sdrt.runtime.request import build_request
+    from sdrt.runtime.request_picture import PICTURE_OPTIONS
 
     if _interpolates(arguments):
         from sdrt.runtime.interpolation import interpolated_request
@@ -95,8 +106,11 @@ def _request(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, A
         return interpolated_request(bundle.manifest, arguments.prompt, ends[0], frames, ends[1], options)
     if arguments.interactive and (bundle.manifest.family == "image-variations" or _reads_mask(bundle)):
         return None  # without a picture there is nothing to check
-    prompt = "" if arguments.interactive else arguments.prompt
-    return build_request(bundle.manifest, prompt, options)
+    if not arguments.interactive:
+        return build_request(bundle.manifest, arguments.prompt, options)
+    if "image" not in options:  # requests may bring one; until then there is nothing to do with it
+        options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}
+    return build_request(bundle.manifest, "", options)
 
 
 def _reads_mask(bundle: Bundle) -> bool:
@@ -150,7 +164,8 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None
     if request is not None:
         images = max(limits.min_batch, min(len(request.conditions), limits.max_batch))
         chunks = longest_prompt(bundle, request)
-        shape = RequestShape(images, request.height, request.width, request.guided, chunks)
+        size, picture = (request.height, request.width), request.picture is not None
+        shape = RequestShape(images, *size, request.guided, chunks, picture)
     pipeline = Pipeline.load(
         bundle,
         backend=arguments.backend,

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS: Final = 2**26  # 64 Mi pixels, 192 MiB as RGB: more than any bundle draws
-# Not among them: EPS, which runs Ghostscript, and formats that hold no picture.
+# Not among them: EPS, which runs Ghostscript; ICO, which Pillow decodes before it tells a size; and formats
+# that hold no picture.
 FORMATS: Final = (
     "PNG",
     "JPEG",
@@ -38,10 +39,9 @@ FORMATS: Final = (
     "JPEG2000",
     "PPM",
     "TGA",
-    "ICO",
     "QOI",
 )
-_READ: Final = "PNG, JPEG, WebP, AVIF, GIF, TIFF, BMP, JPEG 2000, PPM, TGA, ICO and QOI are read"
+_READ: Final = "PNG, JPEG, WebP, AVIF, GIF, TIFF, BMP, JPEG 2000, PPM, TGA and QOI are read"
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|https?:/")  # a Path has one slash
 _ORIENTATION: Final = 0x0112  # EXIF's tag
 _PROFILE_ROUNDING: Final = 1  # of 255: a profile that moves no colour of a grid further is sRGB's own
@@ -74,7 +74,7 @@ def read_image(source: Any, what: str = "image") -> NDArray[np.uint8]:
     return np.array(colours)
 
 
-def read_mask(source: Any, what: str = "mask_image") -> NDArray[np.float32]:
+def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = False) -> NDArray[np.float32]:
     """A mask: 1 (white) is drawn, 0 (black) is kept, and between them it is blended.
 
     The grey of the picture (its luma, ITU-R BT.601). What is transparent is kept; where everything that can
@@ -84,6 +84,7 @@ def read_mask(source: Any, what: str = "mask_image") -> NDArray[np.float32]:
     Args:
         source: As for `read_image`; a float array [H, W] is taken as it is, and bool is allowed too.
         what: The argument's name, for messages.
+        may_be_black: Whether it may draw nothing, since something else is drawn.
 
     Returns:
         float32 [H, W] in [0, 1].
@@ -103,7 +104,7 @@ def read_mask(source: Any, what: str = "mask_image") -> NDArray[np.float32]:
             raise UsageError(
                 f"{what} has no level above 1 of 255: white is 255; give 0 and 1 as bool or float"
             )
-    if not mask.any():
+    if not mask.any() and not may_be_black:
         raise UsageError(f"{what} is black all over: nothing would be drawn; white is what is drawn anew")
     return mask
 

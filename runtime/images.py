@@ -33,10 +33,11 @@ def png_bytes(image: Image, recipe: Mapping[str, Any]) -> bytes:
 
 def parameters_text(recipe: Mapping[str, Any]) -> str:
     """The recipe in A1111's form: prompt, negative prompt, then ``Key: value`` pairs on one line."""
+    karras = recipe["karras"] or recipe.get("sigma_schedule") == "karras"
     sampler = _A1111_SAMPLERS.get(recipe["sampler"], recipe["sampler"])
     pairs = {
         "Steps": recipe["num_inference_steps"],
-        "Sampler": sampler + (" Karras" if recipe["karras"] else ""),
+        "Sampler": sampler + (" Karras" if karras else ""),
         "CFG scale": recipe["guidance_scale"],
         "Seed": recipe["seed"],
         "Size": f"{recipe['width']}x{recipe['height']}",

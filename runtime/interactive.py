@@ -69,7 +69,8 @@ def serve(
     seconds = {"load": load_seconds}
     if warm_up:
         started = time.perf_counter()
-        pipeline("", **{**defaults, "num_images_per_prompt": 1})
+        reads_text = bool(pipeline.bundle.manifest.tokenizers)
+        pipeline("" if reads_text else None, **{**defaults, "num_images_per_prompt": 1})
         seconds["warm_up"] = time.perf_counter() - started
     about = {"backend": pipeline.backend, "reasons": pipeline.backend_reasons, "seconds": _rounded(seconds)}
     _answer({"ready": about})
@@ -86,7 +87,7 @@ def _result(
     try:
         request = _request(line)
         identity = request.pop("id", None)
-        _check_names(request)
+        _check_names(request, defaults)
         with _noted_warnings() as noted:
             result = _draw(pipeline, defaults, output, request)
     except SdrtError as error:
@@ -153,9 +154,9 @@ def _request(line: bytes | None) -> dict[str, Any]:
     return request
 
 
-def _check_names(request: Mapping[str, Any]) -> None:
+def _check_names(request: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     check_names(request, ("prompt", *JSON_OPTIONS, "output", "id"), "a request")
-    if "prompt" not in request and "image" not in request:
+    if not {"prompt", "image"} & {*request, *defaults}:
         raise UsageError("a request needs a prompt, or an image")
 
 

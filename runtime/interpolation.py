@@ -60,6 +60,8 @@ def interpolated_request(
         "to_seed": last.seeds[0],
         "frames": count,
     }
+    if first.conditions == last.conditions and first.seeds == last.seeds:
+        raise UsageError("nothing differs between the first frame and the last: give another prompt or seed")
     (start,), (finish,) = first.conditions, last.conditions
     assert isinstance(start, Prompt)
     assert isinstance(finish, Prompt)

@@ -13,7 +13,7 @@ from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.generation import ConditionEncoder
 from sdrt.runtime.picture_prompts import PictureEncoder
-from sdrt.runtime.prompt_chunks import Prompt, PromptPlanner
+from sdrt.runtime.prompt_chunks import Blend, Prompt, PromptPlanner
 from sdrt.runtime.prompts import PromptEncoder
 from sdrt.runtime.request import Request
 from sdrt.runtime.request_texts import MAX_IMAGES
@@ -47,8 +47,11 @@ def longest_prompt(bundle: Bundle, request: Request) -> int:
     """The chunks of a request's longest prompt, before anything is loaded.
 
     Tokenizers are only read where a text could have more than one chunk: each token is a character or more.
+    Embeddings, which have more tokens than their names, are not known yet.
     """
-    prompts = [prompt for prompt in (*request.conditions, *request.negatives) if isinstance(prompt, Prompt)]
+    conditions = (*request.conditions, *request.negatives)
+    ends = [end for one in conditions if isinstance(one, Blend) for end in (one.first, one.second)]
+    prompts = [prompt for prompt in (*conditions, *ends) if isinstance(prompt, Prompt)]
     room = min((facts.max_length - 2 for facts in bundle.manifest.tokenizers), default=0)
     long = {
         prompt

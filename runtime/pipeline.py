@@ -23,11 +23,11 @@ from sdrt.runtime.backends import (
     choose_backend,
     open_device,
 )
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.bundle import Bundle, sha256
 from sdrt.runtime.callbacks import StepHook
 from sdrt.runtime.devices import Device
 from sdrt.runtime.encode import Pictures
-from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.errors import BackendError, DeviceMemoryError, UsageError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.generation import Generations
 from sdrt.runtime.interpolation import interpolated_request
@@ -44,6 +44,7 @@ from sdrt.runtime.output import (
 )
 from sdrt.runtime.prompts import PromptEncoder
 from sdrt.runtime.request import Request, build_request, checked_size, latent_shape
+from sdrt.runtime.request_picture import PictureTask
 from sdrt.runtime.schedule import check_integer
 from sdrt.runtime.solvers import inversion_table
 from sdrt.runtime.start import KnownPicture, slerp, with_device_latents
@@ -87,6 +88,7 @@ class Pipeline:
         self._encoder = condition_encoder(bundle, executors, device)
         self._pictures = Pictures(lambda: self._executor("vae_encoder"), device, bundle.manifest)
         self._generations = Generations(self._device, self._executors, self._encoder, bundle.manifest)
+        self._embeddings: dict[str, str] = {}  # name → SHA-256 of its file
         self._closed = False
         self._cancelled = threading.Event()
         self._busy = threading.Lock()
@@ -202,7 +204,8 @@ class Pipeline:
         """Draw pictures on the way from one prompt or seed to another, both ends included.
 
         Embeddings are mixed linearly, the noise spherically; a sampler's fresh noise is the same in all
-        frames.
+        frames. Of two prompts with different numbers of chunks the shorter is filled up with chunks of the
+        empty text, so that its end is not quite the picture of the prompt alone.
 
         Args:
             prompt: Of the first frame.
@@ -235,17 +238,24 @@ class Pipeline:
             UsageError: The file cannot be read or does not fit the text encoder, or the bundle's text encoder
                 takes no embeddings.
         """
-        if not isinstance(self._encoder, PromptEncoder):
-            raise UsageError("this bundle reads no text: there is nothing to teach it a word")
         from sdrt.runtime.textual_inversion import read_embedding
 
         with self._alone():
+            self._check_open()
+            if not isinstance(self._encoder, PromptEncoder):
+                raise UsageError("this bundle reads no text: there is nothing to teach it a word")
             embedding = read_embedding(path, token, widths=self._encoder.widths)
             self._encoder.add_embedding(embedding.name, embedding.vectors)
+            self._embeddings[embedding.name] = sha256(Path(path))
         return embedding.name
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the pipeline was closed: load it again")
 
     def count_batches(self, request: Request) -> int:
         """How often the loop will run for a request: for progress bars."""
+        self._check_open()
         return len(list(self._batches(request)))
 
     def cancel(self) -> None:
@@ -299,8 +309,7 @@ class Pipeline:
             self._cancelled,
         )
         with self._alone():
-            if self._closed:
-                raise UsageError("the pipeline was closed: load it again")
+            self._check_open()
             self._cancelled.clear()
             manifest = self.bundle.manifest
             return self._draw(
@@ -319,7 +328,7 @@ class Pipeline:
         known = None
         if request.picture is not None:
             begun = time.perf_counter()
-            known = self._pictures.known(request.picture)
+            known = self._known(request.picture)
             seconds["vae_encoder"] = time.perf_counter() - begun
         if known is not None and request.picture is not None and request.picture.variation is not None:
             request, known = self._inverted(request, known, hook, seconds), None
@@ -336,6 +345,14 @@ class Pipeline:
         seconds["total"] = time.perf_counter() - started
         return PipelineOutput(images, latents, self._recipes(request), seconds)
 
+    def _known(self, task: PictureTask) -> KnownPicture:
+        """The picture of a task; the shapes that were drawn make room where memory is too small."""
+        try:
+            return self._pictures.known(task)
+        except DeviceMemoryError:
+            self._generations.clear()
+        return self._pictures.known(task)
+
     def _inverted(
         self, request: Request, known: KnownPicture, hook: StepHook, seconds: dict[str, float]
     ) -> Request:
@@ -344,7 +361,7 @@ class Pipeline:
         assert request.picture is not None
         assert request.picture.variation is not None
         manifest, sampling = self.bundle.manifest, request.sampling
-        table = inversion_table(manifest.schedule, sampling.recipe["num_inference_steps"])
+        table = inversion_table(sampling.schedule, sampling.recipe["num_inference_steps"])
         alone = replace(request, sampling=replace(sampling, weights=np.ones(len(sampling.table), np.float32)))
         noise: list[NDArray[np.float32]] = []
         inverted: dict[Hashable, NDArray[np.float32]] = {}  # prompt → noise
@@ -376,7 +393,13 @@ class Pipeline:
             "model_sha256": str(provenance.get("source_sha256", "")),
             "version": sdrt.__version__,
         }
-        return tuple({**recipe, **origin} for recipe in request.recipes())
+        return tuple({**recipe, **self._taught(recipe), **origin} for recipe in request.recipes())
+
+    def _taught(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """The embeddings of textual inversion that a recipe's texts may name, with their files' SHA-256."""
+        texts = f"{recipe['prompt']} {recipe['negative_prompt']} {recipe.get('to_prompt', '')}".lower()
+        named = {name: digest for name, digest in self._embeddings.items() if name.lower() in texts}
+        return {"embeddings": named} if named else {}
 
     def _batches(self, request: Request) -> Iterator[tuple[list[int], int]]:
         """Cut N images into batches that the graphs admit; a last one that is too small repeats itself.

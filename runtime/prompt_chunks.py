@@ -137,6 +137,7 @@ class PromptPlanner:
         self._tokenizers = tuple(tokenizers)
         self._max_chunks, self._max_clip_skip = max_chunks, max_clip_skip
         self._vectors: dict[str, int] = {}  # name → number of vectors
+        self._known: list[str] = []  # names in the order of the pattern's groups
         self._names: re.Pattern[str] | None = None
 
     def add_embedding(self, name: str, vectors: int) -> None:
@@ -146,8 +147,9 @@ class PromptPlanner:
         """
         self._vectors[name.lower()] = vectors
         # The longest first: `cat` must not hide `cat toy`.
-        names = sorted(self._vectors, key=len, reverse=True)
-        self._names = re.compile("|".join(map(_as_words, names)), re.IGNORECASE)
+        self._known = sorted(self._vectors, key=len, reverse=True)
+        patterns = (f"({_as_words(known)})" for known in self._known)
+        self._names = re.compile("|".join(patterns), re.IGNORECASE)
 
     def plan(self, prompt: Prompt | Blend, chunks: int = 1) -> Plan:
         """Cut a prompt into chunks; if they are fewer than ``chunks``, fill up with those of the empty text.
@@ -166,7 +168,7 @@ class PromptPlanner:
     def _plan(self, prompt: Prompt, chunks: int) -> tuple[tuple[Chunk | None, ...], str]:
         if prompt.text is None:
             return (None,) * chunks, ""
-        self._check_clip_skip(prompt.clip_skip)
+        check_clip_skip(prompt.clip_skip, self._max_clip_skip)
         sections = parse_prompt(checked_text(prompt.text), plain=prompt.plain)
         packed = [self._pack(tokenizer, sections) for tokenizer in self._tokenizers]
         count = max(chunks, *(len(rows) for rows, _ in packed))
@@ -176,16 +178,6 @@ class PromptPlanner:
         ]
         cut_off = next((cut for _, cut in packed if cut), "")
         return tuple(Chunk(each, prompt.clip_skip) for each in zip(*rows, strict=True)), cut_off
-
-    def _check_clip_skip(self, clip_skip: object) -> None:
-        most = self._max_clip_skip
-        if not isinstance(clip_skip, int) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
-            allowed = (
-                f"0 to {most} layers of its text encoders can be left out"
-                if most
-                else ("it always runs all layers of its text encoders; export it again with this sdrt")
-            )
-            raise UsageError(f"clip_skip is {clip_skip!r}, and of this bundle {allowed}")
 
     def _pack(self, tokenizer: Tokenizer, sections: Sequence[Section]) -> tuple[list[Row], str]:
         """The rows of one text encoder, and what did not fit."""
@@ -202,10 +194,25 @@ class PromptPlanner:
         position = 0
         for match in self._names.finditer(piece.text) if self._names else ():
             yield _ordinary(tokenizer, Piece(piece.text[position : match.start()], piece.weight))
-            name = match[0].lower()
+            name = self._known[(match.lastindex or 1) - 1]  # not `match[0].lower()`: ſ matches s
             yield _Text(match[0], piece.weight, None, name, self._vectors[name])
             position = match.end()
         yield _ordinary(tokenizer, Piece(piece.text[position:], piece.weight))
+
+
+def check_clip_skip(clip_skip: object, most: int) -> None:
+    """Refuse another number of layers to leave out than the bundle admits.
+
+    Raises:
+        UsageError: It is not from 0 to ``most``.
+    """
+    if not isinstance(clip_skip, int) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
+        allowed = (
+            f"0 to {most} layers of its text encoders can be left out"
+            if most
+            else "it always runs all layers of its text encoders; export it again with this sdrt"
+        )
+        raise UsageError(f"clip_skip is {clip_skip!r}, and of this bundle {allowed}")
 
 
 def _as_words(name: str) -> str:

@@ -12,7 +12,7 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng
 from sdrt.runtime.options import OPTIONS, check_names
-from sdrt.runtime.prompt_chunks import Prompt
+from sdrt.runtime.prompt_chunks import Prompt, check_clip_skip
 from sdrt.runtime.prompt_syntax import parse_prompt
 from sdrt.runtime.request_checks import flag, whole
 from sdrt.runtime.request_picture import PictureTask, build_picture
@@ -39,6 +39,7 @@ class Request:
         rng: Whose noise.
         latents: Noise that was given: a NumPy array or device array; None for noise from the seeds.
         latents_scale: What ``latents`` are multiplied with to be x; None for the table's own.
+        latents_given: Whether the caller brought them.
         sizes: SDXL's original_size, crops_coords_top_left and target_size; else empty.
         picture: What the run starts from, if that is a picture.
     """
@@ -53,6 +54,7 @@ class Request:
     rng: Rng
     latents: Any
     latents_scale: float | None
+    latents_given: bool
     sizes: dict[str, list[int]]
     picture: PictureTask | None
 
@@ -71,7 +73,7 @@ class Request:
             **self.sizes,
             **({} if self.picture is None else self.picture.recipe),
         }
-        if self.latents is not None and self.picture is None:
+        if self.latents_given:
             shared["latents"] = "given"  # the seed alone does not give this picture
         return [{**text, "seed": seed, **shared} for text, seed in zip(self.texts, self.seeds, strict=True)]
 
@@ -138,6 +140,7 @@ def with_sampling(
         rng=rng,
         latents=options.get("latents"),
         latents_scale=None,
+        latents_given=options.get("latents") is not None,
         sizes=_sizes(manifest, options, (height, width)),
         picture=picture,
     )
@@ -154,6 +157,7 @@ def _conditions(
     prompts, unwanted = per_image_texts(prompt, negative, options.get("num_images_per_prompt", 1))
     plain = flag("plain_prompt", options.get("plain_prompt", False))
     skip = whole("clip_skip", options.get("clip_skip", 0))
+    check_clip_skip(skip, manifest.limits.max_clip_skip)
     for text in (*prompts, *unwanted):
         parse_prompt(text or "", plain=plain)  # a bracket without its partner is refused now
     conditions: list[Hashable] = [Prompt(text, plain=plain, clip_skip=skip) for text in prompts]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_STRENGTH: Final = 0.8  # of diffusers' image-to-image pipelines
 DEFAULT_VARIATION: Final = 0.3  # seen on the embedded model: the same thing, drawn otherwise
-_PICTURE_OPTIONS: Final = ("strength", "mask_image", "expand", "variation")
+PICTURE_OPTIONS: Final = ("strength", "mask_image", "expand", "variation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt:
     image = options.get("image")
     inpaints = manifest.components["unet"].spec.input("inpainting") is not None
     if image is None:
-        for name in _PICTURE_OPTIONS:
+        for name in PICTURE_OPTIONS:
             if options.get(name) is not None:
                 raise UsageError(f"{name} is given, but no image: it says what becomes of one")
         if inpaints:
@@ -81,11 +81,17 @@ def _check_encoder(manifest: Manifest) -> None:
 def _variation(options: Mapping[str, Any], *, masked: bool, has_prompt: bool) -> float | None:
     given = options.get("variation")
     if given is None:
-        alone = not has_prompt and not masked and options.get("strength") is None
-        return DEFAULT_VARIATION if alone else None
+        if has_prompt or masked or options.get("strength") is not None:
+            return None
+        given = DEFAULT_VARIATION
     for name in ("mask_image", "expand", "strength", "latents"):
         if options.get(name) is not None:
             raise UsageError(f"variation and {name} are given: a variation begins at the inverted picture")
+    for name in ("timesteps", "sigmas"):
+        if options.get(name) is not None:
+            raise UsageError(
+                f"variation and {name} are given: the inversion ends at the schedule's own start"
+            )
     return share("variation", given)
 
 
@@ -109,7 +115,7 @@ def _canvas(manifest: Manifest, options: Mapping[str, Any]) -> Canvas:
     return fit(
         read_image(options["image"]),
         manifest.limits,
-        mask=None if mask is None else read_mask(mask),
+        mask=None if mask is None else read_mask(mask, may_be_black=options.get("expand") is not None),
         expand=options.get("expand"),
         height=None if height is None else whole("height", height),
         width=None if width is None else whole("width", width),

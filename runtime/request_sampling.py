@@ -14,6 +14,7 @@ from sdrt.runtime.guidance import guidance_weights
 from sdrt.runtime.loop_buffers import MAX_ROWS
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.request_checks import flag, number, share, whole
+from sdrt.runtime.schedule import NoiseSchedule
 from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, first_step, make_table
 
 
@@ -23,6 +24,7 @@ class Sampling:
 
     Attributes:
         table: Of the sampler; some samplers have more than one row for a step.
+        schedule: The bundle's, with the spacing that was asked for.
         weights: float32 [rows], w of each row; a row of 1 or less runs the conditional half alone.
         guidance_rescale: phi.
         embedded_guidance: w that the U-Net is told in place of guidance (latent consistency models), or None.
@@ -30,6 +32,7 @@ class Sampling:
     """
 
     table: SamplerTable
+    schedule: NoiseSchedule
     weights: NDArray[np.float32]
     guidance_rescale: float
     embedded_guidance: float | None
@@ -74,6 +77,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     interval = options.get("guidance_interval")
     told = manifest.components["unet"].spec.input("timestep_cond") is not None
     rescale = share("guidance_rescale", options.get("guidance_rescale", 0.0))
+    weights = guidance_weights(table, 1.0 if told else scale, (0.0, 1.0) if interval is None else interval)
     recipe = {
         "num_inference_steps": steps,
         "guidance_scale": _plain(scale),
@@ -84,24 +88,26 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         **({} if interval is None else {"guidance_interval": _plain(interval)}),
         **({"guidance_rescale": rescale} if rescale else {}),
     }
-    weights = guidance_weights(table, 1.0 if told else scale, (0.0, 1.0) if interval is None else interval)
     return Sampling(
         table=table,
+        schedule=chosen.applied_to(manifest.schedule),
         weights=weights.astype(np.float32),
         guidance_rescale=rescale,
-        embedded_guidance=_embedded(scale, interval, rescale) if told else None,
+        embedded_guidance=_embedded(table, scale, interval, rescale) if told else None,
         recipe=recipe,
     )
 
 
 def _scale(given: object) -> float | list[float]:
     """One w, or one for each step."""
-    if isinstance(given, Sequence | np.ndarray) and not isinstance(given, str):
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
+    if isinstance(given, Sequence) and not isinstance(given, str):
         return [number("an entry of guidance_scale", entry) for entry in given]
     return number("guidance_scale", given)
 
 
-def _embedded(scale: object, interval: object, rescale: float) -> float:
+def _embedded(table: SamplerTable, scale: float | list[float], interval: object, rescale: float) -> float:
     """The one w that a latent consistency model is told."""
     if rescale:
         raise UsageError(
@@ -111,6 +117,7 @@ def _embedded(scale: object, interval: object, rescale: float) -> float:
         raise UsageError("guidance_interval is given: this model is told its guidance and runs one half")
     if isinstance(scale, Sequence):
         raise UsageError("guidance_scale is a list: this model is told one number, and runs one half")
+    guidance_weights(table, scale)  # in its range
     return number("guidance_scale", scale)
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from sdrt.runtime.output import PipelineOutput
 
 
-ANIMATED_SUFFIXES: Final = (".webp", ".png")
 DEFAULT_ANIMATION: Final = ".webp"
 BASE64: Final = "base64"  # for `--interactive`, as output: pictures come in the result, nothing is written
 
@@ -34,7 +33,7 @@ def check_output(output: Path | None, *, animated: bool = False) -> None:
     target = Path() if output is None else output
     if "\0" in str(target):
         raise OutputError(f"cannot write {str(target)!r}: no file name has a NUL in it")
-    suffixes = ANIMATED_SUFFIXES if animated else (".png",)
+    suffixes = (DEFAULT_ANIMATION, ".png") if animated else (".png",)
     named = target.suffix.lower() in suffixes
     folder = target.parent if named else target
     if target.suffix and not named and not _is_folder(target):
@@ -105,7 +104,8 @@ def save_frames(output: PipelineOutput, target: Path | None, fps: float) -> list
 
     if target is not None and _is_folder(target):
         digits = max(4, len(str(len(output.recipes) - 1)))
-        paths = [target / f"frame-{number:0{digits}}.png" for number in range(len(output.recipes))]
+        stem = _free_stem(target)
+        paths = [target / f"{stem}-{number:0{digits}}.png" for number in range(len(output.recipes))]
         write_all_atomically(dict(zip(paths, encoded(output), strict=True)))
         return paths
     recipe = {name: value for name, value in output.recipes[0].items() if name != "frame"}
@@ -141,6 +141,12 @@ def _paths(target: Path | None, recipes: Sequence[Mapping[str, Any]]) -> list[Pa
     if len(recipes) == 1:
         return [target]
     return [target.with_stem(f"{target.stem}-{index}") for index in range(1, len(recipes) + 1)]
+
+
+def _free_stem(folder: Path) -> str:
+    """``frame``, or ``frame2``, ``frame3`` … where frames of another run are there."""
+    stems = itertools.chain(["frame"], (f"frame{count}" for count in itertools.count(2)))
+    return next(stem for stem in stems if not any(folder.glob(f"{stem}-*.png")))
 
 
 def _free_name(path: Path, taken: Container[Path]) -> Path:

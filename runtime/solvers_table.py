@@ -15,6 +15,7 @@ from sdrt.runtime.schedule_sigmas import SIGMA_SCHEDULES
 
 IntArray = NDArray[np.int64]
 
+MAX_LEVEL = 1e6  # of given sigmas and timesteps: no schedule's are near it, and float32 holds its square
 SPACINGS = (*TIMESTEP_SPACINGS, "sgm_uniform")  # sgm_uniform is what others call trailing
 
 
@@ -197,8 +198,8 @@ def _check_falling(name: str, values: tuple[float, ...] | None, *, least: int) -
     if not isinstance(values, tuple) or len(values) < least:
         raise UsageError(f"{name} are {values!r}: a tuple of at least {least} numbers is wanted")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise UsageError(f"{name} hold {value!r}: allowed are finite numbers from 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_LEVEL:
+            raise UsageError(f"{name} hold {value!r}: allowed are numbers from 0 to {MAX_LEVEL:g}")
     for before, after in pairwise(values):
         if not after < before:
             raise UsageError(f"{name} go from {before} to {after}: each must be below the one before it")
