@@ -74,6 +74,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     interval = options.get("guidance_interval")
     told = manifest.components["unet"].spec.input("timestep_cond") is not None
     rescale = share("guidance_rescale", options.get("guidance_rescale", 0.0))
+    weights = guidance_weights(table, 1.0 if told else scale, (0.0, 1.0) if interval is None else interval)
     recipe = {
         "num_inference_steps": steps,
         "guidance_scale": _plain(scale),
@@ -84,7 +85,6 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         **({} if interval is None else {"guidance_interval": _plain(interval)}),
         **({"guidance_rescale": rescale} if rescale else {}),
     }
-    weights = guidance_weights(table, 1.0 if told else scale, (0.0, 1.0) if interval is None else interval)
     return Sampling(
         table=table,
         weights=weights.astype(np.float32),
