@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> None:
     options = pipeline_options(arguments)
     request = _request(arguments, bundle, options)  # before anything is loaded
     if arguments.negative_prompt and request is not None and not request.guided and not arguments.quiet:
-        say("sd-run", "warning: at a guidance scale of 1 or less the negative prompt is not used")
+        say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
     with _load(arguments, bundle, request) as pipeline:
         for entry in arguments.embedding:
             file, _, word = entry.partition("=")
@@ -97,6 +97,12 @@ def _request(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, A
         return None  # without a picture there is nothing to check
     prompt = "" if arguments.interactive else arguments.prompt
     return build_request(bundle.manifest, prompt, options)
+
+
+def _why_unguided(request: Request) -> str:
+    if request.sampling.embedded_guidance is not None:
+        return "this model is told its guidance and runs one half"
+    return "at a guidance scale of 1 or less"
 
 
 def _reads_mask(bundle: Bundle) -> bool:
