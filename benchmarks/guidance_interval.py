@@ -20,7 +20,6 @@ from sdrt.runtime.options import DrawOptions
 from sdrt.runtime.pipeline import Pipeline
 
 PROMPT, STEPS, GUIDANCE = "a red apple", 20, 7.5
-SHARED: DrawOptions = {"seed": 1, "num_inference_steps": STEPS, "output_type": "latents"}
 SHARES = (0.0, 0.25, 0.5, 0.75)
 
 
@@ -61,7 +60,9 @@ def interval_ratios(pipeline: Pipeline, share: float, repeats: int) -> list[floa
 
 def _call_seconds(pipeline: Pipeline, options: DrawOptions) -> float:
     started = time.process_time()
-    pipeline(PROMPT, **{**SHARED, **options})
+    shared: DrawOptions = {"seed": 1, "num_inference_steps": STEPS, "output_type": "latents"}
+    shared.update(options)
+    pipeline(PROMPT, **shared)
     return time.process_time() - started
 
 

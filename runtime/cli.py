@@ -67,9 +67,7 @@ def _run(arguments: argparse.Namespace) -> None:
     options = pipeline_options(arguments)
     request = _request(arguments, bundle, options)  # before anything is loaded
     if arguments.negative_prompt and request is not None and not request.guided and not arguments.quiet:
-        told = request.sampling.embedded_guidance is not None
-        why = "this model runs one half only" if told else "at a guidance scale of 1 or less"
-        say("sd-run", f"warning: {why}: the negative prompt is not used")
+        say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
     with _load(arguments, bundle, request) as pipeline:
         for entry in arguments.embedding:
             pipeline.load_textual_inversion(*_file_and_word(entry))
@@ -111,6 +109,12 @@ def _request(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, A
     if "image" not in options:  # requests may bring one; until then there is nothing to do with it
         options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}
     return build_request(bundle.manifest, "", options)
+
+
+def _why_unguided(request: Request) -> str:
+    if request.sampling.embedded_guidance is not None:
+        return "this model is told its guidance and runs one half"
+    return "at a guidance scale of 1 or less"
 
 
 def _reads_mask(bundle: Bundle) -> bool:

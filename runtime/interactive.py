@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from sdrt.runtime.command import put
 from sdrt.runtime.errors import SdrtError, UsageError
 from sdrt.runtime.options import JSON_OPTIONS, check_names
@@ -69,8 +71,7 @@ def serve(
     seconds = {"load": load_seconds}
     if warm_up:
         started = time.perf_counter()
-        reads_text = bool(pipeline.bundle.manifest.tokenizers)
-        pipeline("" if reads_text else None, **{**defaults, "num_images_per_prompt": 1})
+        pipeline(**_warm_up_request(pipeline, defaults))
         seconds["warm_up"] = time.perf_counter() - started
     about = {"backend": pipeline.backend, "reasons": pipeline.backend_reasons, "seconds": _rounded(seconds)}
     _answer({"ready": about})
@@ -121,6 +122,22 @@ def _draw(
     return {**places, "seeds": seeds, "seconds": _rounded(seconds), "recipes": drawn.recipes}
 
 
+def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of one drawing with the defaults, and with what a bundle cannot do without."""
+    manifest = pipeline.bundle.manifest
+    request = {**defaults, "num_images_per_prompt": 1, "prompt": ""}
+    reads_text = manifest.family != "image-variations"
+    reads_mask = manifest.components["unet"].spec.input("inpainting") is not None
+    size = (manifest.defaults.height, manifest.defaults.width)
+    if not reads_text:
+        del request["prompt"]
+    if (reads_mask or not reads_text) and request.get("image") is None:
+        request["image"] = np.zeros((*size, 3), np.uint8)
+        if reads_mask:
+            request["mask_image"] = np.full(size, 255, np.uint8)
+    return request
+
+
 def _inline_pictures(request: Mapping[str, Any]) -> dict[str, bytes]:
     """Pictures that come in the request itself, as ``data:image/png;base64,…`` in place of a path."""
     pictures = {}
@@ -156,7 +173,7 @@ def _request(line: bytes | None) -> dict[str, Any]:
 
 def _check_names(request: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     check_names(request, ("prompt", *JSON_OPTIONS, "output", "id"), "a request")
-    if not {"prompt", "image"} & {*request, *defaults}:
+    if "prompt" not in request and "image" not in request and defaults.get("image") is None:
         raise UsageError("a request needs a prompt, or an image")
 
 

@@ -43,11 +43,13 @@ def interpolated_request(
         raise UsageError("this bundle draws variations of an image: there are no prompts to go between")
     if options.get("latents") is not None:
         raise UsageError("latents are given: an interpolation makes its own from the seeds")
-    first = build_request(manifest, prompt, {**options, "num_images_per_prompt": 1})
+    if options.get("num_images_per_prompt") not in (None, 1):
+        raise UsageError("num_images_per_prompt is given: frames says how many pictures there are")
+    first = build_request(manifest, prompt, options)
     last = build_request(
         manifest,
         prompt if to_prompt is None else to_prompt,
-        {**options, "num_images_per_prompt": 1, "seed": first.seeds[0] if to_seed is None else to_seed},
+        {**options, "seed": first.seeds[0] if to_seed is None else to_seed},
     )
     if first.picture is not None and first.picture.variation is not None:
         raise UsageError("variation is given: an interpolation goes from prompt to prompt or seed to seed")

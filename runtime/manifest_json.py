@@ -117,20 +117,20 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
     if missing:
         raise BundleError(f"{MANIFEST_NAME} lacks the component {', '.join(missing)}")
     reads_text = "text_encoder" in table
-    first = document["tokenizer"] if reads_text else None
-    second = document["tokenizer_2"] if family == "sdxl" else None
     return Manifest(
         family=family,
         components=parts,
         latents=_value(LatentGeometry, document["latents"], "latents"),
         schedule=NoiseSchedule.from_dict(_value(dict, document["schedule"], "schedule")),
-        tokenizer=None if first is None else _value(TokenizerFacts, first, "tokenizer"),
+        tokenizer=_value(TokenizerFacts, document["tokenizer"], "tokenizer") if reads_text else None,
         text_output=_value(str, document["text_output"], "text_output") if reads_text else "",
         defaults=_value(Defaults, document["defaults"], "defaults"),
         limits=_value(Limits, document["limits"], "limits"),
         provenance=_value(dict, document.get("provenance", {}), "provenance"),
         parity=_value(dict, document.get("parity", {}), "parity"),
-        tokenizer_2=None if second is None else _value(TokenizerFacts, second, "tokenizer_2"),
+        tokenizer_2=(
+            _value(TokenizerFacts, document["tokenizer_2"], "tokenizer_2") if family == "sdxl" else None
+        ),
         force_zeros_for_empty_prompt=family == "sdxl" and _flag(document, "force_zeros_for_empty_prompt"),
         ranges=_value(dict, document.get("ranges", {}), "ranges"),
         image_processor=(

@@ -67,9 +67,7 @@ def start_arguments(
         return arguments
     noise = arguments["latents"]
     kept = np.broadcast_to(known.latents, noise.shape)
-    if request.picture is not None and request.picture.starts_from_noise:
-        pass
-    elif request.latents_scale is None:
+    if request.picture is None or not request.picture.starts_from_noise:
         first = request.sampling.table.rows[0]
         arguments["latents"] = (
             np.float32(first[Column.SIGNAL]) * kept + np.float32(first[Column.NOISE]) * noise

@@ -6,6 +6,7 @@ given the mean of diffusers' own VAE in the latents' scale, and PyTorch's CPU ge
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def mask_image() -> Array:
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[4:12, 2:10] = 255
     return mask
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch's threads wait for each other where others have the cores: seconds for tiny networks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -223,6 +223,14 @@ def test_kinds_of_bundles_say_what_they_need(
     assert recipe(work / "b.png")["image_sha256"]
 
 
+def test_a_negative_prompt_for_a_model_that_is_told_its_guidance(
+    run: Run, work: Path, lcm_bundle: Path
+) -> None:
+    _, err = run("x", "--negative-prompt", "y", "-o", "a.png", bundle=lcm_bundle)
+    reason = "this model is told its guidance and runs one half"
+    assert err == f"sd-run: warning: {reason}: the negative prompt is not used\n"
+
+
 # --- on a terminal, and interrupted
 
 
@@ -277,3 +285,28 @@ def test_pictures_in_lines_of_json(tiny_bundle: Path, work: Path, capsys: pytest
     assert (answers[5]["id"], answers[5]["status"]) == (7, 2)
     assert "data URI that cannot be read" in answers[5]["error"]
     assert "gone.png" in answers[6]["error"]
+
+
+def served(bundle: Path, capsys: pytest.CaptureFixture[str], request: Any, **defaults: Any) -> Any:
+    """The answer to a request of a loop that warms up."""
+    stream = io.BytesIO(json.dumps({"num_inference_steps": 2, "output": "base64", **request}).encode())
+    with Pipeline.load(bundle, backend="onnxruntime-cpu") as pipeline:
+        interactive.serve(pipeline, defaults, None, load_seconds=0, warm_up=True, stream=stream)
+    ready, answer = map(json.loads, capsys.readouterr().out.splitlines())
+    assert ready["ready"]["seconds"]["warm_up"] > 0
+    return answer
+
+
+def test_the_picture_may_be_the_default(
+    tiny_bundle: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = served(tiny_bundle, capsys, {}, image="picture.png")
+    assert answer["recipes"][0]["variation"] == 0.3
+
+
+def test_warming_up_models_that_need_a_picture(
+    inpainting_bundle: Path, variations_bundle: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = {"prompt": "x", "image": "picture.png", "mask_image": "mask.png"}
+    assert len(served(inpainting_bundle, capsys, request)["png"]) == 1
+    assert len(served(variations_bundle, capsys, {"image": "picture.png"})["png"]) == 1

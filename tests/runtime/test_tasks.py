@@ -76,6 +76,17 @@ def test_outside_of_the_interval_one_half_runs(counted: tuple[Pipeline, Rows]) -
     assert rows.seen == [1] * 4 + [2] * 4 + [1] * 2
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m_sde"])
+def test_one_half_is_a_guidance_of_one(pipeline: Pipeline, sampler: str) -> None:
+    """Where both halves run and a w of all but 1 uses the conditional one."""
+    one = 1.0 + 2.0**-23
+    inside = latents(pipeline, guidance_interval=(0.2, 0.6), sampler=sampler, num_inference_steps=5)
+    both = latents(pipeline, guidance_scale=[one, 3.0, 3.0, one, one], sampler=sampler, num_inference_steps=5)
+    assert_close(inside, both)
+    everywhere = latents(pipeline, sampler=sampler, num_inference_steps=5)
+    assert np.abs(inside - everywhere).max() > 100 * tolerances.OTHER_BATCH * np.abs(inside).max()
+
+
 def test_both_rows_of_a_step_are_guided_alike(counted: tuple[Pipeline, Rows]) -> None:
     pipeline, rows = counted
     latents(pipeline, guidance_interval=(0.5, 1.0), num_inference_steps=4, sampler="heun")
@@ -156,6 +167,16 @@ def test_the_first_and_the_last_frame_are_plain_pictures(pipeline: Pipeline) -> 
     assert_close(seeds[-1:], latents(pipeline, seed=9))
 
 
+@pytest.mark.parametrize("rng", ["philox", "cpu"])
+def test_a_frame_is_that_of_its_share_whatever_its_batch(pipeline: Pipeline, rng: str) -> None:
+    """Batches of two: every other of five frames is one of three, though its neighbour is another."""
+    options = {**LATENTS, "sampler": "euler_a", "to_seed": 9, "rng": rng}
+    five, three = (pipeline.interpolate("a cat", "a dog", frames=n, **options).latents for n in (5, 3))
+    assert_close(five[::2], three)
+    away = [np.abs(frame - five[0]).max() for frame in five]
+    assert away == sorted(away)
+
+
 def test_frames_from_a_picture(pipeline: Pipeline) -> None:
     drawn = pipeline.interpolate("a", "b", frames=3, image=PICTURE, mask_image=MASK, **SHORT).images
     assert all(np.array_equal(frame[~MASK], PICTURE[~MASK]) for frame in drawn)
@@ -168,6 +189,7 @@ def test_frames_from_a_picture(pipeline: Pipeline) -> None:
         ({"frames": 3}, "nothing differs"),
         ({"frames": 3, "to_prompt": ["b"]}, "to_prompt is list: one text"),
         ({"frames": 3, "to_seed": -1}, "seed is -1"),
+        ({"frames": 3, "to_seed": 2, "num_images_per_prompt": 2}, "frames says how many"),
         ({"frames": 3, "to_seed": 2, "latents": np.zeros((1, 4, 8, 8), np.float32)}, "latents are given"),
         ({"frames": 3, "to_prompt": "b", "image": PICTURE, "variation": 0.2}, "variation is given"),
     ],
