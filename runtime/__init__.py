@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sdrt.runtime.errors import (
         BackendError,
         BundleError,
+        CancelledError,
         DeviceMemoryError,
         NumericsError,
         OutputError,
@@ -37,6 +38,7 @@ _HOME = {
     "BlackImageWarning": "output",
     "Bundle": "bundle",
     "BundleError": "errors",
+    "CancelledError": "errors",
     "DeviceMemoryError": "errors",
     "NumericsError": "errors",
     "OutputError": "errors",
@@ -53,6 +55,7 @@ __all__ = [
     "BlackImageWarning",
     "Bundle",
     "BundleError",
+    "CancelledError",
     "DeviceMemoryError",
     "NumericsError",
     "OutputError",

@@ -109,18 +109,24 @@ def _add_drawing(result: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help="print one JSON object: paths, seeds, seconds per stage")
     add("--quiet", "-q", action="store_true", help="print errors only")
-    add("--preview", action="store_true", help="show the picture on the terminal while it is drawn")
+    add("--preview", action="store_true", help="show it on the terminal while it is drawn")
     add("--version", action="version", version=f"sdrt {sdrt.__version__}")
 
 
 def _add_picture(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--image", metavar="FILE", help="a picture to start from")
+    add(
+        "--image",
+        metavar="FILE",
+        help="a picture to start from; without a mask it is resized, and cut in its middle, to what the "
+        "bundle draws; what is transparent becomes white",
+    )
     add(
         "--strength",
         type=float,
         metavar="SHARE",
-        help="how much it may change, above 0 to 1 (default: 0.8; with a mask 1)",
+        help="the share of the steps that are run on it, above 0 to 1, one step at least; a strong guidance "
+        "changes much in few steps (default: 0.8; with a mask 1)",
     )
     add("--mask", metavar="FILE", help="draw where this picture is white; where it is black, nothing changes")
     add(
@@ -133,8 +139,8 @@ def _add_picture(group: argparse._ArgumentGroup) -> None:
         "--variation",
         type=float,
         metavar="SHARE",
-        help="invert the picture to noise, take this share of the noise from the seed, and draw "
-        "(default without PROMPT: 0.3)",
+        help="invert the picture to noise, take this share of the noise from the seed, and draw: little of "
+        "it keeps the picture nearly as it is, 1 is another (default without PROMPT: 0.3)",
     )
 
 

@@ -41,6 +41,9 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         "CFG scale": recipe["guidance_scale"],
         "Seed": recipe["seed"],
         "Size": f"{recipe['width']}x{recipe['height']}",
+        **({"Denoising strength": recipe["strength"]} if "strength" in recipe else {}),
+        # A1111 counts the layer that it stops at, from the end.
+        **({"Clip skip": recipe["clip_skip"] + 1} if "clip_skip" in recipe else {}),
         **({} if recipe["eta"] is None else {"Eta": recipe["eta"]}),
         "RNG": _A1111_GENERATORS[recipe["rng"]],
         "Model": recipe["model"],

@@ -114,6 +114,17 @@ JSON_OPTIONS: Final = tuple(
 )
 
 
+# What else an option is called: by the command, or by diffusers.
+_CALLED: Final = {
+    "steps": "num_inference_steps",
+    "num_images": "num_images_per_prompt",
+    "mask": "mask_image",
+    "generator": "seed",
+    "scheduler": "sampler",
+    "cfg_scale": "guidance_scale",
+}
+
+
 def check_names(options: Mapping[str, Any], allowed: Sequence[str], what: str) -> None:
     """Refuse an option that there is not.
 
@@ -122,6 +133,7 @@ def check_names(options: Mapping[str, Any], allowed: Sequence[str], what: str) -
     """
     for name in options:
         if name not in allowed:
-            near = difflib.get_close_matches(str(name), allowed, n=1)
+            near = [_CALLED.get(str(name), "")] if str(name) in _CALLED else []
+            near = near or difflib.get_close_matches(str(name), allowed, n=1)
             hint = f", did you mean {near[0]}?" if near else ":"
             raise UsageError(f"{what} has no {str(name)[:100]}{hint} there is {', '.join(allowed)}")

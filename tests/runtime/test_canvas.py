@@ -179,6 +179,8 @@ def requests(draw: st.DrawFn) -> tuple[NDArray[np.uint8], NDArray[np.float32] | 
         if not any(expand):
             expand = None
             mask = np.ones((height, width), np.float32) if mask is None else mask
+    if expand is None and mask is not None:
+        mask[0, 0] = 1  # something is drawn
     return rng.integers(0, 256, (height, width, 3), dtype=np.uint8), mask, expand
 
 
@@ -224,6 +226,27 @@ def test_blend_rounds_half_to_even_and_does_not_drift() -> None:
     assert np.array_equal(finish(drawn, canvas)[0, 0, :, 0], np.rint(np.arange(64) / 2))
     same = Canvas(picture(64, 64), np.random.default_rng(0).random((64, 64), np.float32), (64, 64))
     assert np.array_equal(finish(same.image[np.newaxis], same)[0], same.image)
+
+
+def test_what_is_thin_in_a_larger_mask_is_drawn() -> None:
+    mask = np.zeros((256, 256), np.float32)
+    mask[:, 101] = 1
+    canvas = fit(picture(64, 64), LIMITS, mask=mask)
+    assert canvas.mask is not None
+    assert np.array_equal(np.flatnonzero(canvas.mask.any(axis=0)), [25])
+
+
+def test_a_mask_that_is_cut_away_is_refused() -> None:
+    mask = np.zeros((64, 128), np.float32)
+    mask[:, 0] = 1
+    with pytest.raises(UsageError, match="nothing would be drawn"):
+        fit(picture(64, 128), LIMITS, mask=mask, height=64, width=64)
+
+
+def test_a_picture_too_long_for_the_image_encoder_is_refused() -> None:
+    facts = ImageProcessorFacts(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(UsageError, match="too long for an encoder"):
+        clip_pixels(np.zeros((1, 60_000, 3), np.uint8), facts)
 
 
 def test_all_white_mask_draws_everything() -> None:

@@ -283,7 +283,7 @@ def test_last_line_without_an_end_and_empty_lines(serve: Any) -> None:
         (
             {"prompt": "x", "steps": 3},
             2,
-            "a request has no steps, did you mean timesteps? there is prompt, negative_prompt",
+            "a request has no steps, did you mean num_inference_steps? there is prompt, negative_prompt",
         ),
         ({"prompt": "x", "latents": []}, 2, "a request has no latents"),
         ({"prompt": "x", "output_type": "device"}, 2, "a request has no output_type"),

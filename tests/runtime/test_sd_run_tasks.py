@@ -103,6 +103,7 @@ def test_options(run: Run, work: Path, name: str) -> None:
     assert err == ""
     assert json.loads(out)["images"] == [{"path": "a.png", "seed": 3}]
     assert recipe(work / "a.png")["seed"] == 3
+    assert set(recipe(work / "a.png").get("embeddings", {})) == ({"toy"} if name == "embedding" else set())
     run("x", "--seed", "3", "--output", "plain.png")
     plain = pixels(work / "plain.png")
     assert pixels(work / "a.png").shape != plain.shape or not np.array_equal(pixels(work / "a.png"), plain)
@@ -137,6 +138,9 @@ def test_frames(run: Run, work: Path) -> None:
         for frame, single in zip(frames, singles, strict=True):
             assert np.array_equal(frame, single)
     assert len(out.splitlines()) == 4
+    again, _ = run(*options, "--output", "frames")  # what is there stays
+    assert again.splitlines()[0].startswith("frames/frame2-0000.png")
+    assert len(list((work / "frames").iterdir())) == 6
     about = recipe(work / "frames" / "frame-0001.png")
     assert (about["to_prompt"], about["to_seed"], about["frame"], about["frames"]) == ("a dog", 9, 1, 3)
 
@@ -192,6 +196,9 @@ def test_frames(run: Run, work: Path) -> None:
         (["x", "--frames", "3"], "--frames and --fps go with --to-prompt or --to-seed"),
         (["x", "--to-prompt", "y", "--frames", "1"], "frames is 1: a whole number from 2"),
         (["x", "--to-prompt", "y", "--fps", "0"], "fps is 0.0"),
+        (["x", "--to-prompt", "x"], "nothing differs"),
+        (["x", "--image", "picture.png", "--variation", "0.1", "--timesteps", "300,100"], "and timesteps"),
+        (["x", "--sampler", "euler", "--sigmas", "1e200,1,0"], "allowed are numbers from 0 to 1e+06"),
         (["x", "--to-prompt", "y", "--num-images", "2"], "--frames says how many"),
         (["x", "--to-prompt", "y", "--output", "a.gif"], "a name that ends in .webp or .png"),
         (["--to-seed", "3", "--image", "picture.png"], "need a PROMPT"),
