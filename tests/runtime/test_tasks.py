@@ -15,9 +15,14 @@ from task_calls import MASK, PICTURE, SHORT
 
 import tolerances
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime import backends
+from sdrt.runtime.backends import RequestShape
 from sdrt.runtime.errors import CancelledError, UsageError
+from sdrt.runtime.interpolation import interpolated_request
+from sdrt.runtime.loading import longest_prompt
 from sdrt.runtime.pipeline import Pipeline, PipelineOutput
 from sdrt.runtime.preview import rgb_from_latents
+from sdrt.runtime.request import build_request
 from sdrt.runtime.solvers import make_table
 from sdrt.runtime.start import slerp
 
@@ -319,3 +324,23 @@ def test_embeddings_are_taught(pipeline: Pipeline, tmp_path: Path) -> None:
     assert not np.allclose(taught, before, rtol=1e-3)
     assert fresh.load_textual_inversion(tmp_path / "toy.safetensors", "<it>") == "<it>"
     assert np.array_equal(latents(fresh, "a <it>"), taught)
+
+
+# --- what a backend is asked for
+
+
+def test_the_longest_prompt_is_known_before_anything_is_loaded(pipeline: Pipeline) -> None:
+    """Of an interpolation it may be at either end; so an engine for one chunk is not taken for it."""
+    bundle, long = pipeline.bundle, "a " * 100
+    manifest = bundle.manifest
+    for options, chunks in (({}, 1), ({"negative_prompt": long}, 2), ({"negative_prompt": "a BREAK b"}, 2)):
+        assert longest_prompt(bundle, build_request(manifest, "a", options)) == chunks
+    assert longest_prompt(bundle, interpolated_request(manifest, "a", long, 3, None, {})) == 2
+
+
+def test_a_picture_wants_the_vae_encoder_of_a_backend(pipeline: Pipeline) -> None:
+    plain, with_picture = RequestShape(3, 16, 16), RequestShape(3, 16, 16, picture=True)
+    assert "vae_encoder" not in backends._needed(pipeline.bundle, plain)
+    assert "vae_encoder" in backends._needed(pipeline.bundle, with_picture)
+    axes = backends._axes_of("vae_encoder", with_picture.axes(2, 77))
+    assert (axes["height"], "batch" in axes) == (16, False)  # one picture, whatever is drawn from it
