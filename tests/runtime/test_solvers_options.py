@@ -207,7 +207,7 @@ def test_refuses(arguments: dict[str, Any], message: str) -> None:
         ("euler", {"timesteps": [9, 3]}, "a tuple of at least 1"),
         ("euler", {"timesteps": (9, 9)}, "timesteps go from 9 to 9: each must be below"),
         ("euler", {"timesteps": (1000, 9)}, "timesteps hold 1000: .* numbers from 0 to 999"),
-        ("euler", {"timesteps": (9, -1)}, "timesteps hold -1: allowed are finite numbers from 0"),
+        ("euler", {"timesteps": (9, -1)}, r"timesteps hold -1: allowed are numbers from 0 to 1e\+06"),
         ("euler", {"timesteps": (9, "1")}, "timesteps hold '1'"),
         ("ddpm", {"timesteps": (900.5, 9)}, "timesteps hold 900.5: .* whole numbers from 0 to 999"),
         ("dpmpp_2m", {"timesteps": (900.5, 9)}, "timesteps hold 900.5: .* whole numbers from 0 to 999"),
