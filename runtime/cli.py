@@ -102,7 +102,7 @@ def _request(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, A
 
         frames, ends = _frames(arguments), (arguments.to_prompt, arguments.to_seed)
         return interpolated_request(bundle.manifest, arguments.prompt, ends[0], frames, ends[1], options)
-    if arguments.interactive and (bundle.manifest.family == "image-variations" or _reads_mask(bundle)):
+    if arguments.interactive and (bundle.manifest.family == "image-variations" or bundle.manifest.reads_mask):
         return None  # without a picture there is nothing to check
     if not arguments.interactive:
         return build_request(bundle.manifest, arguments.prompt, options)
@@ -115,10 +115,6 @@ def _why_unguided(request: Request) -> str:
     if request.sampling.embedded_guidance is not None:
         return "this model is told its guidance and runs one half"
     return "at a guidance scale of 1 or less"
-
-
-def _reads_mask(bundle: Bundle) -> bool:
-    return bundle.manifest.components["unet"].spec.input("inpainting") is not None
 
 
 def _frames(arguments: argparse.Namespace) -> int:

@@ -105,7 +105,8 @@ class Pictures:
         latents = self._encoder.encode(image_to_float(canvas.image))
         if canvas.mask is None:
             return KnownPicture(latents)
-        reads_mask = manifest.components["unet"].spec.input("inpainting") is not None
-        mask = known_mask(canvas.mask, factor, binary=reads_mask)
-        masked = self._encoder.encode(masked_image(canvas.image, canvas.mask)) if reads_mask else None
+        mask = known_mask(canvas.mask, factor, binary=manifest.reads_mask)
+        if not manifest.reads_mask:
+            return KnownPicture(latents, mask)
+        masked = self._encoder.encode(masked_image(canvas.image, canvas.mask))
         return KnownPicture(latents, mask, masked)

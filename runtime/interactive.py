@@ -127,13 +127,12 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
     manifest = pipeline.bundle.manifest
     request = {**defaults, "num_images_per_prompt": 1, "prompt": ""}
     reads_text = manifest.family != "image-variations"
-    reads_mask = manifest.components["unet"].spec.input("inpainting") is not None
     size = (manifest.defaults.height, manifest.defaults.width)
     if not reads_text:
         del request["prompt"]
-    if (reads_mask or not reads_text) and request.get("image") is None:
+    if (manifest.reads_mask or not reads_text) and request.get("image") is None:
         request["image"] = np.zeros((*size, 3), np.uint8)
-        if reads_mask:
+        if manifest.reads_mask:
             request["mask_image"] = np.full(size, 255, np.uint8)
     return request
 

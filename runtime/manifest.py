@@ -169,6 +169,11 @@ class Manifest:
     preview: Preview | None = None
 
     @property
+    def reads_mask(self) -> bool:
+        """Whether the U-Net reads a mask and the masked picture (inpainting checkpoints)."""
+        return self.components["unet"].spec.input("inpainting") is not None
+
+    @property
     def required_components(self) -> tuple[str, ...]:
         """The components that a drawing needs."""
         return required_components(self.family)

@@ -49,7 +49,7 @@ def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt:
         UsageError: A picture cannot be read or does not fit, or the options contradict each other.
     """
     image = options.get("image")
-    inpaints = manifest.components["unet"].spec.input("inpainting") is not None
+    inpaints = manifest.reads_mask
     if image is None:
         for name in PICTURE_OPTIONS:
             if options.get(name) is not None:

@@ -102,7 +102,7 @@ def blends(request: Request, manifest: Manifest) -> bool:
     A U-Net that reads mask and picture does without it, as in diffusers.
     """
     masked = request.picture is not None and request.picture.canvas.mask is not None
-    return masked and manifest.components["unet"].spec.input("inpainting") is None
+    return masked and not manifest.reads_mask
 
 
 def _noise(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -53,6 +55,17 @@ class Counted:
     def steps(self) -> list[Counter[str]]:
         """What each step but the first added: the first comes with what prepares the run."""
         return [after - before for before, after in pairwise(self.seen)]
+
+
+@contextmanager
+def recording(host: Pipeline) -> Iterator[Recorded]:
+    """A pipeline whose driver must not have been used wrongly in the end, and be left with nothing."""
+    result = Recorded(host)
+    yield result
+    driver = result.driver
+    result.close()
+    assert driver.faults == []
+    assert driver.live == {}
 
 
 def assert_equal(one: PipelineOutput, other: PipelineOutput) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from recorded_pipeline import Counted, Network, Recorded, assert_equal
+from recorded_pipeline import Counted, Network, Recorded, assert_equal, recording
 from recording import RecordingDriver, as_numpy, recording_device
 
 from sdrt.runtime import generation, loading
@@ -60,13 +60,8 @@ def host(tiny_bundle: Path) -> Pipeline:
 
 @pytest.fixture
 def recorded(host: Pipeline) -> Iterator[Recorded]:
-    """A pipeline whose driver must not have been used wrongly in the end, and be left with nothing."""
-    result = Recorded(host)
-    yield result
-    driver = result.driver
-    result.close()
-    assert driver.faults == []
-    assert driver.live == {}
+    with recording(host) as result:
+        yield result
 
 
 def counted(pipeline: Recorded, **options: Any) -> tuple[PipelineOutput, list[Counter[str]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_pipeline import Counted, Recorded, assert_equal
+from recorded_pipeline import Counted, Recorded, assert_equal, recording
 from task_calls import SHORT, TASKS
 
 from sdrt.runtime.pipeline import Pipeline
@@ -21,12 +21,8 @@ def host(tiny_bundle: Path) -> Pipeline:
 
 @pytest.fixture
 def recorded(host: Pipeline) -> Iterator[Recorded]:
-    result = Recorded(host)
-    yield result
-    driver = result.driver
-    result.close()
-    assert driver.faults == []
-    assert driver.live == {}
+    with recording(host) as result:
+        yield result
 
 
 @pytest.mark.parametrize("name", TASKS)
