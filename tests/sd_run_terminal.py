@@ -5,12 +5,15 @@ from __future__ import annotations
 import codecs
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 SD_RUN = str(Path(sys.executable).with_name("sd-run"))
+# Steps drawn, on the bar. It is redrawn four times a second: no single step's number is sure to be seen.
+A_STEP = r"[1-9]\d*/\d"
 
 
 class OnTerminal:
@@ -30,13 +33,18 @@ class OnTerminal:
         os.close(theirs)
 
     def read(self, until: str | None = None) -> str:
-        """What the terminal shows, up to a word or to the end of the process."""
+        """What the terminal shows, up to a pattern or to the end of the process.
+
+        Raises:
+            AssertionError: The process ended, or a minute passed, and nothing shown matches.
+        """
         deadline = time.monotonic() + 60
-        while (until is None or until not in self.shown) and time.monotonic() < deadline:
+        while (until is None or not re.search(until, self.shown)) and time.monotonic() < deadline:
             try:
                 self.shown += self._decoder.decode(os.read(self._own, 4096))
             except OSError:  # how Linux says that the other end is closed
                 break
+        assert until is None or re.search(until, self.shown), f"{until} was never shown: {self.shown!r}"
         return self.shown
 
     def end(self) -> int:

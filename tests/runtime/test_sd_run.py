@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sd_run_terminal import SD_RUN, OnTerminal
+from sd_run_terminal import A_STEP, SD_RUN, OnTerminal
 
 from sdrt.runtime.cli import main
 from sdrt.runtime.pipeline import Pipeline
@@ -135,7 +135,7 @@ def test_no_progress_bar_when_quiet(tiny_bundle: Path, work: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_in_the_middle(tiny_bundle: Path, work: Path, number: signal.Signals) -> None:
     terminal = OnTerminal(work, "x", "--bundle", str(tiny_bundle), "--steps", "499", "--num-images", "100")
-    terminal.read(until="1/")
+    terminal.read(until=A_STEP)
     terminal.process.send_signal(number)
     assert terminal.end() == 130
     assert "interrupted; nothing unfinished was left behind" in terminal.shown

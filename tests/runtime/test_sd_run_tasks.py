@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 from safetensors.numpy import save_file
-from sd_run_terminal import OnTerminal
+from sd_run_terminal import A_STEP, OnTerminal
 
 from sdrt.runtime import interactive
 from sdrt.runtime.cli import main
@@ -259,7 +259,7 @@ def test_frames_that_are_interrupted_leave_nothing(tiny_bundle: Path, work: Path
     before = sorted(work.rglob("*"))
     words = ["--to-prompt", "y", "--frames", "50", "--steps", "200", "--output", output]
     terminal = OnTerminal(work, "x", "--bundle", str(tiny_bundle), *CPU, *words)
-    terminal.read(until="1/")
+    terminal.read(until=A_STEP)
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.end() == 130
     assert "interrupted; nothing unfinished was left behind" in terminal.shown
