@@ -328,7 +328,8 @@ def _document(found: dict[str, Any]) -> Document:
 
 def _model(found: dict[str, Any]) -> Model:
     sizes = tuple((height, width) for height, width in found["sizes"])
-    return _record(Model, {**found, "sizes": sizes, "work": _records(Work, found["work"])})
+    work = _records(Work, found["work"])
+    return Model(**{**found, "sizes": sizes, "work": work})
 
 
 def _records(kind: type[Any], found: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
