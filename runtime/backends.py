@@ -176,7 +176,8 @@ def load_executor(
         backend: A name in `BACKENDS`, as `choose_backend` gives it.
         device: From `open_device`.
         threads: On the CPU, threads inside one operator; by default one per usable core.
-        verify: Compare the SHA-256 of an engine's plan with its manifest; otherwise only the size.
+        verify: Compare the SHA-256 of an engine's plan with its manifest; otherwise only the size. The
+            bundle's own files must have been compared by the caller then.
 
     Raises:
         UsageError: No backend of that name.
@@ -246,14 +247,17 @@ def _refuse_bfloat16(bundle: Bundle, component: str) -> None:
 
 
 def _load_onnxruntime_cpu(
-    bundle: Bundle, component: str, _device: Device, threads: int | None, _verify: bool
+    bundle: Bundle, component: str, _device: Device, threads: int | None, verify: bool
 ) -> Executor:
     from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 
     _refuse_bfloat16(bundle, component)
     part = bundle.component(component)
     entry = next(entry for entry in part.files if entry.path == part.model)
-    return OnnxRuntimeExecutor(bundle.file(entry), part.spec, threads=threads)
+    model = bundle.file(entry)
+    # What was prepared of unaltered files must not stand in for altered ones.
+    files = part.files if verify or bundle.is_verified(part.files) else ()
+    return OnnxRuntimeExecutor(model, part.spec, threads=threads, files=files)
 
 
 def _probe_tensorrt(flavour: str) -> Callable[[Bundle, Gpu | None, RequestShape | None], str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +13,7 @@ import sdrt
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.manifest import MANIFEST_NAME, Component, FileEntry, Manifest
 from sdrt.runtime.manifest_json import from_json
+from sdrt.runtime.verified_files import VerifiedFiles
 
 # `sdrt/models` is package data in a wheel and a symbolic link in a checkout: one path serves both.
 EMBEDDED: Final = Path(sdrt.__file__).parent / "models" / "emoji" / "bundle"
@@ -60,14 +64,34 @@ class Bundle:
         bundle._refuse_unlisted()
         return bundle
 
-    def verify(self) -> None:
+    def verify(self, *, again: bool = True) -> None:
         """Compare the SHA-256 of every file with the manifest.
+
+        Args:
+            again: Also of files that were compared before and have not been touched since
+                (`sdrt.runtime.verified_files`).
 
         Raises:
             BundleError: A file is missing, altered or damaged.
         """
-        for entry in self.manifest.files():
-            self.check(entry)
+        known = VerifiedFiles(self.path)
+
+        def check(entry: FileEntry) -> None:
+            if again or known.sha256(entry.path) != entry.sha256:
+                began = time.time()
+                self.check(entry)
+                known.remember(entry.path, entry.sha256, began)
+
+        entries = sorted(self.manifest.files(), key=lambda entry: -entry.size)
+        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="sdrt-verify") as pool:
+            for _ in pool.map(check, entries):
+                pass
+        known.save()
+
+    def is_verified(self, entries: Sequence[FileEntry]) -> bool:
+        """Whether all of these files were compared with the manifest, and have not been touched since."""
+        known = VerifiedFiles(self.path)
+        return all(known.sha256(entry.path) == entry.sha256 for entry in entries)
 
     def _refuse_unlisted(self) -> None:
         """A file beside a graph that the manifest does not name would be used unchecked, as its weights."""

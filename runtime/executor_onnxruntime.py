@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from numpy.typing import NDArray
 
 from sdrt.runtime.components import ComponentSpec, TensorSpec
 from sdrt.runtime.errors import BackendError, BundleError
 from sdrt.runtime.executors import check_buffers, first_line
+from sdrt.runtime.manifest import FileEntry
+
+if TYPE_CHECKING:
+    from sdrt.runtime.prepared_graphs import PreparedGraph
 
 Array = NDArray[Any]
+ROWS: Final = "rows"  # the axis of the U-Net's batch
 
 
 class OnnxRuntimeExecutor:
@@ -22,34 +28,84 @@ class OnnxRuntimeExecutor:
 
     capturable = False
 
-    def __init__(self, model: Path, spec: ComponentSpec, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        spec: ComponentSpec,
+        *,
+        threads: int | None = None,
+        files: Sequence[FileEntry] = (),
+    ) -> None:
         """Load the graph.
 
         Args:
             model: The ONNX file.
             spec: Its inputs and outputs.
             threads: Threads inside one operator; by default one per usable core.
+            files: All that the graph consists of, compared with the SHA-256 that stand there. With them a
+                graph is prepared for this CPU, once (`sdrt.runtime.prepared_graphs`).
 
         Raises:
             BackendError: onnxruntime is not installed, or it refuses the graph.
             BundleError: It is not the graph that the manifest describes.
         """
-        ort = import_onnxruntime("onnxruntime-cpu", "cpu")
-        options = quiet_options(ort)
-        options.intra_op_num_threads = threads or usable_cores()
-        try:
-            self._session = ort.InferenceSession(
-                str(model), sess_options=options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise BackendError(f"ONNX Runtime refuses {model}: {first_line(error)}") from error
-        self.spec = spec
-        check_graph(self._session, spec, str(model))
+        self._ort = import_onnxruntime("onnxruntime-cpu", "cpu")
+        self._model, self.spec = model, spec
+        self._threads = threads or usable_cores()
+        self._prepared = _prepared_graph(self._ort, model, files)
+        self._sessions: dict[int, Any] = {}
+        self._second_half: ThreadPoolExecutor | None = None
+        check_graph(self._session(self._threads // 2 if self._halves else self._threads), spec, str(model))
+
+    @property
+    def _halves(self) -> bool:
+        """Whether an even number of rows is evaluated as two halves at once, on half of the threads each.
+
+        Rows do not depend on each other, and half of the threads wait for each other half as much: guided
+        steps take 0.8 to 0.9 of the time on two cores. It needs a session of its own, which costs next to
+        nothing where both map one prepared graph, and the weights once more where they do not.
+        """
+        by_rows = any(entry.shape[0] == ROWS for entry in self.spec.inputs)
+        return by_rows and self._prepared is not None and self._threads % 2 == 0
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         """See `Executor.bind`."""
-        check_buffers(self.spec, inputs, outputs)
-        return _BoundSession(self._session, self.spec.name, inputs, outputs)
+        axes = check_buffers(self.spec, inputs, outputs)
+        rows = axes.get(ROWS, 1)
+        if not self._halves or rows % 2:
+            return _BoundSession(self._session(self._threads), self.spec.name, inputs, outputs)
+        session = self._session(self._threads // 2)
+        if self._second_half is None:
+            self._second_half = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sdrt-half")
+        first, second = (
+            _BoundSession(session, self.spec.name, self._part(inputs, part), self._part(outputs, part))
+            for part in (slice(0, rows // 2), slice(rows // 2, rows))
+        )
+        return _SideBySide(first, second, self._second_half)
+
+    def _part(self, buffers: Mapping[str, Array], part: slice) -> dict[str, Array]:
+        """Views of some rows; what is not by rows stays whole."""
+        by_rows = {entry.name for entry in (*self.spec.inputs, *self.spec.outputs) if entry.shape[0] == ROWS}
+        return {name: array[part] if name in by_rows else array for name, array in buffers.items()}
+
+    def _session(self, threads: int) -> Any:
+        if threads not in self._sessions:
+            self._sessions[threads] = self._load(threads)
+        return self._sessions[threads]
+
+    def _load(self, threads: int) -> Any:
+        options = cpu_options(self._ort, threads)
+        session = self._prepared.load(options) if self._prepared is not None else None
+        if session is not None:
+            return session
+        try:
+            return self._ort.InferenceSession(
+                str(self._model),
+                sess_options=cpu_options(self._ort, threads),
+                providers=["CPUExecutionProvider"],
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BackendError(f"ONNX Runtime refuses {self._model}: {first_line(error)}") from error
 
     def close(self) -> None:
         """See `Executor.close`; there is nothing to keep."""
@@ -74,6 +130,42 @@ class _BoundSession:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(f"{self._component} failed: {first_line(error)}") from error
+
+
+class _SideBySide:
+    """Two bound calls at the same time, the second on a thread of its own."""
+
+    def __init__(
+        self, first: Callable[[], None], second: Callable[[], None], thread: ThreadPoolExecutor
+    ) -> None:
+        self._first, self._second, self._thread = first, second, thread
+
+    def __call__(self) -> None:
+        other = self._thread.submit(self._second)
+        try:
+            self._first()
+        finally:
+            wait([other])  # whatever happened: until it has ended, it writes into the buffers
+        other.result()
+
+
+def _prepared_graph(ort: Any, model: Path, files: Sequence[FileEntry]) -> PreparedGraph | None:
+    """The graph that was prepared for this CPU, prepared now if need be; None where that cannot be."""
+    if not files:
+        return None
+    from sdrt.runtime.prepared_graphs import PreparedGraph
+
+    prepared = PreparedGraph(ort, files)
+    return prepared if prepared.exists() or prepared.make(model) else None
+
+
+def cpu_options(ort: Any, threads: int) -> Any:
+    """Session options for the CPU provider with that many threads inside one operator."""
+    options = quiet_options(ort)
+    options.intra_op_num_threads = threads
+    # A thread that spins between two calls takes a core from whatever runs then.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def import_onnxruntime(backend: str, extra: str) -> Any:

@@ -115,7 +115,8 @@ class Pipeline:
             stream: A caller's CUDA stream to work in, an object with ``__cuda_stream__`` or a handle; by
                 default a private one.
             threads: On the CPU, threads inside one operator; by default one per usable core.
-            verify: Compare every file's SHA-256 with the manifest; otherwise only the sizes.
+            verify: Compare every file's SHA-256 with the manifest, unless that was done before and the file
+                was not touched since; otherwise only the sizes.
             request_shape: What will be asked for: ``auto`` then takes a backend that admits it.
 
         Raises:
@@ -135,7 +136,7 @@ class Pipeline:
                 f"device is {device}, the number of a GPU: the backend {choice.name} runs on the CPU{against}"
             )
         if verify:
-            bundle.verify()
+            bundle.verify(again=False)
         with ExitStack() as undo:
             opened = open_device(choice, stream)
             undo.callback(opened.close)

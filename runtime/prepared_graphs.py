@@ -1,0 +1,174 @@
+"""Graphs as ONNX Runtime wants them on this CPU, kept from run to run.
+
+Optimising a graph and repacking its weights for the CPU takes ONNX Runtime 7 to 19 s for Stable Diffusion
+1.5 at every load. The result is written once; from then on it is mapped into memory in a second, and the
+weights are pages of a file that processes share and the system can drop, in place of memory of their own.
+
+Packed weights of another CPU or version would be read as garbage, so the key holds all that decides how
+they are packed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from sdrt.kernels.cache import cache_folder
+from sdrt.runtime.files import new_folder
+from sdrt.runtime.manifest import FileEntry
+
+FORMAT: Final = 1  # a change of what is written, or of how it is loaded
+GRAPH_NAME: Final = "model.onnx"
+WEIGHTS_NAME: Final = "model.onnx.data"
+RECORD_NAME: Final = "record.json"
+# On the disk: the weights, once more those that are packed, and room for others to work in.
+ROOM: Final = 2.5
+SPARE_BYTES: Final = 1 << 30
+UNUSED_SECONDS: Final = 30 * 24 * 3600.0  # after which a graph that nobody loaded is removed
+_SAVE: Final = {
+    "session.optimized_model_external_initializers_file_name": WEIGHTS_NAME,
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.save_external_prepacked_constant_initializers": "1",
+}
+
+
+class PreparedGraph:
+    """The place of one component's prepared graph; there may be nothing yet.
+
+    A cache that cannot be read or written is no error: the plain graph is loaded.
+    """
+
+    def __init__(self, ort: Any, files: Sequence[FileEntry]) -> None:
+        """Compute the key.
+
+        Args:
+            ort: The module onnxruntime.
+            files: The component's files with their SHA-256, as the manifest lists them.
+        """
+        self._ort = ort
+        self._source_bytes = sum(entry.size for entry in files)
+        key = {
+            "format": FORMAT,
+            "files": [[entry.path, entry.size, entry.sha256] for entry in files],
+            "onnxruntime": [ort.__version__, ort.get_build_info()],
+            "cpu": cpu_identity(),
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self.folder = cache_folder("onnxruntime-cpu") / digest[:32]
+
+    def exists(self) -> bool:
+        """Whether it was prepared before, and nothing was changed or cut off since."""
+        try:
+            record = json.loads((self.folder / RECORD_NAME).read_text(encoding="utf-8"))
+            return bool(record == _record(self.folder))
+        except (OSError, ValueError):
+            return False
+
+    def load(self, options: Any) -> Any:
+        """A session of it, or None where there is none that can be loaded.
+
+        Args:
+            options: Of this session alone.
+        """
+        if not self.exists():
+            return None
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = self._session(self.folder / GRAPH_NAME, options)
+        except Exception:  # onnxruntime's exceptions share no base class
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(self.folder)
+        return session
+
+    def make(self, model: Path) -> bool:
+        """Prepare it; whether that could be done.
+
+        Args:
+            model: The plain ONNX file; its bytes must be the ones that the key's hashes are of.
+        """
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_unused(self.folder.parent)
+            free = shutil.disk_usage(self.folder.parent).free
+            if free < ROOM * self._source_bytes + SPARE_BYTES:
+                return False
+            with new_folder(self.folder, replace=True) as folder:
+                self._session(model, self._saving(folder))
+                for name in (GRAPH_NAME, WEIGHTS_NAME):
+                    _flush(folder / name)
+                (folder / RECORD_NAME).write_text(json.dumps(_record(folder)), encoding="utf-8")
+                _flush(folder / RECORD_NAME)
+        except Exception:  # of the system, or ONNX Runtime's: the plain graph will say what is wrong with it
+            return False
+        return True
+
+    def _saving(self, folder: Path) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(folder / GRAPH_NAME)
+        for name, value in _SAVE.items():
+            options.add_session_config_entry(name, value)
+        return options
+
+    def _session(self, model: Path, options: Any) -> Any:
+        return self._ort.InferenceSession(
+            str(model), sess_options=options, providers=["CPUExecutionProvider"]
+        )
+
+
+@cache
+def cpu_identity() -> tuple[str, ...]:
+    """What ONNX Runtime looks at when it chooses kernels: architecture, model and instruction sets."""
+    wanted = (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "stepping",
+        "flags",
+        "CPU implementer",
+        "CPU part",
+        "Features",
+    )
+    found = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
+        for line in lines:
+            name, _, value = line.partition(":")
+            if not line.strip():  # the first processor is enough
+                break
+            found[name.strip()] = value.strip()
+    return (platform.machine(), *(found.get(name, "") for name in wanted))
+
+
+def _record(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of both files: enough to see that one was touched or cut off."""
+    facts = {name: (folder / name).stat() for name in (GRAPH_NAME, WEIGHTS_NAME) if (folder / name).exists()}
+    return {name: [fact.st_size, fact.st_mtime_ns] for name, fact in facts.items()}
+
+
+def _flush(file: Path) -> None:
+    """On the disk before the folder has its name: a file of the right size and no content would be loaded."""
+    if not file.exists():  # a graph without large weights
+        return
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unused(parent: Path) -> None:
+    """Graphs of bundles, versions and CPUs that are no more."""
+    for folder in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > UNUSED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,245 @@
+"""Graphs prepared for this CPU: the same numbers, made once, and never of another CPU, version or weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from sdrt.runtime import prepared_graphs, verified_files
+from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.errors import BackendError
+from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
+from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.prepared_graphs import GRAPH_NAME, RECORD_NAME, WEIGHTS_NAME, PreparedGraph
+
+SHORT: dict[str, Any] = {"num_inference_steps": 2, "seed": 1, "output_type": "numpy"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SDRT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "onnxruntime-cpu"
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle, verify=False)
+
+
+@pytest.fixture
+def copied(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy whose files are old enough to be remembered."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copied"))
+
+
+def unet(bundle: Bundle, *, prepared: bool, threads: int = 2) -> OnnxRuntimeExecutor:
+    part = bundle.component("unet")
+    return OnnxRuntimeExecutor(
+        bundle.path / part.model, part.spec, threads=threads, files=part.files if prepared else ()
+    )
+
+
+def evaluate(executor: OnnxRuntimeExecutor, rows: int) -> Any:
+    axes = {"rows": rows, "latent_height": 8, "latent_width": 16, "context": 77}
+    generator = np.random.default_rng(0)
+    spec = executor.spec
+    inputs = {s.name: generator.standard_normal(s.concrete(axes)).astype(s.dtype) for s in spec.inputs}
+    outputs = {s.name: np.zeros(s.concrete(axes), s.dtype) for s in spec.outputs}
+    executor.bind(inputs, outputs)()
+    return outputs["noise_pred"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_the_numbers_of_the_plain_graph(cache: Path, bundle: Bundle, rows: int) -> None:
+    """Whole and in halves: rows do not know of each other."""
+    expected = evaluate(unet(bundle, prepared=False), rows)
+    assert expected.any()
+    np.testing.assert_array_equal(evaluate(unet(bundle, prepared=True), rows), expected)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_prepared_once(cache: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet(bundle, prepared=True)
+    (folder,) = cache.iterdir()
+    assert {file.name for file in folder.iterdir()} == {GRAPH_NAME, WEIGHTS_NAME, RECORD_NAME}
+    models: list[str] = []
+    session = onnxruntime.InferenceSession
+
+    def noted(model: str, **rest: Any) -> Any:
+        models.append(model)
+        return session(model, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    unet(bundle, prepared=True)
+    assert models == [str(folder / GRAPH_NAME)]
+
+
+def test_the_key_holds_what_decides_how_weights_are_packed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = bundle.component("unet").files
+    ort = SimpleNamespace(__version__="1.32.0", get_build_info=lambda: "commit a")
+    other_build = SimpleNamespace(__version__="1.32.0", get_build_info=lambda: "commit b")
+    other_version = SimpleNamespace(__version__="1.33.0", get_build_info=lambda: "commit a")
+    other_weights = (*files[:-1], replace(files[-1], sha256="0" * 64))
+    assert prepared_graphs.cpu_identity()[0]
+    folders = [
+        PreparedGraph(ort, files).folder,
+        PreparedGraph(other_build, files).folder,
+        PreparedGraph(other_version, files).folder,
+        PreparedGraph(ort, other_weights).folder,
+    ]
+    monkeypatch.setattr(prepared_graphs, "cpu_identity", lambda: ("x86_64", "", "another CPU"))
+    folders.append(PreparedGraph(ort, files).folder)
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("name", [GRAPH_NAME, WEIGHTS_NAME, RECORD_NAME])
+def test_damaged_ones_are_prepared_anew(cache: Path, bundle: Bundle, name: str) -> None:
+    expected = evaluate(unet(bundle, prepared=True), 2)
+    (folder,) = cache.iterdir()
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    prepared = PreparedGraph(onnxruntime, bundle.component("unet").files)
+    assert not prepared.exists()
+    assert prepared.load(onnxruntime.SessionOptions()) is None
+    np.testing.assert_array_equal(evaluate(unet(bundle, prepared=True), 2), expected)
+    assert prepared.exists()
+
+
+def _file_in_the_way(cache: Path, _monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.mkdir()
+    cache.write_text("")
+
+
+def _full_disk(_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=prepared_graphs.SPARE_BYTES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+
+
+@pytest.mark.parametrize("trouble", [_file_in_the_way, _full_disk])
+def test_a_cache_that_cannot_be_written(
+    cache: Path,
+    bundle: Bundle,
+    trouble: Callable[[Path, pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = evaluate(unet(bundle, prepared=False), 2)
+    trouble(cache, monkeypatch)
+    np.testing.assert_array_equal(evaluate(unet(bundle, prepared=True), 2), expected)
+    assert not cache.is_dir() or not list(cache.iterdir())
+
+
+def test_one_that_nobody_loaded_for_long_is_removed(cache: Path, bundle: Bundle) -> None:
+    old, fresh = cache / "old", cache / "fresh"
+    for folder in (old, fresh):
+        folder.mkdir(parents=True)
+    long_ago = time.time() - prepared_graphs.UNUSED_SECONDS - 60
+    os.utime(old, (long_ago, long_ago))
+    unet(bundle, prepared=True)
+    assert not old.exists()
+    assert fresh.exists()
+
+
+def test_altered_weights_are_never_drawn_as_the_prepared_ones(cache: Path, copied: Path) -> None:
+    """Without verification the prepared graph stands in only for files that are known to be unaltered."""
+    time.sleep(verified_files.SETTLED_SECONDS + 0.1)
+    with Pipeline.load(copied) as pipeline:
+        expected = pipeline("x", **SHORT).latents
+    assert len(list(cache.iterdir())) == 3
+    with Pipeline.load(copied, verify=False) as pipeline:
+        np.testing.assert_array_equal(pipeline("x", **SHORT).latents, expected)
+    weights = copied / "unet/model.onnx.data"
+    before = weights.stat()
+    weights.write_bytes(np.frombuffer(weights.read_bytes(), np.float32)[::-1].tobytes())
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as some tools do
+    with Pipeline.load(copied, verify=False) as pipeline:
+        assert not np.array_equal(pipeline("x", **SHORT).latents, expected)
+
+
+def test_a_half_that_fails(cache: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of either is told, and only when both have ended."""
+    executor = unet(bundle, prepared=True)
+    session = executor._sessions[1]
+    ended = threading.Event()
+
+    class Failing:
+        def __init__(self, fails: str) -> None:
+            self.fails = fails
+
+        def io_binding(self) -> Any:
+            return session.io_binding()
+
+        def run_with_iobinding(self, _binding: Any) -> None:
+            here = "second" if threading.current_thread().name.startswith("sdrt-half") else "first"
+            if here == self.fails:
+                raise RuntimeError(f"the {here} half broke")
+            time.sleep(0.1)
+            ended.set()
+
+    for fails in ("first", "second"):
+        ended.clear()
+        executor._sessions[1] = Failing(fails)
+        with pytest.raises(BackendError, match=f"unet failed: the {fails} half broke"):
+            evaluate(executor, 2)
+        assert ended.is_set()
+
+
+# --- which files are known
+
+
+def test_files_are_hashed_once(copied: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdrt.runtime import bundle as module
+
+    time.sleep(verified_files.SETTLED_SECONDS + 0.1)
+    hashed: list[str] = []
+    sha256 = module.sha256
+
+    def noted(file: Path) -> str:
+        hashed.append(file.name)
+        return sha256(file)
+
+    monkeypatch.setattr(module, "sha256", noted)
+    bundle = Bundle.open(copied, verify=False)
+    bundle.verify(again=False)
+    count = len(hashed)
+    assert count == len(list(bundle.manifest.files()))
+    bundle.verify(again=False)
+    assert len(hashed) == count
+    assert bundle.is_verified(bundle.component("unet").files)
+    bundle.verify()
+    assert len(hashed) == 2 * count
+    (copied / "tokenizer.json").touch()
+    bundle.verify(again=False)
+    assert hashed[2 * count :] == ["tokenizer.json"]
+
+
+def test_a_file_that_was_changed_just_now_is_not_remembered(copied: Path, cache: Path) -> None:
+    (copied / "tokenizer.json").touch()
+    bundle = Bundle.open(copied, verify=False)
+    bundle.verify(again=False)
+    tokenizer = next(entry for entry in bundle.manifest.files() if entry.path == "tokenizer.json")
+    assert not bundle.is_verified([tokenizer])
+
+
+def test_a_record_that_cannot_be_read(copied: Path, cache: Path) -> None:
+    time.sleep(verified_files.SETTLED_SECONDS + 0.1)
+    bundle = Bundle.open(copied, verify=False)
+    bundle.verify(again=False)
+    (record,) = (cache.parent / "verified").iterdir()
+    assert len(json.loads(record.read_text())) == len(list(bundle.manifest.files()))
+    for text in ("", "[]", '{"tokenizer.json": 3}', '{"tokenizer.json": []}'):
+        record.write_text(text)
+        assert not bundle.is_verified(list(bundle.manifest.files()))
+        bundle.verify(again=False)
