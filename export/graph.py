@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from sdrt.export.pass_group_norm import write_out_group_norms
 from sdrt.runtime.components import ComponentSpec, Precision
 from sdrt.runtime.errors import SdrtError
 
@@ -84,6 +85,7 @@ def onnx_from_module(
         raise SdrtError(f"the ONNX export of {spec.name} gave no graph")
     model = program.model
     _name_axes(model, spec, axes)
+    write_out_group_norms(model)
     _strip_debug_information(model)
     return model
 

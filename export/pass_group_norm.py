@@ -1,10 +1,13 @@
-"""Pass: group normalisation as an instance normalisation, for the range audit on ONNX Runtime's CPU provider.
+"""Pass: group normalisation in fp32 as an instance normalisation, for ONNX Runtime's CPU provider.
 
 That provider has no kernel for `GroupNormalization`: when it loads a graph it puts the operator's definition,
-some twenty small nodes, in its place, and behind all the others in its order of execution. In the audit all
-weights would then be widened before the first normalisation ran (5 GB of a full-size U-Net).
-`InstanceNormalization` has a kernel, and a group is an instance once its channels are folded into the rows.
-For drawing it is no faster (the embedded U-Net, interleaved: 1.01 times the time).
+some twenty small nodes, in its place, each of which reads and writes the whole activation. A group is an
+instance once its channels are folded into the rows, and `InstanceNormalization` has a kernel: evaluating the
+embedded U-Net takes 0.89 of the time (benchmarks/NOTES.md). The definition's nodes also stood behind all the
+others in the order of execution, so that the range audit had to widen all weights before the first
+normalisation ran (5 GB of a full-size U-Net).
+
+Half precision is left alone: those graphs are for GPUs, whose libraries know the operator.
 """
 
 from __future__ import annotations
