@@ -14,9 +14,9 @@ AUTO, NONE = "auto", "none"
 ONLY: Final = ("cold", "warm", "growth", "limits", "fidelity")
 EMBEDDED_NAME: Final = "emoji"
 
-EPILOG: Final = """MODEL is a bundle, a checkpoint in diffusers' format (a folder or a hub id), an architecture with random
-weights (sd15, sd21, sdxl), or emoji, the embedded model (default). A checkpoint is exported first, once, into
-~/.cache/sdrt.
+EPILOG: Final = """MODEL is a bundle, a checkpoint in diffusers' format (folder or hub id), an architecture
+with random weights (sd15, sd21, sdxl), or emoji, the embedded model (default). A checkpoint is exported
+first, once, into ~/.cache/sdrt.
 
 other commands:
   sd-bench compare A.json B.json     what became slower; exit status 1 beyond a threshold
@@ -139,8 +139,8 @@ def _batches(text: str) -> tuple[int, ...]:
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     found = []
     for part in text.split(","):
-        height, _, width = part.partition("x")
-        found.append((_positive(height), _positive(width or height)))
+        height, separator, width = part.partition("x")
+        found.append((_positive(height), _positive(width if separator else height)))
     return tuple(dict.fromkeys(found))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,11 +23,12 @@ from sdrt.runtime.manifest import MANIFEST_NAME, Limits, Manifest
 WORKERS: Final = Path(__file__).resolve().parent / "peer_workers"
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
+# Backend → its label, and what pip installs for it.
 LABELS: Final = {
-    "tensorrt": "sdrt, TensorRT",
-    "tensorrt-rtx": "sdrt, TensorRT for RTX",
-    "onnxruntime-cuda": "sdrt, ONNX Runtime (CUDA)",
-    "onnxruntime-cpu": "sdrt, ONNX Runtime (CPU)",
+    "tensorrt": ("sdrt, TensorRT", "sdrt[tensorrt]"),
+    "tensorrt-rtx": ("sdrt, TensorRT for RTX", "sdrt[rtx]"),
+    "onnxruntime-cuda": ("sdrt, ONNX Runtime (CUDA)", "sdrt[cuda]"),
+    "onnxruntime-cpu": ("sdrt, ONNX Runtime (CPU)", "sdrt[cpu]"),
 }
 Note = Callable[[str], None]
 
@@ -196,8 +198,29 @@ def backend_plans(model: ModelPlan, arguments: argparse.Namespace, note: Note) -
             note(f"{name} is left out: {str(error).partition('; ')[0]}")
             continue
         words = (sys.executable, str(WORKERS / "worker_sdrt.py"), "--backend", name)
-        found.append(SubjectPlan(Subject(name, LABELS[name], "backend"), words, model.bundle.path.resolve()))
+        label, requirement = LABELS[name]
+        found.append(
+            SubjectPlan(
+                Subject(name, label, "backend"),
+                words,
+                model.bundle.path.resolve(),
+                installed_bytes=_installed_bytes(requirement, arguments, note),
+            )
+        )
     return found
+
+
+def _installed_bytes(requirement: str, arguments: argparse.Namespace, note: Note) -> int | None:
+    """Of sdrt and what it needs; a smoke run does without, since a checkout has to be built for it."""
+    if "cold" not in arguments.only or arguments.quick:
+        return None
+    from sdrt.benchmarks.installed_size import installed_bytes
+
+    try:
+        return installed_bytes([requirement], Path(sysconfig.get_paths()["purelib"]))
+    except BackendError as error:
+        note(f"the installed size of {requirement} is not known: {error}")
+        return None
 
 
 def reference_plan(model: ModelPlan) -> SubjectPlan | None:

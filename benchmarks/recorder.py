@@ -60,7 +60,7 @@ class Recorder:
         self.ceilings: Ceilings | None = None
         self._command, self._write = tuple(command), write
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
-        self._machine = this_machine()
+        self._machine, self._version = this_machine(), sdrt_version()
         self._probes: list[float] = []
         self._loads: list[float] = []
         self._subjects: dict[str, Subject] = {}
@@ -124,7 +124,7 @@ class Recorder:
             created=self._created,
             command=self._command,
             complete=complete,
-            sdrt=sdrt_version(),
+            sdrt=self._version,
             machine=self._machine,
             noise=Noise(tuple(self._probes), tuple(self._loads)),
             ceilings=self.ceilings,

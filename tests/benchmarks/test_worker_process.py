@@ -19,7 +19,7 @@ FAKE = Path(__file__).with_name("fake_worker.py")
 
 def start(folder: Path, told: str = "@", timeout: float = 20.0) -> Worker:
     return Worker(
-        (sys.executable, str(FAKE), "fake", str(folder / "order"), told),
+        (sys.executable, "-S", "-E", str(FAKE), "fake", str(folder / "order"), told),
         environment=worker_environment(1, {}),
         log=folder / "log",
         timeout=timeout,
