@@ -25,47 +25,10 @@ else:
     from worker import STAGE_PROMPT, STAGES, Drawing, Drawn, random_array, serve
 
 
-class Diffusers:
-    """``StableDiffusionPipeline`` in fp32, eager or compiled."""
+class DiffusersPipeline:
+    """Any of diffusers' text-to-image pipelines that was loaded as ``_pipe``."""
 
-    packages: Sequence[str] = ("diffusers", "torch", "transformers", "accelerate", "numpy")
-    stages: Sequence[str] = STAGES
-
-    def __init__(self, *, compiled: bool) -> None:
-        """``compiled`` puts the U-Net and the VAE's decoder through torch.compile."""
-        self._compiled = compiled
-        self._pipe: Any = None
-        self.notes: Sequence[str] = ()
-        if compiled:
-            self.notes = (
-                "compiles anew for each size and batch, in the first drawing; what one process compiled "
-                "the next one takes from the cache on the disk, as by default",
-            )
-
-    def import_packages(self) -> None:
-        """See `Subject.import_packages`."""
-        import torch  # noqa: F401
-        from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: F401
-
-    def load(self, model: Path, threads: int) -> None:
-        """See `Subject.load`."""
-        import torch
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-        torch.set_num_threads(threads)
-        pipe = StableDiffusionPipeline.from_pretrained(
-            model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
-        )
-        # Clipping predictions is for models that draw pixels.
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-        pipe.set_progress_bar_config(disable=True)
-        if self._compiled:
-            # One program for each shape, and no way back to eager in silence.
-            options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-            torch._dynamo.config.recompile_limit = 64
-            pipe.unet = torch.compile(pipe.unet, **options)
-            pipe.vae.decode = torch.compile(pipe.vae.decode, **options)
-        self._pipe = pipe
+    _pipe: Any
 
     def draw(self, drawing: Drawing) -> Drawn:
         """See `Subject.draw`."""
@@ -133,6 +96,56 @@ class Diffusers:
 
         # What the pipeline itself runs under; a compiled network would be compiled once more for another.
         return torch.no_grad()(run)
+
+
+class Diffusers(DiffusersPipeline):
+    """``StableDiffusionPipeline`` in fp32, eager or compiled."""
+
+    packages: Sequence[str] = ("diffusers", "torch", "transformers", "accelerate", "numpy")
+    stages: Sequence[str] = STAGES
+
+    def __init__(self, *, compiled: bool) -> None:
+        """``compiled`` puts the U-Net and the VAE's decoder through torch.compile."""
+        self._compiled = compiled
+        self.notes: Sequence[str] = ()
+        if compiled:
+            self.notes = (
+                "compiles anew for each size and batch, in the first drawing; what one process compiled "
+                "the next one takes from the cache on the disk, as by default",
+            )
+
+    def import_packages(self) -> None:
+        """See `Subject.import_packages`."""
+        import torch  # noqa: F401
+        from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: F401
+
+    def load(self, model: Path, threads: int) -> None:
+        """See `Subject.load`."""
+        import torch
+        from diffusers import StableDiffusionPipeline
+
+        torch.set_num_threads(threads)
+        self._pipe = ddim(
+            StableDiffusionPipeline.from_pretrained(
+                model, torch_dtype=torch.float32, safety_checker=None, local_files_only=True
+            )
+        )
+        if self._compiled:
+            # One program for each shape, and no way back to eager in silence.
+            options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+            torch._dynamo.config.recompile_limit = 64
+            self._pipe.unet = torch.compile(self._pipe.unet, **options)
+            self._pipe.vae.decode = torch.compile(self._pipe.vae.decode, **options)
+
+
+def ddim(pipe: Any) -> Any:
+    """The pipeline with DDIM, and no bar on the terminal."""
+    from diffusers import DDIMScheduler
+
+    # Clipping predictions is for models that draw pixels.
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def main() -> int:
