@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from sdrt.benchmarks.derive import Ratio, Setting
@@ -62,6 +62,10 @@ class Scale:
             return MISSING
         return f"{value / self.factor:.{self.decimals}f}" if math.isfinite(value) else "∞"
 
+    def finer(self) -> Scale:
+        """For parts of what this scale fits."""
+        return replace(self, decimals=min(self.decimals + 1, SHOWN_DIGITS))
+
     def full(self, value: float | None) -> str:
         """The value and its unit."""
         return f"{self.show(value)} {self.unit}".rstrip() if value is not None else MISSING
@@ -104,10 +108,18 @@ def ratio_text(ratio: Ratio | None) -> str:
 
 
 def factor_text(value: float) -> str:
-    """A ratio in three digits or two decimals."""
+    """A ratio in two decimals, or more or fewer where it is far from 1."""
     if not math.isfinite(value):
         return "∞"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return (
+        f"{value:.3f}"
+        if 0 < value < 0.1
+        else f"{value:.2f}"
+        if value < 10
+        else f"{value:.1f}"
+        if value < 100
+        else f"{value:.0f}"
+    )
 
 
 def latent_text(value: float | None) -> str:

@@ -209,7 +209,7 @@ def parts(document: Document, model: Model, *, cold: bool) -> Table:
     found = {name: dict(split(document, model, name)) for name in names}
     kinds = list(dict.fromkeys(part for entry in found.values() for part in entry))
     kinds = [part for part in kinds if part != "rest"] + ["rest"] * ("rest" in kinds)
-    unit = scale((sum(entry.values()) or None for entry in found.values()), "s")
+    unit = scale((sum(entry.values()) or None for entry in found.values()), "s").finer()
     columns: list[Column] = [
         (title(part), {name: unit.show(entry[part]) for name, entry in found.items() if part in entry})
         for part in kinds
