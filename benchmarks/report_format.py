@@ -24,7 +24,7 @@ SHOWN_DIGITS: Final = 3
 MOST_DECIMALS: Final = 4
 # For people, where a quantity's key is too terse.
 TITLES: Final = {
-    "cold_total": "Cold start to first picture",
+    "cold_total": "Cold start",
     "cold_start": "interpreter",
     "cold_import": "imports",
     "cold_load": "loading",

@@ -67,14 +67,14 @@ def _header(document: Document) -> Iterator[str]:
     links += [("subjects", "Subjects"), ("machine", "Machine and command")]
     nav = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in links)
     peers = sum(subject.kind == "peer" for subject in document.subjects)
-    what = f"{peers} peer{'s' * (peers != 1)}" if peers else "no peers"
+    heading = f"sdrt beside {peers} peer{'s' * (peers != 1)}" if peers else "sdrt, measured"
+    same = "The same checkpoint, latents, sampler, steps and threads for all, measured in turns."
     when = document.created.replace("T", " ").replace("Z", " UTC")
     yield (
         f'<header><p class="over">sd-bench · {escape(when)}</p>'
-        f"<h1>sdrt beside {what}</h1>"
+        f"<h1>{heading}</h1>"
         f'<p class="soft">sdrt {escape(document.sdrt)} on {escape(machine.cpu)}, {machine.cores} cores'
-        f"{''.join(', ' + escape(gpu) for gpu in machine.gpus)}. The same checkpoint, latents, sampler, "
-        "steps and threads for all, measured in turns.</p>"
+        f"{''.join(', ' + escape(gpu) for gpu in machine.gpus)}. {same * bool(peers)}</p>"
         f'<nav aria-label="Contents">{nav}</nav></header>'
     )
     found = warnings(document)
@@ -281,7 +281,7 @@ def _row(document: Document, table: Table, row: Row, joined: Sequence[bool]) -> 
     index = next((i for i, subject in enumerate(document.subjects) if subject.label == row.head), None)
     mark = "" if index is None else key(index)
     ours = ' class="ours"' if index == 0 and len(table.rows) > 1 and table.text_columns == 1 else ""
-    start = f'<tr{ours}><th scope="row" class="words">{mark}{escape(row.head)}</th>'
+    start = f'<tr{ours}><th scope="row" class="words{" marked" * bool(mark)}">{mark}{escape(row.head)}</th>'
     if row.error:
         span = len(table.columns) - 1
         return f'{start}<td class="error" colspan="{max(span, 1)}"><span>{escape(row.error)}</span></td></tr>'

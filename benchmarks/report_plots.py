@@ -202,7 +202,7 @@ def _prefixes(unit: str) -> list[tuple[float, str]]:
     return [(1e12, "T"), (1e9, "G"), (1e6, "M"), (0.0, "")]
 
 
-LEFT, RIGHT, TOP, BOTTOM = 48.0, 238.0, 10.0, 212.0  # of the frame of curves; their labels are at its right
+LEFT, RIGHT, TOP, BOTTOM = 48.0, 226.0, 10.0, 212.0  # of the frame of curves; their labels are at its right
 
 
 def curves(document: Document, model: Model, axis: str) -> str | None:
@@ -301,7 +301,7 @@ def _named(places: Sequence[tuple[int, str, float, float]], right: float) -> Ite
     """Marks, each with its name where that covers no other mark nor name."""
     taken = [Place(x - 6, y - 6, x + 6, y + 6) for _, _, x, y in places]
     for index, label, x, y in sorted(places, key=lambda place: place[3]):
-        words = shortened(label, 150, 11)
+        words = shortened(label, 180, 11)
         width = width_of(words, 11)
         spots = [(x + 9, y + 4), (x - 9 - width, y + 4)]
         for rise in (16, 28, 40, 52, 64, 76, 88):

@@ -21,7 +21,7 @@ from sdrt.benchmarks.report_svg import (
     width_of,
 )
 
-LEFT, RIGHT, TOP, BOTTOM = 46.0, WIDTH - 8.0, 54.0, 238.0
+LEFT, RIGHT, TOP, BOTTOM = 46.0, WIDTH - 8.0, 68.0, 252.0
 
 
 def roofline(document: Document, model: Model) -> str | None:
@@ -85,7 +85,7 @@ def _guides(found: Sequence[Share], across: Axis, up: Axis) -> Iterator[str]:
     first: dict[str, Share] = {}
     for share in found:
         first.setdefault(share.component, share)
-    ends = [-1.0, -1.0, -1.0]
+    ends = [-1.0] * 4
     for share in sorted(first.values(), key=lambda share: share.intensity):
         x = across.at(share.intensity)
         words = f"{title(share.component)} {share.share:.0%}"
@@ -93,7 +93,7 @@ def _guides(found: Sequence[Share], across: Axis, up: Axis) -> Iterator[str]:
         left = min(max(x - width / 2, LEFT), RIGHT - width)
         row = next((row for row, end in enumerate(ends) if end < left), len(ends) - 1)
         ends[row] = left + width + 6
-        base = 40.0 - 14 * row
+        base = 54.0 - 14 * row
         yield line(x, base + 4, x, up.at(share.attainable), "leader")
         yield line(x, up.at(share.attainable), x, BOTTOM, "guide")
         yield text(left, base, words, "small halo")

@@ -8,15 +8,15 @@ _LIGHT: Final = """
   --paper: #ffffff; --ink: #1b1f24; --soft: #59616b; --line: #e1e5ea; --strong-line: #aeb6c0;
   --tint: #f5f7f9; --warn: #8a4b00; --warn-tint: #fff6e5; --bad: #a8201a;
   --s0: #0067b0; --s1: #c24e00; --s2: #007a5a; --s3: #a13d84; --s4: #7d6100; --s5: #2f7f9e; --s6: #3c4249;
-  --p0: #16324f; --p1: #2f6697; --p2: #5b97c5; --p3: #a3c7e3; --p4: #d4e4f1; --p5: #d9dce0;
-  --q-dark: #ffffff; --q-light: #16324f;
+  --p0: #16324f; --p1: #2f6697; --p2: #6ba6d3; --p3: #a3c7e3; --p4: #d4e4f1; --p5: #d9dce0;
+  --q-dark: #ffffff; --q-middle: #16324f; --q-light: #16324f;
 """
 _DARK: Final = """
   --paper: #13171c; --ink: #e8ebee; --soft: #a1abb6; --line: #2a3139; --strong-line: #56606b;
   --tint: #1b2128; --warn: #ffc96b; --warn-tint: #2c2312; --bad: #ff9a91;
   --s0: #5db7f5; --s1: #f58a4b; --s2: #3cc79d; --s3: #e592ca; --s4: #dcbf4e; --s5: #9adcf0; --s6: #cfd5db;
   --p0: #e3f0fb; --p1: #9ccbf0; --p2: #5d9fd3; --p3: #356f9f; --p4: #234a6b; --p5: #454d56;
-  --q-dark: #10243a; --q-light: #ffffff;
+  --q-dark: #10243a; --q-middle: #10243a; --q-light: #ffffff;
 """
 
 STYLE: Final = (
@@ -80,7 +80,8 @@ td.error { text-align: left; color: var(--bad); white-space: normal; }
 td.error span { display: block; max-width: 34rem; overflow-wrap: anywhere; }
 tr.ours > * { background: var(--tint); }
 tr.ours th { font-weight: 650; }
-tbody th .key { margin-right: .45rem; }
+tbody th.marked { padding-left: 1.2rem; text-indent: -1.2rem; }
+.marked .key { margin-right: .45rem; text-indent: 0; }
 .key { vertical-align: -.06em; overflow: visible; }
 
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
@@ -119,7 +120,7 @@ svg .part.p5 { stroke: var(--strong-line); stroke-width: .5; stroke-dasharray: 2
 .p2 { fill: var(--p2); background: var(--p2); } .p3 { fill: var(--p3); background: var(--p3); }
 .p4 { fill: var(--p4); background: var(--p4); } .p5 { fill: var(--p5); background: var(--p5); }
 svg text.q0, svg text.q1 { fill: var(--q-dark); }
-svg text.q2, svg text.q3, svg text.q4 { fill: var(--q-light); }
+svg text.q2 { fill: var(--q-middle); } svg text.q3, svg text.q4 { fill: var(--q-light); }
 svg text.q5 { fill: var(--ink); }
 
 details { margin-top: 2rem; }
@@ -145,7 +146,9 @@ footer { margin-top: 3.5rem; }
   figure, tr, .headlines, .warnings li { break-inside: avoid; }
   .figures { grid-template-columns: repeat(3, 1fr); gap: 1.5rem 1.2rem; }
   .scroll { overflow: visible; }
-  table { font-size: 7pt; } thead th { font-size: 6.5pt; }
+  .headlines { grid-template-columns: repeat(4, 1fr); gap: 1rem; }
+  .headlines .big { font-size: 1.5rem; } .note, figcaption p, .legend { font-size: 8pt; }
+  table { font-size: 7.5pt; } thead th { font-size: 7pt; min-width: 0; }
   th, td { padding: .28rem .4rem; } tbody th { position: static; white-space: normal; }
   td.words { min-width: 0; }
   svg, .swatch, .warnings, tr.ours > * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

@@ -100,17 +100,17 @@ Column = tuple[str, dict[str, str]]  # heading, and the cell of each subject
 
 
 def _times(document: Document, model: Model, quantity: str, names: Sequence[str]) -> list[Column]:
-    """Two columns: the median, and the first subject's ratio to it."""
+    """The median and, where there is one, the first subject's ratio to it."""
     found = _medians(document, model, quantity, names)
     if not found:
         return []
     unit = quantity_scale(quantity, found.values())
     compared = main_ratios(document, model, quantity)
     heading = f"{title(quantity)}, {unit.unit}"
-    return [
-        (heading, {name: unit.show(value) for name, value in found.items()}),
-        ("ours ÷ it", {name: ratio_text(ratio) for name, ratio in compared.items()}),
-    ]
+    columns = [(heading, {name: unit.show(value) for name, value in found.items()})]
+    if compared:
+        columns.append(("ours ÷ it", {name: ratio_text(ratio) for name, ratio in compared.items()}))
+    return columns
 
 
 def _plain(document: Document, model: Model, quantity: str, names: Sequence[str]) -> list[Column]:
@@ -149,7 +149,7 @@ def _rows(
 def _error(document: Document, model: Model, name: str) -> str:
     found = (f for f in document.failures if f.subject == name and f.model in (model.name, ""))
     failure = next(found, None)
-    return "not measured" if failure is None else f"failed, {failure.stage}: {failure.error}"
+    return "none of this was measured" if failure is None else f"failed, {failure.stage}: {failure.error}"
 
 
 def overview(document: Document, model: Model) -> Table:
@@ -167,10 +167,11 @@ def overview(document: Document, model: Model) -> Table:
     first = document.subjects[0].label if document.subjects else "ours"
     return Table(
         "Summary",
-        f"Medians. “ours ÷ it” is {first} over the row's subject, paired within each round: the median and, "
+        "Medians; a cold start is a fresh process to the first picture on disk. "
+        f"“ours ÷ it” is {first} over the row's subject, paired within each round: the median and, "
         "in brackets, the middle half of the rounds; below 1, ours needs less. PSNR and latent error are "
         "against PyTorch in fp32.",
-        ("Subject", *(heading for heading, _ in columns)),
+        ("Subject", *(heading for heading, _ in columns or [("Result", {})])),
         _rows(document, model, names, columns),
     )
 

@@ -70,6 +70,7 @@ def test_files_that_cannot_be_read_give_2(tmp_path: Path, capsys: pytest.Capture
 
 def test_slower_ones_come_first_and_rows_align(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     before = document()
+    before = replace(before, measurements=tuple(before.select("vae_encoder")))
     slow = tuple(
         replace(entry, values=tuple(value and 2 * value for value in entry.values))
         if (entry.model, entry.subject, entry.quantity) == ("sd15", "optimum-onnx", "vae_encoder")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from example_document import document, small_document
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdrt.benchmarks.derive import (
@@ -44,6 +44,7 @@ def a_document(*entries: Measurement, **others: object) -> Document:
     return replace(small_document(), measurements=entries, **others)  # type: ignore[arg-type]
 
 
+@settings(max_examples=40)
 @given(st.lists(finite, min_size=1, max_size=30), st.floats(0, 100))
 def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
     assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-9)
@@ -82,6 +83,7 @@ def test_other_settings_and_infinite_values_give_no_ratio() -> None:
     assert ratios(a_document(measured("psnr", [40]), equal)) == []
 
 
+@settings(max_examples=40)
 @given(st.floats(0.5, 2), st.floats(1e-3, 10), st.sets(st.integers(1, 64), min_size=2, max_size=6))
 def test_a_power_law_gives_its_exponent(exponent: float, factor: float, batches: set[int]) -> None:
     entries = [measured("unet", [factor * batch**exponent], batch=batch) for batch in batches]
@@ -99,6 +101,7 @@ def test_steps_have_a_fixed_cost_and_one_each() -> None:
     assert [fit.exponent for fit in growth(a_document(*pixels), "pixels")] == [pytest.approx(1)]
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=3, max_size=10))
 def test_a_line_is_numpys(points: list[tuple[float, float]]) -> None:
     x, y = np.array(points, dtype=float).T

@@ -31,7 +31,7 @@ def test_the_summary_has_every_subject_its_ratio_and_the_failure() -> None:
     text = summary(document())
     head = text[text.index("## emoji") : text.index("### Parts of a cold start")]
     rows = [cells(line) for line in head.splitlines() if line.startswith("|")]
-    assert rows[0][:3] == ["Subject", "Cold start to first picture, s", "ours ÷ it"]
+    assert rows[0][:3] == ["Subject", "Cold start, s", "ours ÷ it"]
     assert [row[0] for row in rows[2:]] == [subject.label for subject in document().subjects]
     assert rows[2][2] == "–"
     assert re.fullmatch(r"0\.1\d \(0\.1\d–0\.1\d\)", rows[3][2])
