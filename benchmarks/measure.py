@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.benchmarks.bench_run import SAMPLER, Run, Settings
+from sdrt.benchmarks.bench_run import SAMPLER, Run, Settings, SubjectPlan
 from sdrt.benchmarks.document import Ceilings, Document, Model
 from sdrt.benchmarks.measure_cold import measure_cold
-from sdrt.benchmarks.measure_fidelity import measure_fidelity
+from sdrt.benchmarks.measure_fidelity import REFERENCE, measure_fidelity
 from sdrt.benchmarks.measure_warm import measure_warm
 from sdrt.benchmarks.operations import count_bundle, weight_elements
 from sdrt.benchmarks.plan import ModelPlan, backend_plans, find_model, reference_plan, settings_for
@@ -107,8 +107,21 @@ def _prepare(
         recorder=recorder,
         progress=progress,
         folder=folder,
-        reference=reference_plan(model),
+        reference=_reference(model, settings, plans, progress),
     )
+
+
+def _reference(
+    model: ModelPlan, settings: Settings, plans: list[SubjectPlan], progress: Progress
+) -> SubjectPlan | None:
+    """diffusers for fidelity, where it is not measured anyway."""
+    if "fidelity" not in settings.blocks or any(plan.name == REFERENCE for plan in plans):
+        return None
+    try:
+        return reference_plan(model)
+    except SdrtError as error:
+        progress.note(f"no reference: {error}")
+        return None
 
 
 def _model_entry(model: ModelPlan, settings: Settings, weights: int, work: tuple[Any, ...] = ()) -> Model:

@@ -16,6 +16,7 @@ from sdrt.benchmarks.bench_options import AUTO, EMBEDDED_NAME, NONE, names
 from sdrt.benchmarks.bench_run import Settings, SubjectPlan
 from sdrt.benchmarks.document import Subject
 from sdrt.benchmarks.export_model import exported
+from sdrt.benchmarks.prepare_peer import prepared
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.manifest import MANIFEST_NAME, Limits, Manifest
@@ -224,9 +225,15 @@ def _installed_bytes(requirement: str, arguments: argparse.Namespace, note: Note
 
 
 def reference_plan(model: ModelPlan) -> SubjectPlan | None:
-    """diffusers of this interpreter, for fidelity; None where it or the checkpoint is not there."""
+    """diffusers of this interpreter, for fidelity; None where it or the checkpoint is not there.
+
+    Raises:
+        SdrtError: The checkpoint cannot be brought into its form.
+    """
     missing = [name for name in ("diffusers", "torch", "transformers") if find_spec(name) is None]
     if missing or model.checkpoint is None:
         return None
     words = (sys.executable, str(WORKERS / "worker_diffusers.py"))
-    return SubjectPlan(Subject("diffusers", "diffusers", "peer"), words, Path(model.checkpoint))
+    return SubjectPlan(
+        Subject("diffusers", "diffusers", "peer"), words, prepared("diffusers", model.checkpoint)
+    )

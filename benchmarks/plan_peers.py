@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from sdrt.benchmarks import peer_models, peers
+from sdrt.benchmarks import peers
 from sdrt.benchmarks.bench_options import AUTO, NONE, names
 from sdrt.benchmarks.bench_run import SubjectPlan
 from sdrt.benchmarks.document import Subject
 from sdrt.benchmarks.plan import ModelPlan
+from sdrt.benchmarks.prepare_peer import prepared
 from sdrt.benchmarks.recorder import Recorder
 from sdrt.runtime.errors import BackendError, SdrtError, UsageError
 
@@ -54,8 +55,9 @@ def peer_plans(
     for name in wanted:
         assert model.checkpoint is not None
         subject = Subject(name, peers.PEERS[name].label, "peer")
+        note(f"{name}: bringing the model into its form, unless that was done before")
         try:
-            folder = peer_models.prepare(name, model.checkpoint, note)
+            folder = prepared(name, model.checkpoint)
         except SdrtError as error:
             recorder.set_subject(subject)
             recorder.fail(model.name, name, "converting the model", error)

@@ -49,7 +49,7 @@ def options(*words: str) -> argparse.Namespace:
         (["no-such-model"], 2, "MODEL is 'no-such-model': give a bundle"),
         (["emoji", "--checkpoint", "/no/such"], 2, "--checkpoint is /no/such: it has no model_index.json"),
         (["sd15", "--checkpoint", "/no/such"], 2, "--checkpoint goes with a bundle; sd15"),
-        (["--report", "/proc/no/such"], 8, "cannot make /proc/no/such"),
+        (["--quick", "--report", "/proc/no/such"], 8, "cannot make /proc/no/such"),
         (["--bogus"], 2, "unrecognized arguments: --bogus"),
     ],
 )
@@ -148,8 +148,8 @@ def test_a_smoke_run_with_a_peer_that_fails(
 
 def test_ctrl_c_leaves_a_valid_report(tmp_path: Path) -> None:
     report = tmp_path / "report"
-    words = ["emoji", "--peers", "none", "--only", "cold", "--cold-rounds", "1000", "--report", str(report)]
-    command = [sys.executable, "-m", "sdrt.benchmarks.cli", *words, "--quiet"]
+    words = ["emoji", "--quick", "--peers", "none", "--only", "cold", "--cold-rounds", "1000"]
+    command = [sys.executable, "-m", "sdrt.benchmarks.cli", *words, "--quiet", "--report", str(report)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         for _ in range(300):
             time.sleep(0.1)

@@ -42,7 +42,7 @@ def _zeros(name: str, shape: tuple[int, ...], kind: int) -> TensorProto:
     return numpy_helper.from_array(np.zeros(shape, helper.tensor_dtype_to_np_dtype(kind)), name)
 
 
-CASES = {
+CASES: dict[str, tuple[onnx.ModelProto, dict[str, tuple[int, ...]], Count]] = {
     # 4 x 8 by 8 x 16.
     "MatMul": (
         graph([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": 2}, {"w": (8, 16)}),
