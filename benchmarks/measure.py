@@ -89,6 +89,8 @@ def _prepare(
     manifest = model.bundle.manifest
     settings = settings_for(manifest, arguments, progress.note)
     plans = backend_plans(model, arguments, progress.note)
+    for plan in plans:
+        recorder.set_subject(plan.subject)  # ours first: the first one is what ratios compare
     recorder.save()  # a folder that cannot be written is found before the minutes of measuring
     plans += peer_plans(model, arguments, recorder, progress.note)
     if not plans:

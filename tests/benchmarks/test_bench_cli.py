@@ -19,6 +19,7 @@ from sdrt.benchmarks.cli import main
 from sdrt.benchmarks.document import Subject, read
 from sdrt.benchmarks.plan import default_sizes, growth_steps, settings_for
 from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.errors import SdrtError
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 
@@ -125,7 +126,8 @@ def test_a_smoke_run_with_a_peer_that_fails(
     peer = SubjectPlan(Subject("fake", "Fake", "peer"), words, tmp_path)
     monkeypatch.setattr(measure, "peer_plans", lambda *_: [peer])
     report = tmp_path / "report"
-    command = ["emoji", "--quick", "--peers", "none", "--only", "cold,warm,growth,limits"]
+    command = ["emoji", "--quick", "--peers", "none", "--rounds", "1", "--batches", "2"]
+    command += ["--only", "cold,warm,growth,limits"]
     assert main([*command, "--backends", "onnxruntime-cpu", "--report", str(report)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("# ")
@@ -162,6 +164,24 @@ def test_ctrl_c_leaves_a_valid_report(tmp_path: Path) -> None:
     document = read(report / "report.json")
     assert not document.complete
     assert document.select("cold_total")[0].values
+
+
+def test_a_model_that_cannot_be_converted_is_a_row_after_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> Path:
+        raise SdrtError("its exporter failed")
+
+    monkeypatch.setattr("sdrt.benchmarks.peers.is_installed", lambda _: True)
+    monkeypatch.setattr("sdrt.benchmarks.plan_peers.prepared", refuse)
+    monkeypatch.setattr(measure, "measure_model", lambda *_: None)
+    command = ["emoji", "--quick", "--quiet", "--peers", "openvino", "--only", "cold"]
+    command += ["--backends", "onnxruntime-cpu", "--report", str(tmp_path)]
+    assert main(command) == 1
+    assert "nothing could be measured: openvino: converting the model" in capsys.readouterr().err
+    document = read(tmp_path / "report.json")
+    assert [subject.name for subject in document.subjects] == ["onnxruntime-cpu", "openvino"]
+    assert [entry.error for entry in document.failures] == ["its exporter failed"]
 
 
 def test_render_writes_a_report_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
