@@ -269,8 +269,9 @@ def warm_parts(document: Document, model: Model, subject: str) -> Parts:
 
 
 def _with_rest(parts: Parts, whole: float | None) -> Parts:
-    if whole is None:
+    if whole is None or not 0 < whole < math.inf:
         return []
+    parts = [(part, seconds) for part, seconds in parts if seconds < math.inf]
     rest = whole - sum(value for _, value in parts)
     return [*parts, (REST, rest)] if rest > 0 else parts
 

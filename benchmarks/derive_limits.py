@@ -59,14 +59,17 @@ def shares(document: Document, model: str | None = None) -> list[Share]:
 
     Work is counted of what the quantity times: one call on all pictures, both halves where it is guided.
     """
-    if document.ceilings is None:
+    if document.ceilings is None or not (document.ceilings.flop_per_s and document.ceilings.bytes_per_s):
         return []
     return [
         _share(document.ceilings, entry, work)
         for entry in document.measurements
         if entry.quantity in NETWORKS and entry.values and model in (None, entry.model)
         for work in [_work_of(document, entry)]
-        if work is not None and work.flop and work.bytes_moved and percentile(numbers(entry), 50)
+        if work is not None
+        and work.flop
+        and work.bytes_moved
+        and 0 < percentile(numbers(entry), 50) < math.inf
     ]
 
 
@@ -84,7 +87,7 @@ def _share(ceilings: Ceilings, entry: Measurement, work: Work) -> Share:
         work.bytes_moved / seconds,
         intensity,
         limit,
-        work.flop / seconds / limit if limit else math.inf,
+        work.flop / seconds / limit,
     )
 
 

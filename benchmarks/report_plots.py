@@ -116,7 +116,7 @@ def memory_bars(document: Document, model: Model) -> str | None:
     found = []
     for index, name, label in subject_order(document, model):
         peak = typical(document, model.name, name, "cold_peak_memory", setting)
-        if peak:
+        if peak and peak < math.inf:
             found.append(
                 (index, label, peak, typical(document, model.name, name, "cold_peak_anonymous", setting))
             )
@@ -192,14 +192,17 @@ def tick(value: float, unit: str) -> str:
     """As short as it can be."""
     if unit not in ("s", "flop/s"):
         return f"{value:g}"
-    factor, name = next((factor, name) for factor, name in _prefixes(unit) if value >= factor * 0.9999)
+    prefixes = _prefixes(unit)
+    factor, name = next(
+        ((factor, name) for factor, name in prefixes if value >= factor * 0.9999), prefixes[-1]
+    )
     return f"{value / factor:.4g} {name}"
 
 
 def _prefixes(unit: str) -> list[tuple[float, str]]:
     if unit == "s":
-        return [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (0.0, "s")]
-    return [(1e12, "T"), (1e9, "G"), (1e6, "M"), (0.0, "")]
+        return [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")]
+    return [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, "")]
 
 
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 226.0, 10.0, 212.0  # of the frame of curves; their labels are at its right
@@ -263,7 +266,7 @@ def fidelity(document: Document, model: Model) -> str | None:
     for index, name, label in subject_order(document, model):
         seconds = typical(document, model.name, name, "image", setting)
         psnr = typical(document, model.name, name, "psnr", quality)
-        if seconds and psnr is not None:
+        if seconds and seconds < math.inf and psnr is not None:
             found.append((index, label, seconds, psnr))
     if not found:
         return None

@@ -66,9 +66,9 @@ table { border-collapse: collapse; font-size: .9rem; line-height: 1.4; font-vari
   min-width: 100%; }
 caption { text-align: left; font-weight: 650; padding: 0 0 .5rem; }
 caption span { position: sticky; left: 0; }
-th, td { padding: .5rem .7rem; text-align: right; vertical-align: baseline; white-space: nowrap;
+th, td { padding: .5rem .6rem; text-align: right; vertical-align: baseline; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
-thead th { white-space: normal; min-width: 5.2rem; vertical-align: bottom; font-size: .8rem; line-height: 1.3;
+thead th { white-space: normal; min-width: 3.5rem; vertical-align: bottom; font-size: .8rem; line-height: 1.3;
   font-weight: 500; color: var(--soft); border-bottom-color: var(--strong-line); }
 .joined { padding-left: .2rem; }
 th:first-child, td:first-child { padding-left: 0; }
@@ -147,7 +147,8 @@ footer { margin-top: 3.5rem; }
   .figures { grid-template-columns: repeat(3, 1fr); gap: 1.5rem 1.2rem; }
   .scroll { overflow: visible; }
   .headlines { grid-template-columns: repeat(4, 1fr); gap: 1rem; }
-  .headlines .big { font-size: 1.5rem; } .note, figcaption p, .legend { font-size: 8pt; }
+  .headlines .big { font-size: 1.5rem; }
+  .headlines dt, .headlines .beside, .note, figcaption p, .legend { font-size: 8pt; }
   table { font-size: 7.5pt; } thead th { font-size: 7pt; min-width: 0; }
   th, td { padding: .28rem .4rem; } tbody th { position: static; white-space: normal; }
   td.words { min-width: 0; }

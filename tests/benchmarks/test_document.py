@@ -42,6 +42,7 @@ def test_the_example_has_every_quantity_and_the_schema_knows_each() -> None:
         ),
         (lambda found: found.pop("noise"), "'noise' is a required property"),
         (lambda found: found["measurements"][3].update(quantity="joy"), "'joy' is not one of"),
+        (lambda found: found["measurements"][3].update(rounds=[0]), "7 values and 1 rounds"),
         (lambda found: found.update(format="other"), "no report of sd-bench"),
         (lambda found: found.update(format_version=FORMAT_VERSION + 1), "upgrade sdrt"),
     ],

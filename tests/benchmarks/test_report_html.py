@@ -16,7 +16,7 @@ from example_document import ERROR, SUBJECTS, document, document_without_measure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrt.benchmarks.document import Document, Subject, read
+from sdrt.benchmarks.document import Ceilings, Document, Subject, read
 from sdrt.benchmarks.report import write_report
 from sdrt.benchmarks.report_html import page
 from sdrt.benchmarks.report_style import STYLE
@@ -95,6 +95,15 @@ def variants() -> Iterator[Document]:
     yield replace(example, measurements=())
     yield replace(example, measurements=example.measurements[:1])
     yield replace(example, measurements=(replace(example.measurements[0], values=(), rounds=()),))
+    odd: tuple[tuple[float | None, ...], ...] = ((0.0,) * 7, (None,) * 7, (1e-12, 1e15) + (1.0,) * 5)
+    yield replace(
+        example,
+        measurements=tuple(
+            replace(entry, values=odd[number % 3]) if len(entry.values) == 7 else entry
+            for number, entry in enumerate(example.measurements)
+        ),
+        ceilings=Ceilings(0, 0, ""),
+    )
     yield small_document()
     yield replace(document_without_measurements(), subjects=(), complete=False)
 
@@ -108,6 +117,7 @@ def test_pages_of_all_kinds_of_runs_are_well_formed_and_need_nothing_else() -> N
         assert "://" not in text
         assert "url(" not in text
         assert "@import" not in text
+        assert not re.search(r'="[^"]*\b(nan|inf)\b', text)
         ids = [str(attributes["id"]) for _, attributes in elements if "id" in attributes]
         assert len(ids) == len(set(ids))
         targets = {str(a["href"])[1:] for name, a in elements if name == "a"}
