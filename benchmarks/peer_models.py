@@ -14,6 +14,7 @@ They lie under ``peer-models`` in `sdrt.kernels.cache.cache_folder`, by the chec
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from sdrt.benchmarks.peers import PEERS
 from sdrt.benchmarks.safetensors_file import copy_renamed, tensor_names, write_float32
 from sdrt.export.architectures import ARCHITECTURES, open_architecture
 from sdrt.export.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from sdrt.export.checkpoint_files import WEIGHT_NAMES, weight_files
+from sdrt.export.checkpoint_files import WEIGHT_NAMES, read_json, weight_files
 from sdrt.export.random_weights import random_tensors
 from sdrt.export.tokenizer_json import write_tokenizer_folder
 from sdrt.export.weights import meta_module
@@ -39,6 +40,18 @@ from sdrt.runtime.files import new_folder, writing
 CLASSIC_PREFIX: Final = "text_model."
 TEXT_ENCODER: Final = "text_encoder"
 LINKED: Final = ("model_index.json", "scheduler", "tokenizer", "unet", "vae")
+# Of an architecture, whose own index names no classes.
+_INDEX: Final = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 # Nothing of a conversion may ask a hub.
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 # Exporter of a form → its words before the model and the place for the result.
@@ -116,7 +129,9 @@ def _made(target: Path, make: Callable[[Path], None], progress: Progress) -> Pat
 
 def _write_random(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
     """An architecture with its random weights in fp32, of which one tensor is in memory at a time."""
-    shutil.copy(checkpoint.path / "model_index.json", folder)
+    scheduler = read_json(checkpoint.path / "scheduler" / "scheduler_config.json")["_class_name"]
+    index = {**_INDEX, "scheduler": ["diffusers", scheduler]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(checkpoint.path / "scheduler", folder / "scheduler")
     tokenizer = checkpoint.tokenizer
     pad = next(token for token, number in tokenizer.vocabulary.ids.items() if number == tokenizer.ids["pad"])

@@ -76,6 +76,8 @@ def test_a_form_is_made_once_and_anew_when_its_checkpoint_was_moved(
 
 
 def test_an_architecture_is_written_with_its_seeded_weights(small_architecture: str) -> None:
+    from diffusers import StableDiffusionPipeline
+
     folder = peer_models.prepare("diffusers", small_architecture)
     assert peer_models.prepare("stable-diffusion.cpp", small_architecture) == folder
     written = open_checkpoint(str(folder))
@@ -88,6 +90,9 @@ def test_an_architecture_is_written_with_its_seeded_weights(small_architecture: 
         name.startswith("text_model.") for name in load_file(next((folder / "text_encoder").glob("*.s*")))
     )
     assert written.tokenizer.ids == wanted.tokenizer.ids
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)  # as its worker loads it
+    assert type(pipe.scheduler).__name__ == "PNDMScheduler"
+    assert pipe.tokenizer("a red apple").input_ids == [49406, 320, 736, 3055, 49407]
 
 
 def installed(environment: str, script: str) -> None:
