@@ -306,7 +306,14 @@ def from_json(text: str) -> Document:
         jsonschema.validate(found, json.loads(SCHEMA.read_text(encoding="utf-8")))
     except jsonschema.ValidationError as error:
         raise UsageError(f"{error.json_path}: {error.message}; see {SCHEMA.name}") from None
-    return _document(found)
+    document = _document(found)
+    for entry in document.measurements:
+        if len(entry.values) != len(entry.rounds):
+            raise UsageError(
+                f"{entry.quantity} of {entry.subject} has {len(entry.values)} values and {len(entry.rounds)} "
+                "rounds: each value needs its round"
+            )
+    return document
 
 
 def _document(found: dict[str, Any]) -> Document:

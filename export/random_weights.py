@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -44,15 +45,18 @@ def fill_with_random_weights(module: torch.nn.Module, dtype: torch.dtype, seed: 
         seed: Any whole number.
         name: Of the network; another one has other weights.
     """
-    state = {
-        key: _values(key, tuple(tensor.shape), f"{seed}/{name}/{key}").to(dtype)
-        for key, tensor in module.state_dict().items()
-    }
+    state = {key: tensor.to(dtype) for key, tensor in random_tensors(module, seed, name)}
     module.load_state_dict(state, assign=True)
     for part in module.modules():
         for key, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:  # CLIP's positions 0, 1, …, the only buffer outside of the state
                 part.register_buffer(key, torch.arange(buffer.shape[-1])[None], persistent=False)
+
+
+def random_tensors(module: torch.nn.Module, seed: int, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of `fill_with_random_weights` in float16, one at a time, in the order of the state."""
+    for key, tensor in module.state_dict().items():
+        yield key, _values(key, tuple(tensor.shape), f"{seed}/{name}/{key}")
 
 
 def _values(key: str, shape: tuple[int, ...], source: str) -> torch.Tensor:

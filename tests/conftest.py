@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from browsers import find_browser
 from tiny_variants import (
     write_tiny_image_variations_checkpoint,
     write_tiny_inpainting_checkpoint,
@@ -95,6 +96,12 @@ def write_tiny_checkpoint(folder: Path) -> None:
     write_tokenizer_folder(folder / "tokenizer", TINY_MERGES)
     index = {"_class_name": "StableDiffusionPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """A Chromium."""
+    return find_browser()
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import html
-import os
 import re
 import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browsers import chromium
 from PIL import Image
 
 from sdrt.benchmarks.gallery_sections import SAMPLER_STEPS, Section
@@ -26,32 +24,6 @@ REPORT = """<script>addEventListener("load", () => {
   root.dataset.images = images.length;
   root.dataset.overflow = root.scrollWidth - root.clientWidth;
 });</script>"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    """A Chromium. On a continuous-integration machine it must be there; elsewhere the reason is told."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None and os.environ.get("CI"):
-        pytest.fail("no Chromium: .ci/run installs it")
-    if found is None:
-        pytest.skip("no Chromium here (on Debian: apt-get install chromium)")
-    return found
-
-
-def chromium(browser: str, folder: Path, *arguments: str) -> str:
-    """What a headless Chromium prints."""
-    options = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={folder}",
-    )
-    done = subprocess.run([browser, *options, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_every_sampler_and_every_task_is_there(gallery: Gallery) -> None:

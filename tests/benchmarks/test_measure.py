@@ -1,0 +1,183 @@
+"""What is measured, in which order, and what becomes of subjects that fail: with fake workers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdrt.benchmarks import measure_warm
+from sdrt.benchmarks.bench_run import Run, Settings, SubjectPlan
+from sdrt.benchmarks.document import Document, Subject, from_json, to_json
+from sdrt.benchmarks.measure_cold import measure_cold
+from sdrt.benchmarks.measure_fidelity import latent_error, measure_fidelity, psnr
+from sdrt.benchmarks.progress import Progress
+from sdrt.benchmarks.recorder import Recorder
+
+FAKE = Path(__file__).with_name("fake_worker.py")
+SETTINGS = Settings(
+    steps=4,
+    sizes=((64, 64), (64, 128)),
+    batches=(1, 2),
+    growth_steps=(2, 4),
+    rounds=3,
+    growth_rounds=2,
+    cold_rounds=2,
+    threads=1,
+    blocks=("cold", "warm", "growth"),
+)
+
+
+def make_run(folder: Path, subjects: dict[str, str], settings: Settings = SETTINGS) -> Run:
+    """A run of fake subjects, name → how each misbehaves."""
+    recorder = Recorder(("sd-bench",))
+    plans = []
+    for name, told in subjects.items():
+        subject = Subject(name, name.upper(), "peer")
+        recorder.set_subject(subject)
+        words = (sys.executable, "-S", "-E", str(FAKE), name, str(folder / "order"), told)
+        plans.append(SubjectPlan(subject, words, folder))
+    return Run("model", 1 << 20, 4, 8, tuple(plans), settings, recorder, Progress(quiet=True), folder)
+
+
+def finished(run: Run) -> Document:
+    """The report, through its schema."""
+    return from_json(to_json(run.recorder.document(complete=True)))
+
+
+def order(run: Run, op: str) -> str:
+    """Names of the subjects that were asked for something, in order."""
+    lines = (run.folder / "order").read_text().splitlines()
+    return "".join(line.split()[0] for line in lines if line.endswith(f" {op}"))
+
+
+def test_cold_starts_are_interleaved_and_the_first_does_not_count(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"a": "@", "b": "@"})
+    measure_cold(run)
+    assert order(run, "load") == "ab" * 3
+    document = finished(run)
+    for subject in ("a", "b"):
+        (total,) = document.select("cold_total", subject=subject)
+        (start,) = document.select("cold_start", subject=subject)
+        assert total.rounds == (0, 1)
+        assert (total.height, total.width, total.batch, total.steps) == (64, 64, 1, 4)
+        for whole, part in zip(total.values, start.values, strict=True):
+            assert whole is not None
+            assert part is not None
+            assert whole > part > 0
+        (peak,) = document.select("cold_peak_memory", subject=subject)
+        (own,) = document.select("cold_peak_anonymous", subject=subject)
+        assert (peak.values[0] or 0) > (own.values[0] or 0) > 1 << 20
+    assert len(document.noise.probe_seconds) == 2
+    assert document.subjects[0].versions == {"fake": "1.0"}
+
+
+def test_a_slow_subject_has_fewer_cold_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdrt.benchmarks.measure_cold.SLOW_SECONDS", 0.0)
+    run = make_run(tmp_path, {"a": "@"}, replace(SETTINGS, cold_rounds=3))
+    measure_cold(run)
+    assert finished(run).select("cold_total")[0].rounds == (0,)
+
+
+def test_warm_rounds_are_interleaved(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"a": "@", "b": "@"}, replace(SETTINGS, blocks=("warm",)))
+    measure_warm.measure_warm(run)
+    assert order(run, "draw") == "ab" * 4
+    assert order(run, "stage") == "ab" * 3
+    document = finished(run)
+    (step,) = document.select("step", subject="b")
+    assert step.rounds == (0, 0, 0, 1, 1, 1, 2, 2, 2)
+    assert document.select("image", subject="a")[0].values == (0.03,) * 3
+    assert document.select("memory", subject="a")[0].values[0]
+
+
+def test_growth_covers_steps_sizes_and_batches(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"a": "@"})
+    measure_warm.measure_warm(run)
+    images = finished(run).select("image")
+    settings = [(entry.height, entry.width, entry.batch, entry.steps) for entry in images]
+    assert settings == [(64, 64, 1, 4), (64, 64, 1, 2), (64, 128, 1, 4), (64, 64, 2, 4)]
+    assert [len(entry.values) for entry in images] == [3, 2, 2, 2]
+    assert [entry.width for entry in finished(run).select("unet")] == [64, 128]
+
+
+def test_without_memory_for_all_each_group_holds_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_warm, "fits", lambda *_: False)
+    run = make_run(tmp_path, {"a": "@", "b": "@", "c": "@"}, replace(SETTINGS, blocks=("warm",), rounds=2))
+    measure_warm.measure_warm(run)
+    assert order(run, "draw") == "ababab" + "cacac"
+    document = finished(run)
+    rounds = {subject: document.select("image", subject=subject)[0].rounds for subject in "abc"}
+    assert rounds == {"a": (0, 1, 2, 3), "b": (0, 1), "c": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("available", "weights", "enough"), [(11 << 30, 4 << 30, True), (10 << 30, 4 << 30, False)]
+)
+def test_what_fits(available: int, weights: int, enough: bool) -> None:
+    assert measure_warm.fits(available, weights) is enough
+
+
+@pytest.mark.parametrize(
+    ("told", "stages"),
+    [
+        ("exit@load", ["cold start"]),
+        ("kill@draw", ["cold start"]),
+        ("refuse@stage", ["unet 64 x 64"]),
+        ("kill@stage", ["unet 64 x 64"]),
+    ],
+)
+def test_a_subject_that_fails_is_a_row_and_the_others_go_on(
+    tmp_path: Path, told: str, stages: list[str]
+) -> None:
+    settings = replace(SETTINGS, blocks=("cold", "warm"), cold_rounds=1)
+    run = make_run(tmp_path, {"bad": told, "b": "@", "c": "@"}, settings)
+    measure_cold(run)
+    measure_warm.measure_warm(run)
+    document = finished(run)
+    assert [(entry.subject, entry.stage) for entry in document.failures] == [("bad", *stages)]
+    for subject in ("b", "c"):
+        assert len(document.select("image", subject=subject)[0].values) == 3
+        assert len(document.select("unet", subject=subject)[0].rounds) >= 3
+    if told == "refuse@stage":
+        assert len(document.select("image", subject="bad")[0].values) == 3
+
+
+def test_fidelity_uses_the_drawings_that_are_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"a": "@", "diffusers": "@"}, replace(SETTINGS, blocks=("warm",), rounds=1))
+    measure_warm.measure_warm(run)
+    drawn = order(run, "draw")
+    measure_fidelity(run)
+    assert order(run, "draw") == drawn
+    document = finished(run)
+    assert [entry.subject for entry in document.select("psnr")] == ["a"]
+    # Pictures of 1 and of 9; so are the latents.
+    assert document.select("psnr")[0].values[0] == pytest.approx(10 * np.log10(255**2 / 64))
+    assert document.select("latent_error")[0].values[0] == pytest.approx(8 / 9)
+
+
+def test_fidelity_without_a_reference_is_a_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path, {"a": "@"})
+    measure_fidelity(run)
+    (failure,) = finished(run).failures
+    assert "peers install diffusers" in failure.error
+
+
+def test_equal_pictures_and_arrays_of_other_shapes() -> None:
+    picture = np.full((1, 2, 2, 3), 7, np.uint8)
+    assert psnr(picture, picture) == np.inf
+    assert np.isnan(psnr(picture, picture[:, :1]))
+    assert np.isnan(latent_error(picture, picture[:, :1]))
+    assert latent_error(np.array([3.0, 4.0]), np.array([3.0, 4.0])) == 0
+
+
+def test_a_report_is_valid_before_anything_was_measured(tmp_path: Path) -> None:
+    document = finished(make_run(tmp_path, {"a": "@"}))
+    assert document.measurements == ()
+    assert json.loads(to_json(document))["machine"]["cores"] >= 1

@@ -1,0 +1,241 @@
+"""The child's side of the worker protocol: with a made-up subject, and with diffusers and sdrt drawing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sdrt.benchmarks.peer_workers
+from sdrt.benchmarks.first_picture import CHECKPOINT, psnr
+from tolerances import EMBEDDED_PSNR_DB
+
+WORKERS = Path(sdrt.benchmarks.peer_workers.__file__).parent
+
+FAKE = """
+import os, sys, time
+import numpy as np
+from worker import Drawn, serve
+
+class Fake:
+    packages = ("numpy", "no-such-package")
+    stages = ("unet",)
+    notes = ["is made up"]
+
+    def import_packages(self):
+        time.sleep(0.05)
+
+    def load(self, model, threads):
+        print("a library prints on stdout")
+        os.system("echo a child of it too; cat")  # reads stdin to its end
+        if model.name == "broken":
+            raise OSError("two\\nlines")
+        if model.name == "exits":
+            sys.exit("a library gives up")
+
+    def draw(self, drawing):
+        n, _, h, w = drawing.latents.shape
+        value = drawing.seed if drawing.height == h else 0
+        pixels = np.full((n, h, w, 3), value, np.uint8)
+        return Drawn(pixels, [1.0, 1.5, 2.5], None, "nothing of it is shown")
+
+    def stage(self, name, height, width, images):
+        calls = []
+        def run():
+            calls.append(1)
+            time.sleep(0.05 if len(calls) == 1 else 0)
+        return run
+
+sys.exit(serve(Fake()))
+"""
+
+
+class Child:
+    """A worker and the pipes to it."""
+
+    def __init__(self, command: list[str | Path], log: Path) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                env=environment,
+                text=True,
+            )
+        self.started = self.read()
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the worker ended: {self.log.read_text()}"
+        return dict(json.loads(line))
+
+    def send(self, line: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def __call__(self, op: str, **fields: Any) -> dict[str, Any]:
+        return self.send(json.dumps({"op": op, **{key: _plain(value) for key, value in fields.items()}}))
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextlib.contextmanager
+def child(command: list[str | Path], log: Path) -> Iterator[Child]:
+    """A worker that is gone at the end."""
+    running = Child(command, log)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Child]:
+    """A worker of the made-up subject."""
+    peer = tmp_path / "worker_fake.py"
+    peer.write_text(f"import sys\nsys.path.insert(0, {str(WORKERS)!r})\n" + textwrap.dedent(FAKE))
+    with child([peer], tmp_path / "log") as running:
+        yield running
+
+
+def drawing(folder: Path, images: int = 1, side: int = 8, **changes: Any) -> dict[str, Any]:
+    """The fields of a request to draw; the latents are saved in ``folder``."""
+    np.save(folder / "latents.npy", np.zeros((images, 4, side, side), np.float32))
+    request = {
+        "prompt": "x",
+        "latents": str(folder / "latents.npy"),
+        "seed": 7,
+        "steps": 3,
+        "guidance_scale": 7.5,
+        "sampler": "ddim",
+        "height": side,
+        "width": side,
+    }
+    return {**request, **changes}
+
+
+def test_a_worker_says_that_it_started_then_loads_draws_and_closes(fake: Child, tmp_path: Path) -> None:
+    assert fake.started == {"ok": True, "event": "started", "protocol": 1}
+    loaded = fake("load", model="m", threads=1)
+    assert loaded["ok"]
+    assert loaded["import_seconds"] >= 0.05 > loaded["load_seconds"] - 0.2 >= -0.2
+    assert loaded["versions"] == {"numpy": np.__version__}
+    assert (loaded["stages"], loaded["notes"]) == (["unet"], ["is made up"])
+    files = {name: tmp_path / name for name in ("image", "pixels", "final_latents")}
+    drawn = fake("draw", **drawing(tmp_path, images=2), **files)
+    assert (drawn["ok"], drawn["images"], drawn["step_seconds"]) == (True, 2, [0.5, 1.0])
+    assert (drawn["final_latents"], drawn["why"]) == (None, "nothing of it is shown")
+    assert (np.load(files["pixels"].open("rb")) == np.full((2, 8, 8, 3), 7, np.uint8)).all()
+    assert files["image"].read_bytes().startswith(b"\x89PNG")
+    assert not files["final_latents"].exists()
+    assert fake("close") == {"ok": True}
+    assert fake.process.wait(10) == 0
+
+
+def test_what_libraries_print_goes_to_the_log_and_what_they_read_is_empty(fake: Child) -> None:
+    assert fake("load", model="m", threads=1)["ok"]
+    assert fake("close") == {"ok": True}
+    assert fake.process.wait(10) == 0
+    assert "a library prints on stdout" in fake.log.read_text()
+    assert "a child of it too" in fake.log.read_text()
+
+
+def test_the_end_of_stdin_ends_a_worker(fake: Child) -> None:
+    assert fake.process.stdin is not None
+    fake.process.stdin.close()
+    assert fake.process.wait(10) == 0
+
+
+def test_every_failure_is_an_answer_of_one_line_and_the_worker_lives(fake: Child, tmp_path: Path) -> None:
+    request = drawing(tmp_path)
+    failures = [
+        (fake.send("no json"), "JSONDecodeError"),
+        (fake.send("[1]"), "is no request: op is load, draw, stage, close"),
+        (fake("fly"), "is no request"),
+        (fake("draw", **request), "RuntimeError: draw was asked for, but no model is loaded"),
+        (fake("load", model="m"), "ValueError: the request load needs the field threads"),
+        (fake("load", model="broken", threads=1), "OSError: two lines"),
+        (fake("load", model="exits", threads=1), "SystemExit: a library gives up"),
+    ]
+    assert fake("load", model="m", threads=1)["ok"]
+    failures += [
+        (fake("draw", **{**request, "sampler": "euler"}), "sampler is 'euler': workers know ddim"),
+        (fake("draw", **{**request, "latents": str(tmp_path / "none.npy")}), "FileNotFoundError"),
+        (
+            fake("draw", **{**request, "height": 16}, pixels=tmp_path / "p"),
+            "not uint8[1, 16, 8, 3] as asked for",
+        ),
+        (
+            fake("stage", stage="vae_encoder", repeats=1, height=8, width=8, batch=1),
+            "vae_encoder cannot be run alone here, only unet",
+        ),
+    ]
+    for answer, words in failures:
+        assert answer["ok"] is False
+        assert words in answer["error"]
+        assert "\n" not in answer["error"]
+    assert fake("close") == {"ok": True}
+
+
+def test_a_stage_runs_once_before_the_clock_starts(fake: Child) -> None:
+    fake("load", model="m", threads=1)
+    answer = fake("stage", stage="unet", repeats=3, height=8, width=8, batch=1)
+    assert len(answer["seconds"]) == 3
+    assert max(answer["seconds"]) < 0.05
+
+
+def draws(script: str, words: list[str], model: Path, folder: Path, latents: Path) -> dict[str, Any]:
+    """A worker's answers, and what it drew of two pictures from the given latents."""
+    with child([WORKERS / script, *words], folder / f"{script}.log") as worker:
+        loaded = worker("load", model=model, threads=1)
+        assert loaded["ok"], loaded
+        files = {name: folder / f"{script}-{name}.npy" for name in ("pixels", "final_latents")}
+        size = {"height": 64, "width": 64}
+        request = {"prompt": "a red apple", "negative_prompt": "", "latents": latents, "seed": 0, "steps": 4}
+        drawn = worker("draw", **request, **size, guidance_scale=7.5, sampler="ddim", **files)
+        assert drawn["ok"], drawn
+        stages = {name: worker("stage", stage=name, repeats=1, **size, batch=2) for name in loaded["stages"]}
+        assert worker("close") == {"ok": True}
+    return {
+        "loaded": loaded,
+        "drawn": drawn,
+        "stages": stages,
+        **{name: np.load(file) for name, file in files.items()},
+    }
+
+
+def test_diffusers_and_sdrt_draw_the_same_pictures_from_the_same_latents(tmp_path: Path) -> None:
+    latents = tmp_path / "latents.npy"
+    np.save(latents, np.random.default_rng(1).standard_normal((2, 4, 16, 16), dtype=np.float32))
+    ours = draws("worker_sdrt.py", ["--backend", "onnxruntime-cpu"], CHECKPOINT / "bundle", tmp_path, latents)
+    theirs = draws("worker_diffusers.py", [], CHECKPOINT, tmp_path, latents)
+    assert ours["pixels"].shape == (2, 64, 64, 3)
+    assert psnr(ours["pixels"], theirs["pixels"]) >= EMBEDDED_PSNR_DB
+    assert psnr(ours["pixels"][0], ours["pixels"][1]) < 30  # two pictures, not one twice
+    np.testing.assert_allclose(ours["final_latents"], theirs["final_latents"], atol=1e-3)
+    for side, packages in ((ours, {"sdrt", "onnxruntime"}), (theirs, {"diffusers", "torch"})):
+        assert packages <= set(side["loaded"]["versions"])
+        assert len(side["drawn"]["step_seconds"]) == 3
+        assert sum(side["drawn"]["step_seconds"]) < side["drawn"]["seconds"]
+        assert set(side["stages"]) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+        for answer in side["stages"].values():
+            assert answer["ok"], answer
+            assert answer["seconds"][0] > 0
