@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
+from typing import Final
 from urllib.parse import unquote, urlparse
 
 from packaging.requirements import Requirement
@@ -87,6 +89,9 @@ def total_bytes(found: Mapping[str, Distribution]) -> int:
     return total
 
 
+_NOT_SOURCE: Final = shutil.ignore_patterns(".*", "out", "build", "dist", "*.egg-info", "__pycache__")
+
+
 def _editable_source(distribution: Distribution) -> Path | None:
     """The folder that a distribution is worked on in; None for one that is installed as users have it."""
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
@@ -98,12 +103,15 @@ def _editable_source(distribution: Distribution) -> Path | None:
 def _wheel_bytes(source: Path) -> int:
     """What its wheel would put on the disk; building it takes seconds.
 
+    It is built from a copy: setuptools leaves a folder beside the sources, and later wheels hold what is in it.
+
     Raises:
         BackendError: It does not build.
     """
     with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(source, Path(folder) / "source", symlinks=True, ignore=_NOT_SOURCE)
         build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        done = subprocess.run([*build, "-w", folder, str(source)], capture_output=True, text=True)
+        done = subprocess.run([*build, "-w", folder, str(copy)], capture_output=True, text=True)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["pip printed nothing"])[-1]
             raise BackendError(f"{source} does not build, so its size is not known: {last}")

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("runtime", "kernels", "export", "benchmarks")
+PACKAGES = ("runtime", "kernels", "export", "benchmarks", "benchmarks/peer_workers")
 FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_every_module_and_the_embedded_bundle(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in PACKAGES:
-        for pattern in ("*.py", "*.cu", "*.cuh"):
+        for pattern in ("*.py", "*.cu", "*.cuh", "*.json"):
             for file in (ROOT / package).glob(pattern):
                 assert f"sdrt/{package}/{file.name}" in names
     assert {"sdrt/__init__.py", "sdrt/py.typed"} <= names
