@@ -103,7 +103,7 @@ def _editable_source(distribution: Distribution) -> Path | None:
 def _wheel_bytes(source: Path) -> int:
     """What its wheel would put on the disk; building it takes seconds.
 
-    It is built from a copy: setuptools leaves a folder beside the sources, and later wheels hold what is in it.
+    It is built from a copy: setuptools leaves a folder beside the sources that later wheels would hold, too.
 
     Raises:
         BackendError: It does not build.
