@@ -156,6 +156,8 @@ class Worker:
         self.closed = False
         self._subject = subject
         self._loaded = False
+        # Prepared stages of the size and batch that were asked for last: some compile a network.
+        self._stages: dict[tuple[str, int, int, int], Callable[[], object]] = {}
         self._operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "load": self._load,
             "draw": self._draw,
@@ -214,7 +216,7 @@ class Worker:
         repeats, height, width, images = (
             int(needed(request, key)) for key in ("repeats", "height", "width", "batch")
         )
-        run = self._subject.stage(name, height, width, images)
+        run = self._prepared(name, height, width, images)
         run()
         seconds = []
         for _ in range(repeats):
@@ -222,6 +224,14 @@ class Worker:
             run()
             seconds.append(time.perf_counter() - started)
         return {"seconds": seconds}
+
+    def _prepared(self, name: str, height: int, width: int, images: int) -> Callable[[], object]:
+        key = (name, height, width, images)
+        if any(other[1:] != key[1:] for other in self._stages):
+            self._stages.clear()
+        if key not in self._stages:
+            self._stages[key] = self._subject.stage(name, height, width, images)
+        return self._stages[key]
 
     def _close(self, _request: dict[str, Any]) -> dict[str, Any]:
         self.closed = True

@@ -138,7 +138,7 @@ class OpenVino:
         return Given()
 
     def stage(self, name: str, height: int, width: int, images: int) -> Callable[[], object]:
-        """See `Subject.stage`; all but the decoder are loaded a second time for it."""
+        """See `Subject.stage`; the networks are loaded a second time for it."""
         import numpy as np
 
         genai, tensor = self._genai, self._ov.Tensor

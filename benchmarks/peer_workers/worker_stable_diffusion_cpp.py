@@ -30,7 +30,8 @@ class StableDiffusionCpp:
     stages: Sequence[str] = ()
     notes: Sequence[str] = (
         "cannot start from given latents: draws from the seed, with the generator that gave the latents",
-        "runs Euler over the noise levels of the others' DDIM, whose start it scales by 1.003 less",
+        "runs Euler over the noise levels of the others' DDIM, which is the same but for the start: of 20 "
+        "steps its noise is 0.4 % smaller, of fewer steps more",
         "draws the pictures of a batch one after the other",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -49,6 +50,7 @@ class Fake:
         return Drawn(pixels, [1.0, 1.5, 2.5], None, "nothing of it is shown")
 
     def stage(self, name, height, width, images):
+        print("prepared for", height)
         calls = []
         def run():
             calls.append(1)
@@ -200,6 +202,35 @@ def test_a_stage_runs_once_before_the_clock_starts(fake: Child) -> None:
     answer = fake("stage", stage="unet", repeats=3, height=8, width=8, batch=1)
     assert len(answer["seconds"]) == 3
     assert max(answer["seconds"]) < 0.05
+
+
+def test_a_stage_is_prepared_once_for_a_size(fake: Child) -> None:
+    """Some subjects compile a network for it, which takes longer than all repetitions."""
+    fake("load", model="m", threads=1)
+    for height in (8, 8, 16, 8):
+        assert fake("stage", stage="unet", repeats=1, height=height, width=8, batch=1)["ok"]
+    assert fake("close") == {"ok": True}
+    assert fake.process.wait(10) == 0
+    prepared = [line for line in fake.log.read_text().splitlines() if line.startswith("prepared for")]
+    assert prepared == ["prepared for 8", "prepared for 16", "prepared for 8"]
+
+
+@pytest.mark.parametrize("to_one", [False, True])
+def test_noise_levels_for_stable_diffusion_cpp_are_those_that_ddim_visits(
+    monkeypatch: pytest.MonkeyPatch, to_one: bool
+) -> None:
+    from diffusers import DDIMScheduler
+
+    monkeypatch.syspath_prepend(str(WORKERS))
+    worker = importlib.import_module("worker_stable_diffusion_cpp")
+    config = json.loads((CHECKPOINT / "scheduler" / "scheduler_config.json").read_text())
+    config["set_alpha_to_one"] = to_one
+    scheduler = DDIMScheduler.from_config(config)
+    scheduler.set_timesteps(7)
+    alphas = [*scheduler.alphas_cumprod[scheduler.timesteps].tolist(), float(scheduler.final_alpha_cumprod)]
+    wanted = [(1 / alpha - 1) ** 0.5 for alpha in alphas]
+    # diffusers has the products in float32: a thousand roundings.
+    np.testing.assert_allclose(worker.ddim_sigmas(config, 7), wanted, rtol=1e-4)
 
 
 def draws(script: str, words: list[str], model: Path, folder: Path, latents: Path) -> dict[str, Any]:
