@@ -21,7 +21,7 @@ help:
 	@echo "make test    everything that CI checks: format, lint, types, tests"
 	@echo "make check   format, lint and types alone"
 	@echo "make format  rewrite the code as 'make check' wants it"
-	@echo "make bench   the figures of the README, measured here"
+	@echo "make bench   sdrt beside diffusers, measured here in a few minutes: one page with figures and plots"
 	@echo "make gallery  one page of pictures: what each option does, with the command for each"
 	@echo "make gpu     test, measure and report on a machine with an NVIDIA GPU (GPU_PYTHON=…, WHEELS=folder)"
 	@echo "make bundle  export the bundle that the wheel ships, after the embedded model was trained anew"
@@ -55,7 +55,8 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	$(BIN)/python -m sdrt.benchmarks.first_picture
+	$(BIN)/sd-bench peers install diffusers
+	$(BIN)/sd-bench emoji --peers diffusers --report out/bench
 
 gallery: $(STAMP)
 	$(BIN)/python -m sdrt.benchmarks.gallery

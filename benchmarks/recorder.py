@@ -110,8 +110,9 @@ class Recorder:
         return max(used, default=-1) + 1
 
     def fail(self, model: str, subject: str, stage: str, error: object) -> None:
-        """Record what could not be measured."""
-        self._failures.append(Failure(model, subject, stage, " ".join(str(error).split())))
+        """Record what could not be measured; reports are passed on, so a home folder is only ``~``."""
+        words = " ".join(str(error).split()).replace(str(Path.home()), "~")
+        self._failures.append(Failure(model, subject, stage, words))
 
     def probe(self) -> None:
         """Time the fixed piece of work."""

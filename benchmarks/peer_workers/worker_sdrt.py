@@ -43,8 +43,8 @@ class Sdrt:
         self._backend = backend
         self._pipeline: Any = None
         self.notes: Sequence[str] = [
-            "keeps the embeddings of prompts that it has drawn: in a prompt's later pictures the text "
-            "encoder costs nothing"
+            "keeps the embeddings of texts that it has encoded: of the warm drawings, whose prompts differ, "
+            "each encodes its own prompt and none the empty negative one"
         ]
 
     def import_packages(self) -> None:

@@ -13,14 +13,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from sdrt.benchmarks import peer_models
-from sdrt.benchmarks.first_picture import CHECKPOINT
 from sdrt.benchmarks.peer_environments import COMPLETE, environment_folder
 from sdrt.benchmarks.peers import PEERS
 from sdrt.benchmarks.safetensors_file import write_float32
 from sdrt.export import architectures
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.weights import load_module
+from sdrt.runtime.bundle import EMBEDDED
 from sdrt.runtime.errors import BackendError, UsageError
+
+CHECKPOINT = EMBEDDED.parent
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 import sdrt.benchmarks.peer_workers
-from sdrt.benchmarks.first_picture import CHECKPOINT, psnr
+from sdrt.benchmarks.measure_fidelity import psnr
+from sdrt.runtime.bundle import EMBEDDED
 from tolerances import EMBEDDED_PSNR_DB
 
+CHECKPOINT = EMBEDDED.parent
 WORKERS = Path(sdrt.benchmarks.peer_workers.__file__).parent
 
 FAKE = """

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 import tolerances
-from sdrt.benchmarks.first_picture import CHECKPOINT, psnr, same_picture
+from sdrt.benchmarks.measure_fidelity import psnr
 from sdrt.export.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from sdrt.export.reference import reference_pipeline
 from sdrt.runtime import Bundle, Pipeline
+from sdrt.runtime.bundle import EMBEDDED
 
+CHECKPOINT = EMBEDDED.parent
 PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
 MAX_BYTES = 16_000_000
 
@@ -41,9 +46,18 @@ def test_the_checkpoint_is_safetensors_in_fp16_and_small() -> None:
             assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
 
 
-def test_it_draws_what_diffusers_draws() -> None:
-    draw_ours, draw_theirs = same_picture()
-    assert psnr(draw_ours(), draw_theirs()) >= tolerances.EMBEDDED_PSNR_DB
+def test_it_draws_what_diffusers_draws(checkpoint: Checkpoint, pipeline: Pipeline) -> None:
+    import torch
+
+    latents = pipeline.initial_latents(0)
+    factor = pipeline.bundle.manifest.latents.factor
+    options: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 7.5}
+    sides = {"height": latents.shape[2] * factor, "width": latents.shape[3] * factor}
+    ours = pipeline("a red apple", sampler="ddim", latents=latents, output_type="numpy", **options).images[0]
+    theirs = reference_pipeline(checkpoint)(
+        "a red apple", latents=torch.from_numpy(latents), **sides, **options
+    ).images[0]
+    assert psnr(ours, np.asarray(theirs)) >= tolerances.EMBEDDED_PSNR_DB
 
 
 def test_a_red_apple_is_red_and_another_seed_draws_another(pipeline: Pipeline) -> None:
