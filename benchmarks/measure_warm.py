@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -66,7 +66,7 @@ def measure_warm(run: Run) -> None:
                 return
             with contextlib.ExitStack() as others:
                 group = [first]
-                while waiting and (len(group) == 1 or fits(available_memory(), run.weights_bytes)):
+                while waiting and (len(group) == 1 or fits(room(group), run.weights_bytes)):
                     if live := _load(run, waiting.pop(0), others):
                         group.append(live)
                 names = ", ".join(live.plan.name for live in group)
@@ -76,11 +76,21 @@ def measure_warm(run: Run) -> None:
             run.progress.note(f"memory does not suffice for more subjects beside {names}: another group")
 
 
+def room(group: Sequence[Live]) -> int:
+    """Bytes that one more subject can have without taking pages of files that the others have mapped.
+
+    The system counts those as available; a subject whose weights were dropped reads them again in each step.
+    """
+    memory = [live.worker.memory() for live in group]
+    mapped = sum(facts.get("VmRSS", 0) - facts.get("RssAnon", 0) for facts in memory)
+    return available_memory() - mapped
+
+
 def fits(available: int, weights_bytes: int) -> bool:
     """Whether one more subject can be loaded beside those that are.
 
     Args:
-        available: Bytes that are free now, see `available_memory`.
+        available: Bytes that are free now, see `room`.
         weights_bytes: Of the model.
     """
     return available >= WEIGHTS_FACTOR * weights_bytes + BASE_BYTES

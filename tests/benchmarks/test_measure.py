@@ -6,6 +6,8 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +117,16 @@ def test_without_memory_for_all_each_group_holds_the_first(
     document = finished(run)
     rounds = {subject: document.select("image", subject=subject)[0].rounds for subject in "abc"}
     assert rounds == {"a": (0, 1, 2, 3), "b": (0, 1), "c": (2, 3)}
+
+
+def test_mapped_pages_of_others_are_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be taken away from a subject that is being measured, which then reads its weights again."""
+    monkeypatch.setattr(measure_warm, "available_memory", lambda: 20)
+    facts = [{"VmRSS": 9, "RssAnon": 2}, {"VmRSS": 4, "RssAnon": 4}, {}]  # the last one has just died
+    group: Any = [
+        SimpleNamespace(worker=SimpleNamespace(memory=lambda found=found: found)) for found in facts
+    ]
+    assert measure_warm.room(group) == 20 - 7
 
 
 @pytest.mark.parametrize(
