@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.cli_options import parser, pipeline_options
-from sdrt.runtime.command import put, run_command, say
+from sdrt.runtime.command import put, run_command, say, tell_of_long_work
 from sdrt.runtime.saving import BASE64, check_frames, check_output, save, save_frames
 
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None
         chunks = longest_prompt(bundle, request)
         size, picture = (request.height, request.width), request.picture is not None
         shape = RequestShape(images, *size, request.guided, chunks, picture)
+    if not arguments.quiet:
+        tell_of_long_work("sd-run")
     pipeline = Pipeline.load(
         bundle,
         backend=arguments.backend,

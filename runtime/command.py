@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -89,6 +90,23 @@ def say(name: str, message: str) -> None:
     if sys.stderr is None:
         return
     sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
+
+
+def tell_of_long_work(name: str) -> None:
+    """Show what the library logs of work that takes long, a line each."""
+    logger = logging.getLogger("sdrt")
+    if not logger.handlers:
+        logger.addHandler(_Said(name))
+        logger.setLevel(logging.INFO)
+
+
+class _Said(logging.Handler):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self._name, record.getMessage())
 
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:

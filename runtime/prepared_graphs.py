@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -33,6 +34,7 @@ RECORD_NAME: Final = "record.json"
 # On the disk: the weights, once more those that are packed, and room for others to work in.
 ROOM: Final = 2.5
 SPARE_BYTES: Final = 1 << 30
+WORTH_TELLING: Final = 200_000_000  # bytes of weights, which take seconds
 UNUSED_SECONDS: Final = 30 * 24 * 3600.0  # after which a graph that nobody loaded is removed
 _SAVE: Final = {
     "session.optimized_model_external_initializers_file_name": WEIGHTS_NAME,
@@ -102,6 +104,11 @@ class PreparedGraph:
             free = shutil.disk_usage(self.folder.parent).free
             if free < ROOM * self._source_bytes + SPARE_BYTES:
                 return False
+            if self._source_bytes >= WORTH_TELLING:
+                size = f"{self._source_bytes / 1e9:.1f} GB of weights"
+                logging.getLogger("sdrt").info(
+                    "preparing %s for this CPU, once: the result stays in %s", size, self.folder.parent
+                )
             with new_folder(self.folder, replace=True) as folder:
                 self._session(model, self._saving(folder))
                 for name in (GRAPH_NAME, WEIGHTS_NAME):

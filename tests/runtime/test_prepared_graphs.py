@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -19,6 +20,7 @@ import pytest
 
 from sdrt.runtime import prepared_graphs, verified_files
 from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.cli import main
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 from sdrt.runtime.pipeline import Pipeline
@@ -139,6 +141,21 @@ def test_a_cache_that_cannot_be_written(
     trouble(cache, monkeypatch)
     np.testing.assert_array_equal(evaluate(unet(bundle, prepared=True), 2), expected)
     assert not cache.is_dir() or not list(cache.iterdir())
+
+
+def test_preparing_a_large_graph_is_told(
+    cache: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prepared_graphs, "WORTH_TELLING", 0)
+    words = ["x", "--bundle", str(bundle.path), "--steps", "1", "-o", str(cache.parent.parent / "a.png")]
+    try:
+        for told in (3, 0):  # components; the second time there is nothing to do
+            assert main([*words, "--backend", "onnxruntime-cpu"]) == 0
+            lines = [line for line in capsys.readouterr().err.splitlines() if "for this CPU, once" in line]
+            assert len(lines) == told
+            assert all(line.startswith("sd-run: preparing 0.0 GB") and str(cache) in line for line in lines)
+    finally:
+        logging.getLogger("sdrt").handlers.clear()
 
 
 def test_one_that_nobody_loaded_for_long_is_removed(cache: Path, bundle: Bundle) -> None:
