@@ -94,16 +94,11 @@ class OnnxRuntimeExecutor:
         return self._sessions[threads]
 
     def _load(self, threads: int) -> Any:
-        options = cpu_options(self._ort, threads)
-        session = self._prepared.load(options) if self._prepared is not None else None
+        session = self._prepared.load(_cpu_options(self._ort, threads)) if self._prepared else None
         if session is not None:
             return session
         try:
-            return self._ort.InferenceSession(
-                str(self._model),
-                sess_options=cpu_options(self._ort, threads),
-                providers=["CPUExecutionProvider"],
-            )
+            return open_session(self._ort, self._model, _cpu_options(self._ort, threads))
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise BackendError(f"ONNX Runtime refuses {self._model}: {first_line(error)}") from error
 
@@ -159,7 +154,12 @@ def _prepared_graph(ort: Any, model: Path, files: Sequence[FileEntry]) -> Prepar
     return prepared if prepared.exists() or prepared.make(model) else None
 
 
-def cpu_options(ort: Any, threads: int) -> Any:
+def open_session(ort: Any, model: Path, options: Any) -> Any:
+    """A session of a graph on the CPU provider alone; errors are ONNX Runtime's."""
+    return ort.InferenceSession(str(model), sess_options=options, providers=["CPUExecutionProvider"])
+
+
+def _cpu_options(ort: Any, threads: int) -> Any:
     """Session options for the CPU provider with that many threads inside one operator."""
     options = quiet_options(ort)
     options.intra_op_num_threads = threads

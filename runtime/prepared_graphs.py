@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.kernels.cache import cache_folder
+from sdrt.runtime.executor_onnxruntime import open_session, quiet_options
 from sdrt.runtime.files import new_folder
 from sdrt.runtime.manifest import FileEntry
 
@@ -85,7 +86,7 @@ class PreparedGraph:
             return None
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = self._session(self.folder / GRAPH_NAME, options)
+            session = open_session(self._ort, self.folder / GRAPH_NAME, options)
         except Exception:  # onnxruntime's exceptions share no base class
             return None
         with contextlib.suppress(OSError):
@@ -110,7 +111,7 @@ class PreparedGraph:
                     "preparing %s for this CPU, once: the result stays in %s", size, self.folder.parent
                 )
             with new_folder(self.folder, replace=True) as folder:
-                self._session(model, self._saving(folder))
+                open_session(self._ort, model, self._saving(folder))
                 for name in (GRAPH_NAME, WEIGHTS_NAME):
                     _flush(folder / name)
                 (folder / RECORD_NAME).write_text(json.dumps(_record(folder)), encoding="utf-8")
@@ -120,17 +121,11 @@ class PreparedGraph:
         return True
 
     def _saving(self, folder: Path) -> Any:
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 4
+        options = quiet_options(self._ort)
         options.optimized_model_filepath = str(folder / GRAPH_NAME)
         for name, value in _SAVE.items():
             options.add_session_config_entry(name, value)
         return options
-
-    def _session(self, model: Path, options: Any) -> Any:
-        return self._ort.InferenceSession(
-            str(model), sess_options=options, providers=["CPUExecutionProvider"]
-        )
 
 
 @cache
