@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from sdrt.benchmarks.document import Ceilings
 from sdrt.benchmarks.process_memory import available_memory
+from sdrt.runtime.executor_onnxruntime import usable_cores
 
 SIDES: Final = (512, 1024, 2048, 3072)  # of the square matrices
 QUICK_SIDES: Final = (512, 1024)
@@ -37,7 +37,7 @@ _CHUNK: Final = 1 << 20  # elements that one thread works on at once
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print one line of JSON."""
     commands = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    commands.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    commands.add_argument("--threads", type=int, default=usable_cores())
     commands.add_argument("--quick", action="store_true", help="smaller matrices and arrays: a smoke run")
     arguments = commands.parse_args(argv)
     print(json.dumps(asdict(measure_ceilings(arguments.threads, quick=arguments.quick))))

@@ -24,6 +24,7 @@ from typing import IO, Any, Final
 
 import sdrt
 from sdrt.benchmarks.gpu_report import markdown
+from sdrt.benchmarks.last_line import last_line
 from sdrt.runtime.files import write_atomically
 
 ROOT: Final = Path(sdrt.__file__).resolve().parents[2]
@@ -161,8 +162,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 def last_words(log: Path) -> str:
     """The last line of a log that is not empty."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "no output")[:600]
+    return last_line(log.read_text(encoding="utf-8", errors="replace"), "no output")[:600]
 
 
 def export_arguments(name: str, out: Path) -> list[str]:

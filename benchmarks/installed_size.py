@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlparse
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sdrt.benchmarks.last_line import last_line
 from sdrt.runtime.errors import BackendError
 
 
@@ -113,7 +114,7 @@ def _wheel_bytes(source: Path) -> int:
         build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
         done = subprocess.run([*build, "-w", folder, str(copy)], capture_output=True, text=True)
         if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["pip printed nothing"])[-1]
+            last = last_line(done.stderr, "pip printed nothing")
             raise BackendError(f"{source} does not build, so its size is not known: {last}")
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from sdrt.benchmarks.bench_run import SAMPLER, Run, Settings, SubjectPlan
 from sdrt.benchmarks.document import Ceilings, Document, Model
+from sdrt.benchmarks.last_line import last_line
 from sdrt.benchmarks.measure_cold import measure_cold
 from sdrt.benchmarks.measure_fidelity import REFERENCE, measure_fidelity
 from sdrt.benchmarks.measure_warm import measure_warm
@@ -189,6 +190,6 @@ def measured_ceilings(threads: int, *, quick: bool) -> Ceilings:
         timeout=CEILINGS_SECONDS,
     )
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["it gave no reason"]
-        raise SdrtError(f"the ceilings were not measured: exit status {done.returncode}: {last[0]}")
+        last = last_line(done.stderr, "it gave no reason")
+        raise SdrtError(f"the ceilings were not measured: exit status {done.returncode}: {last}")
     return Ceilings(**json.loads(done.stdout))

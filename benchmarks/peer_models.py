@@ -23,9 +23,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.benchmarks import peer_environments
+from sdrt.benchmarks import peer_environments, peers
 from sdrt.benchmarks.peer_environments import Progress, locked, run_logged
-from sdrt.benchmarks.peers import PEERS
 from sdrt.benchmarks.safetensors_file import copy_renamed, tensor_names, write_float32
 from sdrt.export.architectures import ARCHITECTURES, open_architecture
 from sdrt.export.checkpoint import Checkpoint, fingerprint, open_checkpoint
@@ -79,12 +78,11 @@ def prepare(name: str, model: str, progress: Progress = lambda _: None) -> Path:
         BackendError: The peer's exporter failed; the message has its last words and names its log.
         OutputError: The cache folder cannot be written.
     """
-    if name not in PEERS:
-        raise UsageError(f"unknown peer {name!r}; there is {', '.join(PEERS)}")
+    peer = peers.get(name)
     checkpoint = open_architecture(model) if model in ARCHITECTURES else open_checkpoint(model)
     if checkpoint.family != "sd" or "inpainting_channels" in checkpoint.sizes():
         raise UsageError(f"{model}: the peers' workers draw with Stable Diffusion 1.x and 2.x alone")
-    return model_in_form(PEERS[name].form, PEERS[name].converter, checkpoint, progress)
+    return model_in_form(peer.form, peer.converter, checkpoint, progress)
 
 
 def model_in_form(form: str, converter: str, checkpoint: Checkpoint, progress: Progress) -> Path:

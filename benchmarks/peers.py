@@ -59,7 +59,7 @@ def find(name: str) -> Installed | None:
     Raises:
         UsageError: No such peer.
     """
-    return peer_environments.find(_peer(name).environment)
+    return peer_environments.find(get(name).environment)
 
 
 def is_installed(name: str) -> bool:
@@ -75,7 +75,7 @@ def install(name: str, progress: Progress = lambda _: None) -> Installed:
         BackendError: It cannot be installed here.
         OutputError: The cache folder cannot be written.
     """
-    peer = _peer(name)
+    peer = get(name)
     if peer.converter:
         peer_environments.install(peer.converter, progress)
     return peer_environments.install(peer.environment, progress)
@@ -88,7 +88,7 @@ def remove(name: str) -> None:
         UsageError: No such peer.
         OutputError: They cannot be deleted.
     """
-    peer = _peer(name)
+    peer = get(name)
     for environment in {peer.environment, peer.converter} - {""}:
         peer_environments.remove(environment)
 
@@ -100,7 +100,7 @@ def worker_command(name: str) -> list[str]:
         UsageError: No such peer.
         BackendError: It is not installed.
     """
-    script, *words = _peer(name).worker
+    script, *words = get(name).worker
     return [str(_installed(name).python), str(WORKERS / script), *words]
 
 
@@ -116,7 +116,12 @@ def _installed(name: str) -> Installed:
     return found
 
 
-def _peer(name: str) -> Peer:
+def get(name: str) -> Peer:
+    """A peer by its name.
+
+    Raises:
+        UsageError: No such peer.
+    """
     if name not in PEERS:
         raise UsageError(f"unknown peer {name!r}; there is {', '.join(PEERS)}")
     return PEERS[name]
@@ -140,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = arguments.names or ([ALL] if arguments.action == "list" else [])
     if not names:
         raise UsageError(f"name the peers to {arguments.action}: {', '.join(PEERS)}, or {ALL}")
-    wanted = list(PEERS) if ALL in names else [_peer(name).name for name in names]
+    wanted = list(PEERS) if ALL in names else [get(name).name for name in names]
     failed = []
     for name in wanted:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -16,12 +15,13 @@ from sdrt.benchmarks.bench_options import AUTO, EMBEDDED_NAME, NONE, names
 from sdrt.benchmarks.bench_run import Settings, SubjectPlan
 from sdrt.benchmarks.document import Subject
 from sdrt.benchmarks.export_model import exported
+from sdrt.benchmarks.peers import WORKERS
 from sdrt.benchmarks.prepare_peer import prepared
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.executor_onnxruntime import usable_cores
 from sdrt.runtime.manifest import MANIFEST_NAME, Limits, Manifest
 
-WORKERS: Final = Path(__file__).resolve().parent / "peer_workers"
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
 # Backend → its label, and what pip installs for it.
@@ -142,7 +142,7 @@ def settings_for(manifest: Manifest, arguments: argparse.Namespace, note: Note) 
         rounds=rounds,
         growth_rounds=1 if quick else min(3, rounds),
         cold_rounds=arguments.cold_rounds or (1 if quick else 5),
-        threads=arguments.threads or len(os.sched_getaffinity(0)),
+        threads=arguments.threads or usable_cores(),
         guidance_scale=arguments.guidance_scale or max(defaults.guidance_scale, 1.5),
         blocks=arguments.only,
         quick=quick,

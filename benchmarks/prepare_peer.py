@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdrt.benchmarks.last_line import last_line
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 
 
@@ -47,8 +48,8 @@ def prepared(peer: str, model: str) -> Path:
     if done.returncode == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or ["it gave no reason"]
-        raise SdrtError(f"exit status {done.returncode}: {last[0]}")
+        last = last_line(done.stderr, "it gave no reason")
+        raise SdrtError(f"exit status {done.returncode}: {last}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
         raise SdrtError(answer["error"])

@@ -26,6 +26,7 @@ from sdrt.benchmarks.document import (
     Noise,
     Subject,
 )
+from sdrt.runtime.executor_onnxruntime import usable_cores
 
 _PROBE_BYTES: Final = bytes(1 << 20)  # stays in a core's own cache
 _PROBE_REPEATS: Final = 40  # some 30 ms
@@ -165,7 +166,7 @@ def this_machine() -> Machine:
     """What this runs on."""
     return Machine(
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         system=f"{platform.system()} {platform.release()}, {_distribution()}",
         python=platform.python_version(),

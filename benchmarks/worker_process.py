@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from sdrt.benchmarks.last_line import last_line
 from sdrt.benchmarks.process_memory import descendants, process_memory, start_time
 from sdrt.runtime.errors import SdrtError
 
@@ -245,11 +246,10 @@ class Worker:
 
     def _last_words(self) -> str:
         try:
-            lines = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+            said = last_line(self._log.read_text(encoding="utf-8", errors="replace"))
         except OSError:
             return ""
-        said = [line.strip() for line in lines if line.strip()]
-        return f"; its last line: {said[-1][-500:]}" if said else ""
+        return f"; its last line: {said[-500:]}" if said else ""
 
     def _wait(self, seconds: float) -> int | None:
         try:
