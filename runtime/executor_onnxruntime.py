@@ -148,8 +148,10 @@ def _prepared_graph(ort: Any, model: Path, files: Sequence[FileEntry]) -> Prepar
     """The graph that was prepared for this CPU, prepared now if need be; None where that cannot be."""
     if not files:
         return None
-    from sdrt.runtime.prepared_graphs import PreparedGraph
+    from sdrt.runtime.prepared_graphs import PreparedGraph, can_prepare
 
+    if not can_prepare(ort):
+        return None
     prepared = PreparedGraph(ort, files)
     return prepared if prepared.exists() or prepared.make(model) else None
 

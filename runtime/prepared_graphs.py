@@ -28,6 +28,8 @@ from sdrt.runtime.executor_onnxruntime import open_session, quiet_options
 from sdrt.runtime.files import new_folder
 from sdrt.runtime.manifest import FileEntry
 
+# ONNX Runtime 1.30 and 1.31 write such graphs as well, but end the process when one of them is run.
+PREPARED_SINCE: Final = (1, 32)
 FORMAT: Final = 1  # a change of what is written, or of how it is loaded
 GRAPH_NAME: Final = "model.onnx"
 WEIGHTS_NAME: Final = "model.onnx.data"
@@ -42,6 +44,16 @@ _SAVE: Final = {
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
     "session.save_external_prepacked_constant_initializers": "1",
 }
+
+
+def can_prepare(ort: Any) -> bool:
+    """Whether this ONNX Runtime runs what it prepared.
+
+    Args:
+        ort: The module onnxruntime.
+    """
+    major, minor, *_ = ort.__version__.split(".")
+    return (int(major), int(minor)) >= PREPARED_SINCE
 
 
 class PreparedGraph:

@@ -108,6 +108,15 @@ def test_the_key_holds_what_decides_how_weights_are_packed(
     assert len(set(folders)) == len(folders)
 
 
+@pytest.mark.parametrize(("version", "prepared"), [("1.31.1", False), ("1.32.0", True), ("2.0.0.dev1", True)])
+def test_only_by_versions_that_run_what_they_prepared(
+    cache: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, version: str, prepared: bool
+) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    evaluate(unet(bundle, prepared=True), 2)
+    assert cache.exists() == prepared
+
+
 @pytest.mark.parametrize("name", [GRAPH_NAME, WEIGHTS_NAME, RECORD_NAME])
 def test_damaged_ones_are_prepared_anew(cache: Path, bundle: Bundle, name: str) -> None:
     expected = evaluate(unet(bundle, prepared=True), 2)
