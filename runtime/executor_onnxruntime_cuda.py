@@ -36,6 +36,7 @@ SHAPE_OPERATORS: Final = frozenset(
 _RECORD_ASSIGNMENT: Final = "session.record_ep_graph_assignment_info"
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _MAX_LISTED: Final = 5
+_FATAL: Final = 4  # of ONNX Runtime's severities
 _BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type
 _OUT_OF_MEMORY: Final = re.compile(
     r"out of memory|failed to allocate|BFCArena|cudaErrorMemoryAllocation", re.I
@@ -56,6 +57,8 @@ def import_with_cuda() -> Any:
             f"{', '.join(providers)}: pip uninstall onnxruntime, then pip install 'sdrt[cuda]' "
             "(onnxruntime and onnxruntime-gpu install over each other)"
         )
+    # It prints, as errors, each plan that cuDNN would not take for a convolution before it finds one.
+    ort.set_default_logger_severity(_FATAL)
     return ort
 
 

@@ -24,7 +24,8 @@ def fake_onnxruntime(driver: RecordingDriver) -> Any:
 
     Attributes that a test may change: ``providers`` (in the build), ``loads`` (whether the provider's
     libraries do), ``on_cpu`` (``node → bool``), ``refusal`` and ``failure`` (of loading and of running).
-    ``sessions`` holds what was made.
+    ``sessions`` holds what was made, ``severities`` what the
+    default logger was set to.
     """
     module: Any = ModuleType("onnxruntime")
     module.__version__ = onnxruntime.__version__
@@ -36,6 +37,8 @@ def fake_onnxruntime(driver: RecordingDriver) -> Any:
     module.on_cpu = lambda node: node.op_type in ("Shape", "Size")
     module.refusal = module.failure = None
     module.sessions = []
+    module.severities = []
+    module.set_default_logger_severity = module.severities.append
     module.get_available_providers = lambda: list(module.providers)
     module.preload_dlls = lambda directory=None: print("what the library prints about missing files")
     module.InferenceSession = type("InferenceSession", (_Session,), {"module": module})
