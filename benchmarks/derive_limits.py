@@ -9,6 +9,7 @@ from typing import Final
 
 from sdrt.benchmarks.derive import NETWORKS, Setting, numbers, percentile, ratios, setting_of
 from sdrt.benchmarks.document import Ceilings, Document, Measurement, Work
+from sdrt.benchmarks.report_format import one
 
 # The probe is a fixed piece of work: on a quiet machine its times differ by one or two per cent.
 PROBE_SPREAD: Final = 1.10
@@ -109,7 +110,13 @@ def _work_of(document: Document, entry: Measurement) -> Work | None:
 
 def warnings(document: Document) -> list[str]:
     """What a reader must know before trusting the figures, a sentence each; empty for a good run."""
-    return [*_course(document), *_noise(document), *_rounds(document), *_impossible(document)]
+    return [
+        *_course(document),
+        *_memory(document),
+        *_noise(document),
+        *_rounds(document),
+        *_impossible(document),
+    ]
 
 
 def _course(document: Document) -> Iterator[str]:
@@ -118,6 +125,25 @@ def _course(document: Document) -> Iterator[str]:
     if document.failures:
         names = sorted({failure.subject for failure in document.failures})
         yield f"{_count(len(document.failures), 'measurement')} failed ({', '.join(names)}); see Failures."
+
+
+def _memory(document: Document) -> Iterator[str]:
+    for model in document.models:
+        short = model.memory_shortage
+        if short is None:
+            continue
+        free, needed = one(max(short.free_bytes, 0), "B"), one(short.needed_bytes, "B")
+        if short.held:
+            yield (
+                f"{model.name}: memory did not suffice for two subjects ({free} were free beside the first, "
+                f"another one may need {needed}), so they were measured one at a time, each started anew for "
+                "its turn in every round. Loading is not in the warm figures."
+            )
+        else:
+            yield (
+                f"{model.name}: memory may have been too short even for one subject ({free} were free, it "
+                f"may need {needed}): a figure may hold reading weights from the disk again."
+            )
 
 
 def _noise(document: Document) -> Iterator[str]:

@@ -138,6 +138,21 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryShortage:
+    """Memory that did not suffice to hold two subjects at once, or not surely for one.
+
+    Attributes:
+        held: Subjects that were loaded when the free memory was read.
+        free_bytes: That another one could have had.
+        needed_bytes: That another one may need.
+    """
+
+    held: int
+    free_bytes: int
+    needed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """What was drawn with, and the settings that every subject had.
 
@@ -152,6 +167,8 @@ class Model:
         threads: Of each subject.
         sizes: Height and width in pixels of each size, the first being the model's main one.
         work: Counted operations.
+        memory_shortage: Why subjects were measured one at a time, each started anew for every round; None
+            where memory sufficed.
     """
 
     name: str
@@ -164,6 +181,7 @@ class Model:
     threads: int
     sizes: tuple[tuple[int, int], ...]
     work: tuple[Work, ...] = ()
+    memory_shortage: MemoryShortage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +354,9 @@ def _document(found: dict[str, Any]) -> Document:
 def _model(found: dict[str, Any]) -> Model:
     sizes = tuple((height, width) for height, width in found["sizes"])
     work = _records(Work, found["work"])
-    return Model(**{**found, "sizes": sizes, "work": work})
+    shortage = found.get("memory_shortage")  # of no report before it was told
+    short = None if shortage is None else _record(MemoryShortage, shortage)
+    return Model(**{**found, "sizes": sizes, "work": work, "memory_shortage": short})
 
 
 def _records(kind: type[Any], found: Sequence[dict[str, Any]]) -> tuple[Any, ...]:

@@ -1,7 +1,9 @@
 """Warm drawings: workers that are loaded stay alive, and all but the one that works are stopped.
 
 Rounds go A B C A B C …, so that what one round compares was measured under the same conditions. Where memory
-does not suffice for all subjects at once, they are measured in groups that each hold the first one.
+does not suffice for all subjects at once, they are measured in groups that each hold the first one. Where it
+does not suffice for two, each turn of a round starts its subject anew and ends it: one is held at a time, and
+loading is not in the figures.
 """
 
 from __future__ import annotations
@@ -9,20 +11,23 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sdrt.benchmarks.bench_run import Run, SubjectPlan, WorkerErrors
+from sdrt.benchmarks.document import MemoryShortage
 from sdrt.benchmarks.measure_fidelity import drawing_files
 from sdrt.benchmarks.process_memory import available_memory
 from sdrt.benchmarks.recorder import Setting
 from sdrt.benchmarks.worker_process import RefusedError, Worker, WorkerError
+from sdrt.runtime.errors import SdrtError
 
 STAGE_SECONDS: Final = 0.1  # a stage that is shorter is timed several times in a round
 MAX_REPEATS: Final = 5
 # What a subject may need beyond the weights: copies while loading, packed weights, activations.
 WEIGHTS_FACTOR: Final = 2.5
 BASE_BYTES: Final = 1 << 30
+WARM_UP_STEPS: Final = 2  # the second one finds what the first one allocated
 
 
 @dataclass(slots=True)
@@ -46,16 +51,24 @@ class Live:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One setting to be measured, for some rounds, with the stages alone or without."""
+    """One setting to be measured, for some rounds, with the stages alone or without.
+
+    Attributes:
+        setting: The setting.
+        rounds: How many.
+        stages: Whether the stages are timed alone, too.
+        first: The number of its first round.
+    """
 
     setting: Setting
     rounds: int
     stages: bool
+    first: int = 0
 
 
 def measure_warm(run: Run) -> None:
     """Measure drawings, stages, memory and growth of every subject; one that fails is a row."""
-    waiting = run.usable()
+    waiting = _that_can_be_tried(run)
     first: Live | None = None
     with contextlib.ExitStack() as held:
         while True:
@@ -64,9 +77,13 @@ def measure_warm(run: Run) -> None:
                 first = _load(run, waiting.pop(0), held)
             if first is None or first.plan.name in run.broken:
                 return
+            if waiting and not fits(free := room([first]), run.weights_bytes):
+                held.close()
+                _measure_alone(run, first, waiting, free)
+                return
             with contextlib.ExitStack() as others:
                 group = [first]
-                while waiting and (len(group) == 1 or fits(room(group), run.weights_bytes)):
+                while waiting and fits(room(group), run.weights_bytes):
                     if live := _load(run, waiting.pop(0), others):
                         group.append(live)
                 names = ", ".join(live.plan.name for live in group)
@@ -74,6 +91,22 @@ def measure_warm(run: Run) -> None:
             if not waiting:
                 return
             run.progress.note(f"memory does not suffice for more subjects beside {names}: another group")
+
+
+def _that_can_be_tried(run: Run) -> list[SubjectPlan]:
+    """The usable subjects; none, and a row for each, where the free memory does not even hold the weights."""
+    plans, free = run.usable(), available_memory()
+    if free >= needed(run.weights_bytes):
+        return plans
+    facts = f"{in_gb(free)} of memory are free, and the weights alone take {in_gb(run.weights_bytes)} in fp32"
+    if free < run.weights_bytes:
+        for plan in plans:
+            run.fail(plan, "loading", SdrtError(f"{facts}: it would read them from the disk in every step"))
+            run.broken.add(plan.name)
+        return []
+    run.progress.note(f"memory may be too short even for one subject: {facts}")
+    run.recorder.set_shortage(run.model, MemoryShortage(0, free, needed(run.weights_bytes)))
+    return plans
 
 
 def room(group: Sequence[Live]) -> int:
@@ -93,7 +126,17 @@ def fits(available: int, weights_bytes: int) -> bool:
         available: Bytes that are free now, see `room`.
         weights_bytes: Of the model.
     """
-    return available >= WEIGHTS_FACTOR * weights_bytes + BASE_BYTES
+    return available >= needed(weights_bytes)
+
+
+def needed(weights_bytes: int) -> int:
+    """Bytes that a subject may need, from those of the model's weights in fp32."""
+    return int(WEIGHTS_FACTOR * weights_bytes) + BASE_BYTES
+
+
+def in_gb(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e9:.1f} GB"
 
 
 def points(run: Run) -> list[Point]:
@@ -114,8 +157,11 @@ def points(run: Run) -> list[Point]:
     return list(unique.values())
 
 
-def _load(run: Run, plan: SubjectPlan, stack: contextlib.ExitStack) -> Live | None:
-    """Load a subject, draw once at the main setting, and stop it; None if it fails."""
+def _load(run: Run, plan: SubjectPlan, stack: contextlib.ExitStack, *, again: bool = False) -> Live | None:
+    """Load a subject, draw once at the main setting, and stop it; None if it fails.
+
+    ``again`` is a process of a subject that was loaded before: it draws just enough to be warm.
+    """
     run.progress.block(f"{run.model}: loading", 1)
     run.progress.working(plan.name)
     stage = "loading"
@@ -125,18 +171,73 @@ def _load(run: Run, plan: SubjectPlan, stack: contextlib.ExitStack) -> Live | No
         loaded = run.load(worker, plan)
         stage = "first drawing"
         setting = run.settings.main
-        run.draw(worker, setting, files=drawing_files(run, plan))
+        if again:
+            run.draw(worker, setting._replace(steps=min(WARM_UP_STEPS, setting.steps)))
+        else:
+            run.draw(worker, setting, files=drawing_files(run, plan))
     except WorkerErrors as error:
         run.broken.add(plan.name)
         run.fail(plan, stage, error)
         return None
     run.drawn.add(plan.name)
-    if "warm" in run.settings.blocks:
+    if "warm" in run.settings.blocks and not again:
         memory = worker.memory()
         run.add(plan, "memory", setting, [memory["VmRSS"]], 0)
         run.add(plan, "peak_memory", setting, [memory["VmHWM"]], 0)
     worker.pause()
     return Live(plan, worker, tuple(loaded["stages"]))
+
+
+def _measure_alone(run: Run, first: Live, waiting: Sequence[SubjectPlan], free: int) -> None:
+    """Rounds in which each subject is started, warmed up, measured at every point, and ended.
+
+    Args:
+        run: The run.
+        first: Loaded once already and ended since.
+        waiting: The others.
+        free: Bytes that there were beside the first one.
+    """
+    run.recorder.set_shortage(run.model, MemoryShortage(1, free, needed(run.weights_bytes)))
+    run.progress.note(
+        f"memory does not suffice for two subjects ({in_gb(free)} are free beside {first.plan.name}, another "
+        f"one may need {in_gb(needed(run.weights_bytes))}): each is started anew for its turn in every round"
+    )
+    wanted, plans, over = points(run), [first.plan, *waiting], run.share(1.0)
+    rounds = max((point.rounds for point in wanted), default=0)
+    begin = {point: run.recorder.rounds(run.model, "image", point.setting) for point in wanted}
+    known = {first.plan.name: first}
+    for number in range(rounds):
+        if number and time.monotonic() > over:
+            run.progress.note(f"one subject at a time: {number} of {rounds} rounds in the time given")
+            break
+        now = [point for point in wanted if number < point.rounds]
+        for plan in plans:
+            if plan.name not in run.broken:
+                run.recorder.probe()
+                _turn(run, plan, known, [replace(point, first=begin[point] + number) for point in now])
+        run.recorder.save()
+
+
+def _turn(run: Run, plan: SubjectPlan, known: dict[str, Live], now: Sequence[Point]) -> None:
+    """One subject's part of a round: a fresh process that draws each point once after a warm-up.
+
+    ``known`` keeps, from one process to the next, what a subject refused and how long its stages take.
+    """
+    with contextlib.ExitStack() as held:
+        live = _load(run, plan, held, again=plan.name in known)
+        if live is None:
+            return
+        before = known.setdefault(plan.name, live)
+        live.refused, live.seconds = before.refused, before.seconds
+        run.progress.block(f"{run.model}: {plan.name}, alone, round {now[0].first + 1}", len(now))
+        group, warm = [live], run.settings.main
+        for point in now:
+            same = point.setting._replace(steps=warm.steps) == warm
+            if not same and point.setting not in live.refused:
+                steps = min(WARM_UP_STEPS, point.setting.steps)
+                _warm_up(run, group, point.setting._replace(steps=steps), point.setting)
+            warm = point.setting
+            _round(run, live, point, point.first, group)
 
 
 def _measure_group(run: Run, group: list[Live]) -> None:
@@ -157,10 +258,11 @@ def _measure_group(run: Run, group: list[Live]) -> None:
         run.recorder.save()
 
 
-def _warm_up(run: Run, group: list[Live], setting: Setting) -> None:
-    """A drawing that does not count: buffers of a new size, and compilers."""
+def _warm_up(run: Run, group: list[Live], setting: Setting, of: Setting | None = None) -> None:
+    """A drawing that does not count: buffers of a new size, and compilers; ``of`` is what it prepares for."""
+    of = of or setting
     for live in list(group):
-        with _awake(run, live, f"drawing {setting}", group, setting):
+        with _awake(run, live, f"drawing {of}", group, of):
             run.draw(live.worker, setting)
 
 

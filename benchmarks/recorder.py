@@ -22,6 +22,7 @@ from sdrt.benchmarks.document import (
     Failure,
     Machine,
     Measurement,
+    MemoryShortage,
     Model,
     Noise,
     Subject,
@@ -82,6 +83,10 @@ class Recorder:
     def set_model(self, model: Model) -> None:
         """Add it, or put what is now known of it in its place."""
         self._models[model.name] = model
+
+    def set_shortage(self, model: str, shortage: MemoryShortage) -> None:
+        """Record that memory was too short for a model; see `Model.memory_shortage`."""
+        self._models[model] = replace(self._models[model], memory_shortage=shortage)
 
     def add(
         self, model: str, subject: str, quantity: str, setting: Setting, values: Sequence[float], number: int

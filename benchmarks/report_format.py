@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from sdrt.benchmarks.derive import Ratio, Setting
-from sdrt.benchmarks.document import QUANTITIES
+from sdrt.benchmarks.document import QUANTITIES, Model
 
 MISSING: Final = "–"
 # What is reached by the largest value of a column is its unit.
@@ -134,6 +134,12 @@ def psnr_text(value: float | None) -> str:
     if value is None:
         return MISSING
     return f"{value:.1f}" if math.isfinite(value) else "equal"
+
+
+def held_words(model: Model) -> str:
+    """A sentence where only one subject was held at a time, after a blank; the warnings have the reason."""
+    short = model.memory_shortage
+    return " Subjects were held one at a time, for want of memory." if short and short.held else ""
 
 
 def setting_text(setting: Setting, others: Sequence[str] = ("batch", "steps")) -> str:

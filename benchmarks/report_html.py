@@ -11,7 +11,7 @@ from typing import Final
 from sdrt.benchmarks.derive import main_setting, typical
 from sdrt.benchmarks.derive_limits import warnings
 from sdrt.benchmarks.document import QUANTITIES, Document, Model
-from sdrt.benchmarks.report_format import factor_text, one, setting_text, title
+from sdrt.benchmarks.report_format import factor_text, held_words, one, setting_text, title
 from sdrt.benchmarks.report_plots import (
     bars,
     curves,
@@ -91,6 +91,7 @@ def _model(document: Document, model: Model) -> str:
     settings = (
         f"{model.source}: {one(model.weights_bytes, 'B')} of weights in fp32. {model.sampler}, "
         f"{model.steps} steps, guidance {model.guidance_scale:g}, {sizes}, {threads}, “{model.prompt}”."
+        f"{held_words(model)}"
     )
     if not subjects_of(document, model):
         content = ['<p class="note">Nothing was measured of this model.</p>']

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from sdrt.benchmarks.derive_limits import warnings
 from sdrt.benchmarks.document import Document, Model
-from sdrt.benchmarks.report_format import one
+from sdrt.benchmarks.report_format import held_words, one
 from sdrt.benchmarks.report_tables import PER_MODEL, Table, failures, overview, subjects
 
 
@@ -46,6 +46,7 @@ def _settings(model: Model) -> str:
         f"{_escape(model.source)}; {one(model.weights_bytes, 'B')} of weights in fp32; "
         f"{_escape(model.sampler)}, {model.steps} steps, guidance scale {model.guidance_scale:g}, "
         f"{sizes}, threads: {model.threads}; prompt “{_escape(model.prompt)}”."
+        f"{held_words(model)}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +15,19 @@ import pytest
 
 from sdrt.benchmarks import measure_warm
 from sdrt.benchmarks.bench_run import Run, Settings, SubjectPlan
-from sdrt.benchmarks.document import Document, Subject, from_json, to_json
+from sdrt.benchmarks.derive import ratios
+from sdrt.benchmarks.derive_limits import warnings
+from sdrt.benchmarks.document import Document, MemoryShortage, Model, Subject, from_json, to_json
 from sdrt.benchmarks.measure_cold import measure_cold
 from sdrt.benchmarks.measure_fidelity import latent_error, measure_fidelity, psnr
 from sdrt.benchmarks.progress import Progress
 from sdrt.benchmarks.recorder import Recorder
+from sdrt.benchmarks.report_html import page
+from sdrt.benchmarks.report_markdown import summary
+from sdrt.benchmarks.worker_process import Worker
 
 FAKE = Path(__file__).with_name("fake_worker.py")
+WEIGHTS = 1 << 20
 SETTINGS = Settings(
     steps=4,
     sizes=((64, 64), (64, 128)),
@@ -37,13 +44,14 @@ SETTINGS = Settings(
 def make_run(folder: Path, subjects: dict[str, str], settings: Settings = SETTINGS) -> Run:
     """A run of fake subjects, name → how each misbehaves."""
     recorder = Recorder(("sd-bench",))
+    recorder.set_model(Model("model", "m", WEIGHTS, "ddim", settings.steps, 7.5, "x", 1, settings.sizes))
     plans = []
     for name, told in subjects.items():
         subject = Subject(name, name.upper(), "peer")
         recorder.set_subject(subject)
         words = (sys.executable, "-S", "-E", str(FAKE), name, str(folder / "order"), told)
         plans.append(SubjectPlan(subject, words, folder))
-    return Run("model", 1 << 20, 4, 8, tuple(plans), settings, recorder, Progress(quiet=True), folder)
+    return Run("model", WEIGHTS, 4, 8, tuple(plans), settings, recorder, Progress(quiet=True), folder)
 
 
 def finished(run: Run) -> Document:
@@ -110,13 +118,122 @@ def test_growth_covers_steps_sizes_and_batches(tmp_path: Path) -> None:
 def test_without_memory_for_all_each_group_holds_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure_warm, "fits", lambda *_: False)
+    free = {0: 2 << 30, 1: 2 << 30, 2: 1 << 30}  # by subjects that are loaded
+    live = watched(monkeypatch)
+    monkeypatch.setattr(measure_warm, "available_memory", lambda: free[len(live())])
     run = make_run(tmp_path, {"a": "@", "b": "@", "c": "@"}, replace(SETTINGS, blocks=("warm",), rounds=2))
     measure_warm.measure_warm(run)
     assert order(run, "draw") == "ababab" + "cacac"
     document = finished(run)
     rounds = {subject: document.select("image", subject=subject)[0].rounds for subject in "abc"}
     assert rounds == {"a": (0, 1, 2, 3), "b": (0, 1), "c": (2, 3)}
+    assert document.models[0].memory_shortage is None
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Worker]]:
+    """Tells which of the workers that were started from now on are alive."""
+    begun: list[Worker] = []
+    start = Run.start
+
+    def starting(run: Run, plan: SubjectPlan) -> Worker:
+        begun.append(start(run, plan))
+        return begun[-1]
+
+    monkeypatch.setattr(Run, "start", starting)
+    return lambda: [worker for worker in begun if worker.memory().get("VmRSS")]
+
+
+def too_short_for_two(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Memory for one subject alone; the list gets how many were alive at each probe of the noise."""
+    live, seen = watched(monkeypatch), list[int]()
+    monkeypatch.setattr(measure_warm, "available_memory", lambda: (2 << 30) - len(live()) * (1 << 30))
+    monkeypatch.setattr(Recorder, "probe", lambda _: seen.append(len(live())))
+    return seen
+
+
+def test_without_memory_for_two_each_is_held_alone_and_rounds_stay_interleaved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = too_short_for_two(monkeypatch)
+    run = make_run(tmp_path, {"a": "@", "b": "@"})
+    measure_warm.measure_warm(run)
+    assert alive == [0] * 6  # before each turn of 3 rounds
+    assert order(run, "load") == "a" + "ab" * 3
+    # To be warm, the main setting, other steps, and a warm-up before each of another size and another batch.
+    turns = ["a" * 7 + "b" * 7] * 2 + ["aabb"]
+    assert order(run, "draw") == "a" + "".join(turns)
+    assert order(run, "stage") == "aabb" * 2 + "ab"
+    document = finished(run)
+    for subject in "ab":
+        images = document.select("image", subject=subject)
+        assert [entry.rounds for entry in images] == [(0, 1, 2), (0, 1), (0, 1), (0, 1)]
+        assert document.select("memory", subject=subject)[0].rounds == (0,)
+    assert {(ratio.setting, ratio.pairs) for ratio in ratios(document, "image")} == {
+        (point.setting, point.rounds) for point in measure_warm.points(run)
+    }
+    short = document.models[0].memory_shortage
+    assert short is not None
+    assert (short.held, short.needed_bytes) == (1, measure_warm.needed(WEIGHTS))
+    assert 0 < short.free_bytes <= 1 << 30
+    (warning,) = [line for line in warnings(document) if line.startswith("model: memory did not suffice")]
+    assert "(1.0" in warning
+    assert "may need 1.08 GB), so they were measured one at a time" in warning
+    for report in (page(document), summary(document)):
+        assert "Subjects were held one at a time, for want of memory." in report
+        assert warning in report.replace("\\", "")
+
+
+@pytest.mark.parametrize("told", ["kill@load", "kill@stage", "refuse@stage", "refuse@draw"])
+def test_a_subject_that_fails_alone_leaves_the_others_their_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    too_short_for_two(monkeypatch)
+    run = make_run(tmp_path, {"a": "@", "bad": told, "c": "@"}, replace(SETTINGS, blocks=("warm",)))
+    measure_warm.measure_warm(run)
+    document = finished(run)
+    assert [entry.subject for entry in document.failures] == ["bad"]  # told once, not in every round
+    for subject in "ac":
+        assert document.select("image", subject=subject)[0].rounds == (0, 1, 2)
+        assert document.select("unet", subject=subject)[0].rounds[-1] == 2
+    kept = {"kill@stage": (0,), "refuse@stage": (0, 1, 2)}.get(told, ())
+    assert [entry.rounds for entry in document.select("image", subject="bad")] == [kept] * bool(kept)
+
+
+def test_alone_and_out_of_time_one_round_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    too_short_for_two(monkeypatch)
+    run = make_run(tmp_path, {"a": "@", "b": "@"})
+    run.deadline = 0.0
+    measure_warm.measure_warm(run)
+    assert {entry.rounds for entry in finished(run).select("image")} == {(0,)}
+
+
+def test_memory_that_may_not_do_for_one_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_warm, "available_memory", lambda: 1 << 29)
+    run = make_run(tmp_path, {"a": "@"}, replace(SETTINGS, blocks=("warm",)))
+    measure_warm.measure_warm(run)
+    document = finished(run)
+    assert document.select("image")[0].rounds == (0, 1, 2)
+    assert document.models[0].memory_shortage == MemoryShortage(0, 1 << 29, measure_warm.needed(WEIGHTS))
+    assert any(
+        "even for one subject (537 MB were free, it may need 1.08 GB)" in w for w in warnings(document)
+    )
+    assert "one at a time" not in page(document)
+
+
+def test_memory_that_does_not_hold_the_weights_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_warm, "available_memory", lambda: WEIGHTS - 1)
+    run = make_run(tmp_path, {"a": "@", "b": "@"})
+    measure_warm.measure_warm(run)
+    document = finished(run)
+    assert [(entry.subject, entry.stage) for entry in document.failures] == [
+        ("a", "loading"),
+        ("b", "loading"),
+    ]
+    assert "the weights alone take 0.0 GB" in document.failures[0].error
+    assert not document.measurements
+    assert not (tmp_path / "order").exists()  # none was started
 
 
 def test_mapped_pages_of_others_are_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
