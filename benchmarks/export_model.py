@@ -8,15 +8,30 @@ It prints the bundle's folder. A process of its own, so that PyTorch's memory is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Final
 
-from sdrt.kernels.cache import cache_folder
+from sdrt.kernels.cache import cache_folder, mark_used, remove_unused
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 from sdrt.runtime.manifest import MANIFEST_NAME
+
+# Of the runtime what says which inputs a graph has and what a manifest holds.
+RUNTIME_SOURCES: Final = (
+    "components.py",
+    "guidance_embedding.py",
+    "manifest.py",
+    "manifest_json.py",
+    "manifest_rules.py",
+    "schedule.py",
+)
+# Whose versions change the graphs that PyTorch's exporter and the passes give.
+LIBRARIES: Final = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_architecture = arguments.model in ARCHITECTURES
     try:
         checkpoint = (open_architecture if is_architecture else open_checkpoint)(arguments.model)
-        key = f"{fingerprint(checkpoint)} {' '.join(arguments.options)} {sdrt_export_key()}"
+        key = f"{fingerprint(checkpoint)} {' '.join(arguments.options)} {exporter_key()}"
     except SdrtError as error:
         say("sd-bench", str(error))
         return error.exit_status
@@ -42,20 +57,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = cache_folder("bench") / "bundles" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (out / MANIFEST_NAME).is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
+        remove_unused(out.parent)  # of other checkpoints, and of exporters that are no more
         source = ["--architecture", arguments.model, "--random-weights"]
         words = source if is_architecture else [arguments.model]
         if status := cli.main([*words, str(out), "--quiet", *arguments.options]):
             return status
+    mark_used(out)
     print(out)
     return 0
 
 
-def sdrt_export_key() -> str:
-    """Changes when a newer exporter would write another bundle."""
+def exporter_key() -> str:
+    """Changes when the exporter here would write another bundle: version, format, and `exporter_digest`."""
     from sdrt import __version__
     from sdrt.runtime.manifest import FORMAT_VERSION
 
-    return f"sdrt {__version__} format {FORMAT_VERSION}"
+    return f"sdrt {__version__} format {FORMAT_VERSION} exporter {exporter_digest(package_root())}"
+
+
+def package_root() -> Path:
+    """The folder that holds ``export`` and ``runtime``, in a checkout and installed."""
+    import sdrt.export
+
+    return Path(sdrt.export.__file__).resolve().parent.parent
+
+
+def exporter_digest(root: Path) -> str:
+    """SHA-256 of what decides a bundle beside the checkpoint: sources by their names, and library versions.
+
+    Args:
+        root: See `package_root`.
+    """
+    sources = [*(root / "export").rglob("*.py"), *(root / "export" / "data").rglob("*")]
+    sources += [root / "runtime" / name for name in RUNTIME_SOURCES]
+    digest = hashlib.sha256()
+    for file in sorted(file for file in sources if file.is_file() and "__pycache__" not in file.parts):
+        digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            digest.update(f"{name} {version(name)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def exported(model: str, options: Sequence[str]) -> Path:

@@ -17,13 +17,12 @@ import logging
 import os
 import platform
 import shutil
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.kernels.cache import cache_folder
+from sdrt.kernels.cache import cache_folder, mark_used, remove_unused
 from sdrt.runtime.executor_onnxruntime import open_session, quiet_options
 from sdrt.runtime.files import new_folder
 from sdrt.runtime.manifest import FileEntry
@@ -38,7 +37,6 @@ RECORD_NAME: Final = "record.json"
 ROOM: Final = 2.5
 SPARE_BYTES: Final = 1 << 30
 WORTH_TELLING: Final = 200_000_000  # bytes of weights, which take seconds
-UNUSED_SECONDS: Final = 30 * 24 * 3600.0  # after which a graph that nobody loaded is removed
 _SAVE: Final = {
     "session.optimized_model_external_initializers_file_name": WEIGHTS_NAME,
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
@@ -101,8 +99,7 @@ class PreparedGraph:
             session = open_session(self._ort, self.folder / GRAPH_NAME, options)
         except Exception:  # onnxruntime's exceptions share no base class
             return None
-        with contextlib.suppress(OSError):
-            os.utime(self.folder)
+        mark_used(self.folder)
         return session
 
     def make(self, model: Path) -> bool:
@@ -113,7 +110,7 @@ class PreparedGraph:
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            _remove_unused(self.folder.parent)
+            remove_unused(self.folder.parent)  # of bundles, versions and CPUs that are no more
             free = shutil.disk_usage(self.folder.parent).free
             if free < ROOM * self._source_bytes + SPARE_BYTES:
                 return False
@@ -178,11 +175,3 @@ def _flush(file: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove_unused(parent: Path) -> None:
-    """Graphs of bundles, versions and CPUs that are no more."""
-    for folder in parent.iterdir():
-        with contextlib.suppress(OSError):
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > UNUSED_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.benchmarks import measure, plan
+from sdrt.benchmarks import export_model, measure, plan
 from sdrt.benchmarks.bench_options import parser
 from sdrt.benchmarks.bench_run import SubjectPlan
 from sdrt.benchmarks.cli import main
 from sdrt.benchmarks.document import Subject, read
 from sdrt.benchmarks.plan import default_sizes, growth_steps, settings_for
+from sdrt.kernels.cache import UNUSED_SECONDS
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 
@@ -195,23 +197,70 @@ def test_render_writes_a_report_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "none.json cannot be read: No such file" in capsys.readouterr().err
 
 
-def test_an_export_is_made_once(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdrt.benchmarks import export_model
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The words of every export, which writes nothing but a manifest; the cache is empty."""
     from sdrt.export import cli
 
-    made: list[list[str]] = []
+    found: list[list[str]] = []
 
     def export(words: list[str]) -> int:
-        made.append(words)
+        found.append(words)
         Path(words[1]).mkdir(parents=True)
         (Path(words[1]) / "manifest.json").write_text("{}")
         return 0
 
     monkeypatch.setattr(cli, "main", export)
+    monkeypatch.setenv("SDRT_CACHE", str(tmp_path / "cache"))
+    return found
+
+
+def test_an_export_is_made_once(tiny_checkpoint: Path, made: list[list[str]]) -> None:
     for _ in range(2):
         assert export_model.main([str(tiny_checkpoint), "--batch", "1..2"]) == 0
     assert export_model.main([str(tiny_checkpoint), "--batch", "1..4"]) == 0
     assert [words[2:] for words in made] == [["--quiet", "--batch", "1..2"], ["--quiet", "--batch", "1..4"]]
+
+
+def test_another_exporter_exports_anew(
+    tiny_checkpoint: Path, made: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for digest in ("a", "a", "b"):
+        monkeypatch.setattr(export_model, "exporter_digest", lambda _, digest=digest: digest)
+        assert export_model.main([str(tiny_checkpoint)]) == 0
+    assert len({words[1] for words in made}) == len(made) == 2
+
+
+def test_exports_that_nobody_used_for_a_month_are_removed(
+    tiny_checkpoint: Path, made: list[list[str]]
+) -> None:
+    for batch in ("1", "2"):
+        assert export_model.main([str(tiny_checkpoint), "--batch", batch]) == 0
+    first, second = (Path(words[1]) for words in made)
+    for folder in (first, second):
+        long_ago = time.time() - UNUSED_SECONDS - 60
+        os.utime(folder, (long_ago, long_ago))
+    assert export_model.main([str(tiny_checkpoint), "--batch", "1"]) == 0  # which is a use
+    assert export_model.main([str(tiny_checkpoint), "--batch", "3"]) == 0
+    assert (first.is_dir(), second.exists(), len(made)) == (True, False, 3)
+
+
+@pytest.mark.parametrize("file", ["export/graph.py", "export/data/sd15/config.json", "runtime/components.py"])
+def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path, file: str) -> None:
+    root = export_model.package_root()
+    for part in ("export/graph.py", *(f"runtime/{name}" for name in export_model.RUNTIME_SOURCES)):
+        copy = tmp_path / part
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes((root / part).read_bytes())  # each is where the digest looks for it
+    before = export_model.exporter_digest(tmp_path)
+    (tmp_path / "export" / "__pycache__").mkdir()
+    (tmp_path / "export" / "__pycache__" / "graph.py").write_text("of no account")
+    (tmp_path / "runtime" / "pipeline.py").write_text("of no account")
+    assert export_model.exporter_digest(tmp_path) == before
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    with (tmp_path / file).open("a") as stream:
+        stream.write("# changed")
+    assert export_model.exporter_digest(tmp_path) != before
 
 
 def test_labels_cover_all_backends() -> None:

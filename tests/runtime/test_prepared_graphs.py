@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from sdrt.kernels.cache import UNUSED_SECONDS
 from sdrt.runtime import prepared_graphs, verified_files
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.cli import main
@@ -171,7 +172,7 @@ def test_one_that_nobody_loaded_for_long_is_removed(cache: Path, bundle: Bundle)
     old, fresh = cache / "old", cache / "fresh"
     for folder in (old, fresh):
         folder.mkdir(parents=True)
-    long_ago = time.time() - prepared_graphs.UNUSED_SECONDS - 60
+    long_ago = time.time() - UNUSED_SECONDS - 60
     os.utime(old, (long_ago, long_ago))
     unet(bundle, prepared=True)
     assert not old.exists()
