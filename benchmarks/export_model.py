@@ -2,7 +2,8 @@
 
     python -m sdrt.benchmarks.export_model MODEL --batch N --height MIN..MAX --width MIN..MAX
 
-It prints the bundle's folder. A process of its own, so that PyTorch's memory is gone when measuring begins.
+It prints the bundle's folder, and on standard error what ``sd-export`` does. A process of its own, so that
+PyTorch's memory is gone when measuring begins.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from sdrt.benchmarks.told_process import Tell, run_told
 from sdrt.kernels.cache import cache_folder, mark_used, remove_unused
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 from sdrt.runtime.manifest import MANIFEST_NAME
@@ -60,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         remove_unused(out.parent)  # of other checkpoints, and of exporters that are no more
         source = ["--architecture", arguments.model, "--random-weights"]
         words = source if is_architecture else [arguments.model]
-        if status := cli.main([*words, str(out), "--quiet", *arguments.options]):
+        with contextlib.redirect_stdout(sys.stderr):  # what it shows of its progress
+            status = cli.main([*words, str(out), *arguments.options])
+        if status:
             return status
     mark_used(out)
     print(out)
@@ -100,25 +103,26 @@ def exporter_digest(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def exported(model: str, options: Sequence[str]) -> Path:
+def exported(model: str, options: Sequence[str], tell: Tell = lambda _line, _seconds: None) -> Path:
     """The bundle of a checkpoint or an architecture, exported by a process of its own if need be.
 
     Args:
         model: A diffusers folder, a hub id, or the name of an architecture.
         options: Of ``sd-export``.
+        tell: Told what goes on: the last line of ``sd-export``, and the seconds since the start.
 
     Raises:
-        SdrtError: The export failed; with the exit status of ``sd-export``, which has said why.
+        SdrtError: The export failed; with the exit status of ``sd-export`` and its last line.
     """
-    words = [sys.executable, "-m", "sdrt.benchmarks.export_model", model, *options]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-    if done.returncode == EXIT_INTERRUPTED:
+    done = run_told([sys.executable, "-m", "sdrt.benchmarks.export_model", model, *options], tell)
+    if done.status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
-    if done.returncode:
-        failure = SdrtError(f"{model} was not exported")
-        failure.exit_status = done.returncode
+    if done.status:
+        reason = done.reason.removeprefix("sd-bench: ") or "it gave no reason"
+        failure = SdrtError(f"{model} was not exported: {reason}")
+        failure.exit_status = done.status
         raise failure
-    return Path(done.stdout.strip().splitlines()[-1])
+    return Path(done.output.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

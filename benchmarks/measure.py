@@ -54,7 +54,7 @@ def measure(
         tempfile.TemporaryDirectory(prefix="sd-bench-") as folder,
     ):
         check_peers(arguments)
-        models = [find_model(word, arguments, progress.note) for word in dict.fromkeys(words)]
+        models = [find_model(word, arguments, progress) for word in dict.fromkeys(words)]
         _check_models(models, arguments)
         recorder = Recorder(command, write)
         ends = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
@@ -93,7 +93,7 @@ def _prepare(
     for plan in plans:
         recorder.set_subject(plan.subject)  # ours first: the first one is what ratios compare
     recorder.save()  # a folder that cannot be written is found before the minutes of measuring
-    plans += peer_plans(model, arguments, recorder, progress.note)
+    plans += peer_plans(model, arguments, recorder, progress)
     if not plans:
         raise UsageError(f"there is nothing to measure {model.name} with: see --backends and --peers")
     for plan in plans:
@@ -121,7 +121,8 @@ def _reference(
     if "fidelity" not in settings.blocks or any(plan.name == REFERENCE for plan in plans):
         return None
     try:
-        return reference_plan(model)
+        progress.block(f"{model.name}: the reference's form of the model", 1)
+        return reference_plan(model, progress.ongoing)
     except SdrtError as error:
         progress.note(f"no reference: {error}")
         return None

@@ -17,6 +17,8 @@ from sdrt.benchmarks.document import Subject
 from sdrt.benchmarks.export_model import exported
 from sdrt.benchmarks.peers import WORKERS
 from sdrt.benchmarks.prepare_peer import prepared
+from sdrt.benchmarks.progress import Progress
+from sdrt.benchmarks.told_process import Tell
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executor_onnxruntime import usable_cores
@@ -51,13 +53,13 @@ class ModelPlan:
     checkpoint: str | None
 
 
-def find_model(word: str, arguments: argparse.Namespace, note: Note) -> ModelPlan:
+def find_model(word: str, arguments: argparse.Namespace, progress: Progress) -> ModelPlan:
     """Find a model, and export it if it is none of ours.
 
     Args:
         word: Of the command line.
         arguments: The rest of it.
-        note: Told what takes long.
+        progress: Told what takes long.
 
     Raises:
         UsageError: There is no such model, or it does not draw from a prompt alone.
@@ -80,8 +82,8 @@ def find_model(word: str, arguments: argparse.Namespace, note: Note) -> ModelPla
         )
     if arguments.checkpoint is not None:
         raise UsageError(f"--checkpoint goes with a bundle; {word} is exported from itself")
-    note(f"exporting {word}, unless that was done before")
-    bundle = Bundle.open(exported(word, _export_options(arguments)))
+    progress.block(f"exporting {word}", 1)
+    bundle = Bundle.open(exported(word, _export_options(arguments), progress.ongoing))
     return _checked(folder.resolve().name if folder.is_dir() else word, word, bundle, word)
 
 
@@ -224,8 +226,10 @@ def _installed_bytes(requirement: str, arguments: argparse.Namespace, note: Note
         return None
 
 
-def reference_plan(model: ModelPlan) -> SubjectPlan | None:
+def reference_plan(model: ModelPlan, tell: Tell) -> SubjectPlan | None:
     """diffusers of this interpreter, for fidelity; None where it or the checkpoint is not there.
+
+    ``tell`` is told what bringing the checkpoint into its form does, see `prepared`.
 
     Raises:
         SdrtError: The checkpoint cannot be brought into its form.
@@ -235,5 +239,5 @@ def reference_plan(model: ModelPlan) -> SubjectPlan | None:
         return None
     words = (sys.executable, str(WORKERS / "worker_diffusers.py"))
     return SubjectPlan(
-        Subject("diffusers", "diffusers", "peer"), words, prepared("diffusers", model.checkpoint)
+        Subject("diffusers", "diffusers", "peer"), words, prepared("diffusers", model.checkpoint, tell)
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 from sdrt.benchmarks import peers
 from sdrt.benchmarks.bench_options import AUTO, NONE, names
@@ -11,6 +10,7 @@ from sdrt.benchmarks.bench_run import SubjectPlan
 from sdrt.benchmarks.document import Subject
 from sdrt.benchmarks.plan import ModelPlan
 from sdrt.benchmarks.prepare_peer import prepared
+from sdrt.benchmarks.progress import Progress
 from sdrt.benchmarks.recorder import Recorder
 from sdrt.runtime.errors import BackendError, SdrtError, UsageError
 
@@ -39,7 +39,7 @@ def peer_plans(
     model: ModelPlan,
     arguments: argparse.Namespace,
     recorder: Recorder,
-    note: Callable[[str], None],
+    progress: Progress,
 ) -> list[SubjectPlan]:
     """Each peer with its form of the checkpoint, converted if need be; one without is a row of the report."""
     wanted = check_peers(arguments)
@@ -49,19 +49,21 @@ def peer_plans(
                 f"the peers {', '.join(wanted)} start from a checkpoint, and {model.source} is a bundle: "
                 "name what it was exported from with --checkpoint DIR, or give --peers none"
             )
-        note(f"no peers: they start from a checkpoint, and {model.source} is a bundle; see --checkpoint")
+        progress.note(
+            f"no peers: they start from a checkpoint, and {model.source} is a bundle; see --checkpoint"
+        )
         return []
     found = []
     for name in wanted:
         assert model.checkpoint is not None
         subject = Subject(name, peers.PEERS[name].label, "peer")
-        note(f"{name}: bringing the model into its form, unless that was done before")
+        progress.block(f"{name}: bringing the model into its form", 1)
         try:
-            folder = prepared(name, model.checkpoint)
+            folder = prepared(name, model.checkpoint, progress.ongoing)
         except SdrtError as error:
             recorder.set_subject(subject)
             recorder.fail(model.name, name, "converting the model", error)
-            note(f"{name}: the model was not converted: {error}")
+            progress.note(f"{name}: the model was not converted: {error}")
             continue
         found.append(
             SubjectPlan(

@@ -2,19 +2,18 @@
 
     python -m sdrt.benchmarks.prepare_peer PEER MODEL
 
-It prints one line of JSON: ``{"folder": …}`` or ``{"error": …}``.
+It prints one line of JSON, ``{"folder": …}`` or ``{"error": …}``, and on standard error what it does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdrt.benchmarks.last_line import last_line
+from sdrt.benchmarks.told_process import Tell, run_told
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 
 
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sdrt.benchmarks.peer_models import prepare
 
     try:
-        folder = prepare(arguments.peer, arguments.model)
+        folder = prepare(arguments.peer, arguments.model, lambda line: print(line, file=sys.stderr))
         answer = {"folder": str(folder)}
     except SdrtError as error:
         answer = {"error": str(error)}
@@ -37,20 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepared(peer: str, model: str) -> Path:
+def prepared(peer: str, model: str, tell: Tell = lambda _line, _seconds: None) -> Path:
     """A peer's form of a model, made if need be.
+
+    Args:
+        peer: A key of `sdrt.benchmarks.peers.PEERS`.
+        model: A diffusers folder, a hub id, or the name of an architecture.
+        tell: Told what goes on: the stage or the exporter's last line, and the seconds since the start.
 
     Raises:
         SdrtError: It cannot be made.
     """
-    words = [sys.executable, "-m", "sdrt.benchmarks.prepare_peer", peer, model]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode == EXIT_INTERRUPTED:
+    done = run_told([sys.executable, "-m", "sdrt.benchmarks.prepare_peer", peer, model], tell)
+    if done.status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
-    if done.returncode:
-        last = last_line(done.stderr, "it gave no reason")
-        raise SdrtError(f"exit status {done.returncode}: {last}")
-    answer = json.loads(done.stdout.splitlines()[-1])
+    if done.status:
+        raise SdrtError(f"exit status {done.status}: {done.reason or 'it gave no reason'}")
+    answer = json.loads(done.output.splitlines()[-1])
     if "error" in answer:
         raise SdrtError(answer["error"])
     return Path(answer["folder"])

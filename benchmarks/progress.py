@@ -13,6 +13,8 @@ from typing import Any, Final, Self
 from sdrt.runtime.command import say
 
 _LINE_SECONDS: Final = 5.0  # between two lines where there is no terminal
+_ONGOING_SECONDS: Final = 30.0  # likewise, of one thing that takes minutes
+_SHOWN: Final = 60  # characters of another program's line
 
 
 class Progress:
@@ -76,6 +78,24 @@ class Progress:
         elif not self._quiet and time.monotonic() - self._said >= _LINE_SECONDS:
             self._said = time.monotonic()
             say("sd-bench", f"{self._title}: {what}, {self._done} of {self._total}{self._left()}")
+
+    def ongoing(self, line: str, seconds: float) -> None:
+        """The block's one piece of work goes on, and nothing is being measured.
+
+        Args:
+            line: What was last said of it.
+            seconds: Since it began.
+        """
+        said = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
+        words = f"{self._title}, {duration(seconds)}{': ' * bool(said)}{said}"
+        if self._bar is not None:
+            from rich.markup import escape
+
+            self._bar.update(self._task, description=escape(words))
+            self._bar.refresh()
+        elif not self._quiet and time.monotonic() - self._said >= _ONGOING_SECONDS:
+            self._said = time.monotonic()
+            say("sd-bench", words)
 
     def advance(self) -> None:
         """One unit is done."""

@@ -219,7 +219,7 @@ def test_an_export_is_made_once(tiny_checkpoint: Path, made: list[list[str]]) ->
     for _ in range(2):
         assert export_model.main([str(tiny_checkpoint), "--batch", "1..2"]) == 0
     assert export_model.main([str(tiny_checkpoint), "--batch", "1..4"]) == 0
-    assert [words[2:] for words in made] == [["--quiet", "--batch", "1..2"], ["--quiet", "--batch", "1..4"]]
+    assert [words[2:] for words in made] == [["--batch", "1..2"], ["--batch", "1..4"]]
 
 
 def test_another_exporter_exports_anew(

@@ -168,9 +168,8 @@ def test_without_memory_for_two_each_is_held_alone_and_rounds_stay_interleaved(
         images = document.select("image", subject=subject)
         assert [entry.rounds for entry in images] == [(0, 1, 2), (0, 1), (0, 1), (0, 1)]
         assert document.select("memory", subject=subject)[0].rounds == (0,)
-    assert {(ratio.setting, ratio.pairs) for ratio in ratios(document, "image")} == {
-        (point.setting, point.rounds) for point in measure_warm.points(run)
-    }
+    pairs = {tuple(ratio.setting): ratio.pairs for ratio in ratios(document, "image")}
+    assert pairs == {tuple(point.setting): point.rounds for point in measure_warm.points(run)}
     short = document.models[0].memory_shortage
     assert short is not None
     assert (short.held, short.needed_bytes) == (1, measure_warm.needed(WEIGHTS))

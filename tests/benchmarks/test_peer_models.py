@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 from sdrt.benchmarks import peer_models
 from sdrt.benchmarks.peer_environments import COMPLETE, environment_folder
 from sdrt.benchmarks.peers import PEERS
+from sdrt.benchmarks.prepare_peer import prepared
 from sdrt.benchmarks.safetensors_file import write_float32
 from sdrt.export import architectures
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import EMBEDDED
-from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.errors import BackendError, SdrtError, UsageError
 
 CHECKPOINT = EMBEDDED.parent
 
@@ -130,6 +131,31 @@ def test_an_exporter_gets_the_classic_form_and_its_result_is_kept(tmp_path: Path
     (words,) = (tmp_path / "words").read_text().splitlines()
     assert "-m optimum.exporters.onnx --task text-to-image --model " in words
     assert "/diffusers-classic " in words
+
+
+def test_what_an_exporter_does_is_told_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(
+        "optimum-onnx",
+        "echo 'FutureWarning: old' >&2; printf 'step 1\\rstep 2'; sleep 1.5; for last; do :; done; "
+        'echo onnx > "$last/model"',
+    )
+    monkeypatch.setattr("sdrt.benchmarks.told_process.TICK_SECONDS", 0.2)
+    told: list[tuple[str, float]] = []
+    folder = prepared("optimum-onnx", str(CHECKPOINT), lambda line, seconds: told.append((line, seconds)))
+    assert (folder / "model").is_file()
+    lines = [line for line, _ in told]
+    assert any(line.startswith("making ") for line in lines)  # the stage
+    assert lines.count("optimum-onnx: step 1") + lines.count("optimum-onnx: step 2") > 4  # while it is silent
+    assert not any("FutureWarning" in line for line in lines)
+    seconds = [when for _, when in told]
+    assert seconds == sorted(seconds)
+
+
+def test_a_conversion_that_fails_in_its_own_process() -> None:
+    with pytest.raises(SdrtError, match="openvino-export, which makes models for openvino, is not installed"):
+        prepared("openvino", str(CHECKPOINT))
+    with pytest.raises(SdrtError, match="unknown peer 'x'"):
+        prepared("x", str(CHECKPOINT))
 
 
 def test_models_that_workers_cannot_draw_with_are_refused(inpainting_checkpoint: Path) -> None:

@@ -1,0 +1,76 @@
+"""Run a program that takes minutes, and tell meanwhile what it last said and how long it has run."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Final
+
+from sdrt.benchmarks.last_line import last_line
+
+Tell = Callable[[str, float], None]  # the last line, and seconds since the start
+TICK_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A program that has ended.
+
+    Attributes:
+        status: Its exit status.
+        output: Its standard output.
+        reason: The last line of its standard error; empty if there was none.
+    """
+
+    status: int
+    output: str
+    reason: str
+
+
+def run_told(words: Sequence[str], tell: Tell) -> Ended:
+    """Run a program to its end.
+
+    Args:
+        words: The command.
+        tell: Called for each line of its standard error but warnings, and every second. A carriage return
+            ends a line, too: progress bars are drawn so.
+    """
+    began, said, shown = time.monotonic(), "", ""
+    with (
+        tempfile.TemporaryFile() as output,
+        subprocess.Popen(words, stdout=output, stderr=subprocess.PIPE) as process,
+    ):
+        assert process.stderr is not None
+        try:
+            for line in _lines(process.stderr):
+                said = line or said
+                shown = line if line and "warning" not in line.lower() else shown
+                tell(shown, time.monotonic() - began)
+        except BaseException:
+            process.kill()
+            raise
+        status = process.wait()
+        output.seek(0)
+        return Ended(status, output.read().decode(errors="replace"), said)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[str]:
+    """The last line of whatever came at once; an empty one where nothing came for `TICK_SECONDS`."""
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    rest = b""
+    while True:
+        if not poll.poll(1000 * TICK_SECONDS):
+            yield ""
+            continue
+        chunk = os.read(stream.fileno(), 1 << 16)
+        *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
+        if line := last_line(b"\n".join(lines if chunk else [rest]).decode(errors="replace")):
+            yield " ".join(line.split())
+        if not chunk:
+            return
