@@ -56,16 +56,21 @@ def attainable(ceilings: Ceilings, intensity: float) -> float:
 
 
 def shares(document: Document, model: str | None = None) -> list[Share]:
-    """Of every network that was timed and whose work was counted at that setting; none without ceilings.
+    """Of every network that was timed on the processor and whose work was counted at that setting.
 
+    None without ceilings, and none of a subject on a GPU, whose limits are not measured.
     Work is counted of what the quantity times: one call on all pictures, both halves where it is guided.
     """
     if document.ceilings is None or not (document.ceilings.flop_per_s and document.ceilings.bytes_per_s):
         return []
+    elsewhere = {subject.name for subject in document.subjects if subject.device != "cpu"}
     return [
         _share(document.ceilings, entry, work)
         for entry in document.measurements
-        if entry.quantity in NETWORKS and entry.values and model in (None, entry.model)
+        if entry.subject not in elsewhere
+        and entry.quantity in NETWORKS
+        and entry.values
+        and model in (None, entry.model)
         for work in [_work_of(document, entry)]
         if work is not None
         and work.flop
@@ -113,6 +118,7 @@ def warnings(document: Document) -> list[str]:
     return [
         *_course(document),
         *_memory(document),
+        *_devices(document),
         *_noise(document),
         *_rounds(document),
         *_impossible(document),
@@ -146,6 +152,22 @@ def _memory(document: Document) -> Iterator[str]:
             )
 
 
+def _devices(document: Document) -> Iterator[str]:
+    labels: dict[str, list[str]] = {"cpu": [], "cuda": []}
+    for subject in document.subjects:
+        labels[subject.device].append(subject.label)
+    if labels["cuda"]:
+        yield (
+            f"The limits of the GPU are not measured: there are no shares of {', '.join(labels['cuda'])}. "
+            "`make gpu` measures them."
+        )
+    if labels["cuda"] and labels["cpu"]:
+        yield (
+            f"{', '.join(labels['cuda'])} ran on the GPU and {', '.join(labels['cpu'])} on the processor: "
+            "ratios between them compare two devices."
+        )
+
+
 def _noise(document: Document) -> Iterator[str]:
     """The slowest tenth of the probe beyond `PROBE_SPREAD`, the load beyond `LOAD_PER_CORE`."""
     probe = document.noise.probe_seconds
@@ -158,7 +180,7 @@ def _noise(document: Document) -> Iterator[str]:
                 "pair, before the times."
             )
     elif document.measurements:
-        yield "The noise of the machine was not measured."
+        yield f"The noise of the machine was {'measured only once' if probe else 'not measured'}."
     load, cores = max(document.noise.load_average, default=0.0), document.machine.cores
     if load > LOAD_PER_CORE * cores:
         yield (

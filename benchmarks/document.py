@@ -41,6 +41,7 @@ QUANTITIES: Final[dict[str, tuple[str, str]]] = {
     "vae_encoder": ("s", "pixels to latents"),
     "memory": ("B", "memory held after drawing (VmRSS, mapped files included)"),
     "peak_memory": ("B", "most memory the process held (VmHWM, mapped files included)"),
+    "gpu_memory": ("B", "GPU memory held after drawing (free memory before less after)"),
     # Fidelity to the fp32 reference, PyTorch's.
     "psnr": ("dB", "peak signal-to-noise ratio of the picture; null where the pictures are equal"),
     "latent_error": ("1", "norm of the final latents' difference over the norm of the reference's"),
@@ -83,7 +84,7 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the machine can do at most, measured in the same run.
+    """What the machine's processor can do at most, measured in the same run; a GPU's limits are not measured.
 
     Attributes:
         flop_per_s: fp32 matrix product; a multiply-add counts as 2.
@@ -106,6 +107,7 @@ class Subject:
         kind: ``backend`` of ours, or ``peer``.
         versions: Of the packages that matter.
         notes: What differs from the others, a sentence each.
+        device: What its networks run on: ``cpu`` or ``cuda``.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Subject:
     kind: str
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from sdrt.benchmarks.gpu_memory import free_gpu_memory
 from sdrt.runtime.errors import SdrtError
 from sdrt.runtime.files import write_atomically
 
@@ -82,7 +83,7 @@ def facts(_arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gpu": gpu.name,
         "compute_capability": ".".join(str(number) for number in gpu.capability),
-        "memory_free_bytes": _free_memory(),
+        "memory_free_bytes": free_gpu_memory(),
         "python": platform.python_version(),
         "versions": {},
     }
@@ -192,23 +193,14 @@ def memory(arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
     (backend,) = arguments.backends
 
     def measure(name: str) -> dict[str, float]:
-        before = _free_memory()
+        before = free_gpu_memory()
         with Pipeline.load(
             Bundle.open(arguments.bundle, verify=False), backend=name, verify=False
         ) as pipeline:
             pipeline("warm", num_inference_steps=2, seed=0)
-            return {"bytes": float(before - _free_memory())}
+            return {"bytes": float(before - free_gpu_memory())}
 
     return {backend: _each(measure, backend)}
-
-
-def _free_memory() -> int:
-    """Free bytes as nvidia-smi sees them: asking through CUDA would make a context of its own."""
-    import subprocess
-
-    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    return int(lines[0]) * 2**20
 
 
 def _each(measure: Callable[[str], dict[str, float]], backend: str) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _prepare(
 ) -> Run:
     manifest = model.bundle.manifest
     settings = settings_for(manifest, arguments, progress.note)
-    plans = backend_plans(model, arguments, progress.note)
+    plans = backend_plans(model, arguments, settings, progress)
     for plan in plans:
         recorder.set_subject(plan.subject)  # ours first: the first one is what ratios compare
     recorder.save()  # a folder that cannot be written is found before the minutes of measuring
@@ -167,7 +167,7 @@ def _measure_limits(run: Run, model: ModelPlan) -> None:
         run.progress.note(f"operations were not counted: {error}")
     else:
         recorder.set_model(_model_entry(model, settings, run.weights_bytes, tuple(work)))
-    if recorder.ceilings is None:
+    if recorder.ceilings is None and any(plan.subject.device == "cpu" for plan in run.plans):
         try:
             recorder.ceilings = measured_ceilings(settings.threads, quick=settings.quick)
         except SdrtError as error:

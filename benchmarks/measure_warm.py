@@ -16,11 +16,12 @@ from typing import Final
 
 from sdrt.benchmarks.bench_run import Run, SubjectPlan, WorkerErrors
 from sdrt.benchmarks.document import MemoryShortage
+from sdrt.benchmarks.gpu_memory import free_gpu_memory
 from sdrt.benchmarks.measure_fidelity import drawing_files
 from sdrt.benchmarks.process_memory import available_memory
 from sdrt.benchmarks.recorder import Setting
 from sdrt.benchmarks.worker_process import RefusedError, Worker, WorkerError
-from sdrt.runtime.errors import SdrtError
+from sdrt.runtime.errors import BackendError, SdrtError
 
 STAGE_SECONDS: Final = 0.1  # a stage that is shorter is timed several times in a round
 MAX_REPEATS: Final = 5
@@ -94,16 +95,18 @@ def measure_warm(run: Run) -> None:
 
 
 def _that_can_be_tried(run: Run) -> list[SubjectPlan]:
-    """The usable subjects; none, and a row for each, where the free memory does not even hold the weights."""
+    """The usable subjects; without free memory for the weights alone, those on the CPU become rows."""
     plans, free = run.usable(), available_memory()
     if free >= needed(run.weights_bytes):
         return plans
+    # A GPU's weights are in its own memory, for the most part.
+    on_cpu = [plan for plan in plans if plan.subject.device == "cpu"]
     facts = f"{in_gb(free)} of memory are free, and the weights alone take {in_gb(run.weights_bytes)} in fp32"
     if free < run.weights_bytes:
-        for plan in plans:
+        for plan in on_cpu:
             run.fail(plan, "loading", SdrtError(f"{facts}: it would read them from the disk in every step"))
             run.broken.add(plan.name)
-        return []
+        return run.usable()
     run.progress.note(f"memory may be too short even for one subject: {facts}")
     run.recorder.set_shortage(run.model, MemoryShortage(0, free, needed(run.weights_bytes)))
     return plans
@@ -165,6 +168,7 @@ def _load(run: Run, plan: SubjectPlan, stack: contextlib.ExitStack, *, again: bo
     run.progress.block(f"{run.model}: loading", 1)
     run.progress.working(plan.name)
     stage = "loading"
+    before = None if again else _free_on_gpu(run, plan)
     try:
         worker = run.start(plan)
         stack.callback(worker.kill)
@@ -184,8 +188,22 @@ def _load(run: Run, plan: SubjectPlan, stack: contextlib.ExitStack, *, again: bo
         memory = worker.memory()
         run.add(plan, "memory", setting, [memory["VmRSS"]], 0)
         run.add(plan, "peak_memory", setting, [memory["VmHWM"]], 0)
+        after = None if before is None else _free_on_gpu(run, plan)
+        if before is not None and after is not None:
+            run.add(plan, "gpu_memory", setting, [max(before - after, 0)], 0)
     worker.pause()
     return Live(plan, worker, tuple(loaded["stages"]))
+
+
+def _free_on_gpu(run: Run, plan: SubjectPlan) -> int | None:
+    """Free bytes of the GPU, for a subject that runs there; None for others, and where nobody knows."""
+    if plan.subject.device != "cuda" or "warm" not in run.settings.blocks:
+        return None
+    try:
+        return free_gpu_memory()
+    except BackendError as error:
+        run.fail(plan, "gpu_memory", error)
+        return None
 
 
 def _measure_alone(run: Run, first: Live, waiting: Sequence[SubjectPlan], free: int) -> None:

@@ -178,39 +178,68 @@ def _admitted(batches: tuple[int, ...], limits: Limits, note: Note) -> tuple[int
     return tuple(batch for batch in batches if batch not in left_out)
 
 
-def backend_plans(model: ModelPlan, arguments: argparse.Namespace, note: Note) -> list[SubjectPlan]:
-    """sdrt on each backend that was asked for.
+def backend_plans(
+    model: ModelPlan, arguments: argparse.Namespace, settings: Settings, progress: Progress
+) -> list[SubjectPlan]:
+    """sdrt on each backend that was asked for; engines that a named one lacks are built.
 
     Raises:
         UsageError: No backend of that name.
         BackendError: One that was named cannot run here.
+        SdrtError: Its engines cannot be built.
     """
-    from sdrt.runtime.backends import BACKENDS, RequestShape, choose_backend
+    from sdrt.runtime.backends import BACKENDS
 
     if arguments.backends == NONE:
         return []
     automatic = arguments.backends == AUTO
-    height, width = (arguments.sizes or default_sizes(model.bundle.manifest, quick=True))[0]
     found = []
     for name in tuple(BACKENDS) if automatic else names(arguments.backends):
         try:
-            choose_backend(model.bundle, name, RequestShape(1, height, width))
+            bundle = _runnable(model.bundle, name, settings, progress, builds=not automatic)
         except BackendError as error:
             if not automatic:
                 raise
-            note(f"{name} is left out: {str(error).partition('; ')[0]}")
+            progress.note(f"{name} is left out: {str(error).partition('; ')[0]}")
             continue
         words = (sys.executable, str(WORKERS / "worker_sdrt.py"), "--backend", name)
         label, requirement = LABELS[name]
         found.append(
             SubjectPlan(
-                Subject(name, label, "backend"),
+                Subject(name, label, "backend", device="cuda" if BACKENDS[name].needs_gpu else "cpu"),
                 words,
-                model.bundle.path.resolve(),
-                installed_bytes=_installed_bytes(requirement, arguments, note),
+                bundle.path.resolve(),
+                installed_bytes=_installed_bytes(requirement, arguments, progress.note),
             )
         )
     return found
+
+
+def _runnable(bundle: Bundle, name: str, settings: Settings, progress: Progress, *, builds: bool) -> Bundle:
+    """The bundle, or a copy of it with the engines that a backend needs and the bundle has not.
+
+    Raises:
+        BackendError: The backend cannot run it here.
+        SdrtError: The engines cannot be built.
+    """
+    from sdrt.benchmarks.engine_models import with_engines
+    from sdrt.runtime import backends
+
+    shape = backends.RequestShape(1, *settings.sizes[0])
+    try:
+        backends.choose_backend(bundle, name, shape)
+    except BackendError as error:
+        if not builds or not backends.BACKENDS[name].needs_gpu:
+            raise
+        try:
+            gpu = backends.find_gpu()
+        except BackendError:
+            raise error from None
+        progress.block(f"{name}: engines, built unless they are there", 1)
+        copy = with_engines(bundle, name, gpu, settings.sizes, settings.batches, progress.ongoing)
+        backends.choose_backend(copy, name, shape)
+        return copy
+    return bundle
 
 
 def _installed_bytes(requirement: str, arguments: argparse.Namespace, note: Note) -> int | None:

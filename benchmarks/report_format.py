@@ -41,6 +41,7 @@ TITLES: Final = {
     "vae_encoder": "VAE encoder",
     "memory": "Memory, warm",
     "peak_memory": "Peak memory, warm",
+    "gpu_memory": "GPU memory, warm",
     "psnr": "PSNR",
     "latent_error": "Latent error",
     "host": "host, between",

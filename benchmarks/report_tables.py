@@ -179,8 +179,9 @@ def overview(document: Document, model: Model) -> Table:
 def memory(document: Document, model: Model) -> Table:
     """Memory in all its measures, and beside the weights."""
     names = subjects_of(document, model)
-    measures = ("cold_peak_memory", "cold_peak_anonymous", "peak_memory", "memory")
+    measures = ("cold_peak_memory", "cold_peak_anonymous", "peak_memory", "memory", "gpu_memory")
     columns = [column for name in measures for column in _plain(document, model, name, names)]
+    any_on_gpu = bool(_medians(document, model, "gpu_memory", names))
     peak = _medians(document, model, "cold_peak_memory", names)
     if peak and model.weights_bytes:
         beside = {name: factor_text(value / model.weights_bytes) for name, value in peak.items()}
@@ -188,7 +189,9 @@ def memory(document: Document, model: Model) -> Table:
     return Table(
         "Memory",
         "Peaks count mapped files, too; “its own” leaves out what the system can drop and read again. "
-        "The weights are counted in fp32.",
+        "The weights are counted in fp32."
+        + " GPU memory is what nvidia-smi counts beside it, the CUDA context included."
+        * any_on_gpu,
         ("Subject", *(heading for heading, _ in columns)),
         _measured_rows(document, names, columns),
     )

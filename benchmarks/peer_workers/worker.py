@@ -69,7 +69,8 @@ class Drawn:
 
     Attributes:
         pixels: uint8 [N, H, W, 3], or a function that gives them, called after the clock has stopped.
-        step_ends: When each step ended, by ``time.perf_counter``; empty where that cannot be seen.
+        step_ends: When each step ended, by ``time.perf_counter``; empty where that cannot be seen. A subject
+            that knows the mean of a step alone gives 0 and that.
         final_latents: float32 [N, 4, h, w] as the U-Net's space has them, or a function that gives them;
             None where the subject does not show them.
         why: The reason for that.

