@@ -43,7 +43,7 @@ run: $(STAMP)
 	echo "export $$((exported - start)) s, drawing $$((drawn - exported)) s: look at $(CURDIR)/out/picture.png"
 
 test: check
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(BIN)/pytest -m "not gpu and not slow and not peers"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

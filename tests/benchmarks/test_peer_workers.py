@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from worker_child import WORKERS, Child, child, drawing
 
-import sdrt.benchmarks.peer_workers
 from sdrt.benchmarks.measure_fidelity import psnr
 from sdrt.runtime.bundle import EMBEDDED
 from tolerances import EMBEDDED_PSNR_DB
 
 CHECKPOINT = EMBEDDED.parent
-WORKERS = Path(sdrt.benchmarks.peer_workers.__file__).parent
 
 FAKE = """
 import os, sys, time
@@ -63,54 +58,6 @@ sys.exit(serve(Fake()))
 """
 
 
-class Child:
-    """A worker and the pipes to it."""
-
-    def __init__(self, command: list[str | Path], log: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        self.log = log
-        with log.open("w") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, *command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stream,
-                env=environment,
-                text=True,
-            )
-        self.started = self.read()
-
-    def read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the worker ended: {self.log.read_text()}"
-        return dict(json.loads(line))
-
-    def send(self, line: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self.read()
-
-    def __call__(self, op: str, **fields: Any) -> dict[str, Any]:
-        return self.send(json.dumps({"op": op, **{key: _plain(value) for key, value in fields.items()}}))
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-@contextlib.contextmanager
-def child(command: list[str | Path], log: Path) -> Iterator[Child]:
-    """A worker that is gone at the end."""
-    running = Child(command, log)
-    try:
-        yield running
-    finally:
-        running.process.kill()
-        running.process.wait()
-
-
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[Child]:
     """A worker of the made-up subject."""
@@ -118,22 +65,6 @@ def fake(tmp_path: Path) -> Iterator[Child]:
     peer.write_text(f"import sys\nsys.path.insert(0, {str(WORKERS)!r})\n" + textwrap.dedent(FAKE))
     with child([peer], tmp_path / "log") as running:
         yield running
-
-
-def drawing(folder: Path, images: int = 1, side: int = 8, **changes: Any) -> dict[str, Any]:
-    """The fields of a request to draw; the latents are saved in ``folder``."""
-    np.save(folder / "latents.npy", np.zeros((images, 4, side, side), np.float32))
-    request = {
-        "prompt": "x",
-        "latents": str(folder / "latents.npy"),
-        "seed": 7,
-        "steps": 3,
-        "guidance_scale": 7.5,
-        "sampler": "ddim",
-        "height": side,
-        "width": side,
-    }
-    return {**request, **changes}
 
 
 def test_a_worker_says_that_it_started_then_loads_draws_and_closes(fake: Child, tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""torch as far as the workers of diffusers' pipelines know it; importing the real one takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fake_record import note
+
+
+class Tensor:
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def numpy(self) -> Any:
+        return self.data
+
+
+def from_numpy(array: Any) -> Tensor:
+    return Tensor(array)
+
+
+def tensor(value: int) -> Tensor:
+    return Tensor(value)
+
+
+def set_num_threads(threads: int) -> None:
+    note("set_num_threads", threads=threads)
+
+
+def no_grad() -> Callable[[Callable[[], object]], Callable[[], object]]:
+    return lambda run: run
