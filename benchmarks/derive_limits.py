@@ -171,21 +171,23 @@ def _devices(document: Document) -> Iterator[str]:
 def _noise(document: Document) -> Iterator[str]:
     """The slowest tenth of the probe beyond `PROBE_SPREAD`, the load beyond `LOAD_PER_CORE`."""
     probe = document.noise.probe_seconds
+    load, cores = max(document.noise.load_average, default=0.0), document.machine.cores
+    busy = load > LOAD_PER_CORE * cores
     if len(probe) > 1 and percentile(probe, 50) > 0:
         spread = percentile(probe, 90) / percentile(probe, 50)
         if spread > PROBE_SPREAD:
+            advice = "" if busy else " Trust the ratios, taken pair by pair, before the times."
             yield (
                 f"The machine was noisy: a fixed piece of work took {spread:.2f} times its median in its "
-                f"slowest tenth (more than {PROBE_SPREAD:.2f} is noisy). Trust the ratios, taken pair by "
-                "pair, before the times."
+                f"slowest tenth (more than {PROBE_SPREAD:.2f} is noisy).{advice}"
             )
     elif document.measurements:
         yield f"The noise of the machine was {'measured only once' if probe else 'not measured'}."
-    load, cores = max(document.noise.load_average, default=0.0), document.machine.cores
-    if load > LOAD_PER_CORE * cores:
+    if busy:
         yield (
             f"Something else was running: the load average reached {load:.1f} on {_count(cores, 'core')} "
-            f"(more than {LOAD_PER_CORE * cores:.1f} is suspicious)."
+            f"(more than {LOAD_PER_CORE * cores:.1f} is suspicious). Threads that wait for each other lose "
+            "more than their share then, some libraries' more than others': not even the ratios hold."
         )
 
 

@@ -127,7 +127,7 @@ def settings_for(manifest: Manifest, arguments: argparse.Namespace, note: Note) 
     """
     quick, defaults = arguments.quick, manifest.defaults
     steps = arguments.steps or (2 if quick else defaults.num_inference_steps)
-    sizes = arguments.sizes or default_sizes(manifest, quick=quick)
+    sizes = arguments.sizes or default_sizes(manifest, quick=quick or "growth" not in arguments.only)
     for height, width in sizes:
         if not (manifest.limits.height.admits(height) and manifest.limits.width.admits(width)):
             raise UsageError(

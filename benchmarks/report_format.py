@@ -137,6 +137,11 @@ def psnr_text(value: float | None) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "equal"
 
 
+def time_text(moment: str) -> str:
+    """``2026-11-26 17:37:55 UTC`` of a moment in UTC as ISO 8601 writes it."""
+    return moment.replace("T", " ").replace("+00:00", " UTC").replace("Z", " UTC")
+
+
 def held_words(model: Model) -> str:
     """A sentence where only one subject was held at a time, after a blank; the warnings have the reason."""
     short = model.memory_shortage

@@ -11,7 +11,7 @@ from typing import Final
 from sdrt.benchmarks.derive import main_setting, typical
 from sdrt.benchmarks.derive_limits import warnings
 from sdrt.benchmarks.document import QUANTITIES, Document, Model
-from sdrt.benchmarks.report_format import factor_text, held_words, one, setting_text, title
+from sdrt.benchmarks.report_format import factor_text, held_words, one, setting_text, time_text, title
 from sdrt.benchmarks.report_plots import (
     bars,
     curves,
@@ -69,7 +69,7 @@ def _header(document: Document) -> Iterator[str]:
     peers = sum(subject.kind == "peer" for subject in document.subjects)
     heading = f"sdrt beside {peers} peer{'s' * (peers != 1)}" if peers else "sdrt, measured"
     same = "The same checkpoint, latents, sampler, steps and threads for all, measured in turns."
-    when = document.created.replace("T", " ").replace("Z", " UTC")
+    when = time_text(document.created)
     yield (
         f'<header><p class="over">sd-bench · {escape(when)}</p>'
         f"<h1>{heading}</h1>"
@@ -171,7 +171,12 @@ def _figure(made: Made) -> str:
 def _bars(document: Document, model: Model) -> Iterator[Made]:
     for cold, heading, reading in (
         (True, title("cold_total"), "From a fresh process to the first picture on disk: shorter is better."),
-        (False, "Warm image", "A whole call in a process that has drawn before: shorter is better."),
+        (
+            False,
+            "Warm image",
+            "A whole call in a process that has drawn before: shorter is better. Stages are timed "
+            "apart; where they add up to more than the call, they are drawn narrower.",
+        ),
     ):
         names = part_names(document, model, cold=cold)
         legend = _swatches("Parts, from the left", names)

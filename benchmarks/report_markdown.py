@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from sdrt.benchmarks.derive_limits import warnings
 from sdrt.benchmarks.document import Document, Model
-from sdrt.benchmarks.report_format import held_words, one
+from sdrt.benchmarks.report_format import held_words, one, time_text
 from sdrt.benchmarks.report_tables import PER_MODEL, Table, failures, overview, subjects
 
 
@@ -25,7 +25,7 @@ def summary(document: Document) -> str:
 
 
 def _head(document: Document) -> Iterator[str]:
-    yield f"{document.created}, sdrt {_escape(document.sdrt)}. The command:"
+    yield f"{time_text(document.created)}, sdrt {_escape(document.sdrt)}. The command:"
     command = shlex.join(document.command)
     fence = "`" * max(3, 1 + max((len(run) for run in _runs(command)), default=0))
     yield f"{fence}sh\n{command}\n{fence}"

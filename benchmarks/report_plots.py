@@ -74,12 +74,17 @@ def bars(document: Document, model: Model, *, cold: bool) -> str | None:
     found = [entry for entry in found if entry[3]]
     if not found:
         return None
-    longest = max(_sum(parts) for *_, parts in found)
-    unit = scale((_sum(parts) for *_, parts in found), "s")
+    quantity = "cold_total" if cold else "image"
+    setting = main_setting(document, model, quantity)
+    # Medians of parts that were measured apart may add up to more than the median of the whole.
+    wholes = [
+        typical(document, model.name, name, quantity, setting) or _sum(parts) for _, name, _, parts in found
+    ]
+    unit, longest = scale(wholes, "s"), max(wholes)
     rows: list[str] = []
-    for number, (index, _, label, parts) in enumerate(found):
-        rows.extend(_row_head(index, label, unit.full(_sum(parts)), ROW * number))
-        rows.extend(_segments(parts, ROW * number + 20, WIDTH / longest))
+    for number, ((index, _, label, parts), whole) in enumerate(zip(found, wholes, strict=True)):
+        rows.extend(_row_head(index, label, unit.full(whole), ROW * number))
+        rows.extend(_segments(parts, ROW * number + 20, WIDTH / longest * whole / max(whole, _sum(parts))))
     what = "parts of a cold start" if cold else "stages of a warm image"
     return drawing(f"{model.name}: {what}, stacked bars", ROW * len(found) - 8, rows)
 

@@ -165,12 +165,14 @@ def overview(document: Document, model: Model) -> Table:
         *_plain(document, model, "installed_size", names),
     ]
     first = document.subjects[0].label if document.subjects else "ours"
+    shown = " ".join(heading for heading, _ in columns)
+    cold = "; a cold start is a fresh process to the first picture on disk" * ("Cold start" in shown)
+    faithful = " PSNR and latent error are against PyTorch in fp32." * ("PSNR" in shown)
     return Table(
         "Summary",
-        "Medians; a cold start is a fresh process to the first picture on disk. "
+        f"Medians{cold}. "
         f"“ours ÷ it” is {first} over the row's subject, paired within each round: the median and, "
-        "in brackets, the middle half of the rounds; below 1, ours needs less. PSNR and latent error are "
-        "against PyTorch in fp32.",
+        f"in brackets, the middle half of the rounds; below 1, ours needs less.{faithful}",
         ("Subject", *(heading for heading, _ in columns or [("Result", {})])),
         _rows(document, model, names, columns),
     )
@@ -186,12 +188,11 @@ def memory(document: Document, model: Model) -> Table:
     if peak and model.weights_bytes:
         beside = {name: factor_text(value / model.weights_bytes) for name, value in peak.items()}
         columns.append(("Peak ÷ weights", beside))
+    own = "; “its own” leaves out what the system can drop. The weights are counted in fp32" * bool(peak)
     return Table(
         "Memory",
-        "Peaks count mapped files, too; “its own” leaves out what the system can drop and read again. "
-        "The weights are counted in fp32."
-        + " GPU memory is what nvidia-smi counts beside it, the CUDA context included."
-        * any_on_gpu,
+        f"Peaks count mapped files, too{own}."
+        + " GPU memory is what nvidia-smi counts beside it, the CUDA context included." * any_on_gpu,
         ("Subject", *(heading for heading, _ in columns)),
         _measured_rows(document, names, columns),
     )
@@ -241,7 +242,8 @@ def percentiles(document: Document, model: Model, *, every: bool = False) -> Tab
             spread = distribution(numbers(entry))
             unit = scale((spread.p50,), "s")
             cells = (unit.full(value) for value in (spread.p50, spread.p90, spread.p99, spread.mean))
-            head = f"{title(quantity)}, {setting_text(setting_of(entry))}"
+            others = ("batch",) if quantity in NETWORKS else ("batch", "steps")
+            head = f"{title(quantity)}, {setting_text(setting_of(entry), others)}"
             rows.append(Row(head, (label(document, entry.subject), *cells, str(spread.count))))
     return Table(
         "Times under every setting" if every else "Times under the main setting",

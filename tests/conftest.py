@@ -34,6 +34,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What is compiled and measured on the way is not left in the user's own cache.
+_USER_CACHE = os.environ.get("SDRT_CACHE")
 _CACHE = tempfile.TemporaryDirectory(prefix="sdrt-tests-")
 os.environ["SDRT_CACHE"] = _CACHE.name
 
@@ -96,6 +97,15 @@ def write_tiny_checkpoint(folder: Path) -> None:
     write_tokenizer_folder(folder / "tokenizer", TINY_MERGES)
     index = {"_class_name": "StableDiffusionPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+@pytest.fixture
+def user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own cache, which holds what takes minutes to install."""
+    if _USER_CACHE is None:
+        monkeypatch.delenv("SDRT_CACHE")
+    else:
+        monkeypatch.setenv("SDRT_CACHE", _USER_CACHE)
 
 
 @pytest.fixture(scope="session")

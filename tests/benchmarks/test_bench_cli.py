@@ -105,6 +105,13 @@ def test_the_settings_of_the_embedded_model() -> None:
     assert said == ["batch 16 is left out: the bundle draws up to 8 pictures at once"]
 
 
+def test_sizes_that_nothing_grows_with_are_left_out() -> None:
+    manifest = Bundle.open().manifest
+    assert settings_for(manifest, options("--only", "warm"), lambda _: None).sizes == ((64, 64),)
+    given = options("--only", "warm", "--sizes", "96,128")
+    assert settings_for(manifest, given, lambda _: None).sizes == ((96, 96), (128, 128))
+
+
 def test_few_steps_grow_from_two() -> None:
     assert growth_steps(2) == (2, 4)
     assert growth_steps(4) == (2, 4, 8)

@@ -184,6 +184,22 @@ def test_each_doubt_is_told_and_a_good_run_has_none() -> None:
     assert "on 1 core " in warnings(replace(good, machine=one_core))[0]
 
 
+def test_beside_other_programs_not_even_ratios_are_recommended() -> None:
+    """Thread pools that spin suffer in very different degrees: a ratio was seen to be off by 40 times."""
+    noisy = a_document(measured("image", [1.0] * 5), noise=Noise((0.05,) * 8 + (0.06,) * 2, (1.0,)))
+    busy = replace(noisy, noise=replace(noisy.noise, load_average=(4.7,)))
+    assert "Trust the ratios" in " ".join(warnings(noisy))
+    assert "Trust the ratios" not in " ".join(warnings(busy))
+    assert "not even the ratios hold" in " ".join(warnings(busy))
+
+
+def test_noise_that_was_seen_once_is_told_from_none() -> None:
+    entry = measured("image", [1.0] * 5)
+    assert warnings(a_document(entry, noise=Noise((0.05,)))) == [
+        "The noise of the machine was measured only once."
+    ]
+
+
 def test_the_example_has_figures_of_every_kind() -> None:
     example = document()
     assert len({ratio.quantity for ratio in ratios(example)}) >= 18

@@ -12,7 +12,7 @@ from sdrt.benchmarks.document import Document
 from sdrt.benchmarks.peers import PEERS, is_installed
 from tolerances import EMBEDDED_PSNR_DB
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("user_cache")]
 # It knows the published architectures alone.
 REFUSES: Final = {"stable-diffusion.cpp": "knows the published architectures alone"}
 
