@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Final
@@ -33,6 +32,8 @@ def mark_used(folder: Path) -> None:
 
 def remove_unused(parent: Path) -> None:
     """Remove the folders in ``parent`` that nobody used for `UNUSED_SECONDS`: see `mark_used`."""
+    import shutil  # with its compressors 2 ms, and mostly there is nothing to remove
+
     with contextlib.suppress(OSError):
         for folder in parent.iterdir():
             with contextlib.suppress(OSError):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -77,12 +75,19 @@ class Bundle:
         known = VerifiedFiles(self.path)
 
         def check(entry: FileEntry) -> None:
-            if again or known.sha256(entry.path) != entry.sha256:
-                began = time.time()
-                self.check(entry)
-                known.remember(entry.path, entry.sha256, began)
+            began = time.time()
+            self.check(entry)
+            known.remember(entry.path, entry.sha256, began)
 
-        entries = sorted(self.manifest.files(), key=lambda entry: -entry.size)
+        entries = [
+            entry
+            for entry in sorted(self.manifest.files(), key=lambda entry: -entry.size)
+            if again or known.sha256(entry.path) != entry.sha256
+        ]
+        if not entries:
+            return
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(max_workers=2, thread_name_prefix="sdrt-verify") as pool:
             for _ in pool.map(check, entries):
                 pass
@@ -152,5 +157,7 @@ class Bundle:
 
 def sha256(file: Path) -> str:
     """SHA-256 of a file in hex."""
+    import hashlib  # OpenSSL, 3 ms: files that were compared before are not hashed again
+
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from sdrt.runtime.denoise import DenoiseLoop
 from sdrt.runtime.errors import CancelledError, UsageError
-from sdrt.runtime.preview import rgb_from_latents
 from sdrt.runtime.solvers import SamplerTable
 
 if TYPE_CHECKING:
@@ -95,6 +94,8 @@ class StepHook:
             elif name == "denoised":
                 state[name] = denoised
             elif denoised is not None and self._preview is not None:
+                from sdrt.runtime.preview import rgb_from_latents
+
                 state[name] = rgb_from_latents(denoised, self._preview)
         return state
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.cli_options import parser, pipeline_options
-from sdrt.runtime.command import put, run_command, say, tell_of_long_work
+from sdrt.runtime.command import put, quick_start, run_command, say, tell_of_long_work
 from sdrt.runtime.saving import BASE64, check_frames, check_output, save, save_frames
 
 if TYPE_CHECKING:
@@ -60,15 +60,10 @@ def _run(arguments: argparse.Namespace) -> None:
         check_output(arguments.output, animated=_interpolates(arguments))
     if _interpolates(arguments):
         check_frames(arguments.output, _fps(arguments))
-    # NumPy and the rest only now: what argparse refuses need not wait for them.
-    from sdrt.runtime.bundle import Bundle
-
-    bundle = Bundle.open(arguments.bundle, verify=False)
     options = pipeline_options(arguments)
-    request = _request(arguments, bundle, options)  # before anything is loaded
-    if arguments.negative_prompt and request is not None and not request.guided and not arguments.quiet:
-        say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
-    with _load(arguments, bundle, request) as pipeline:
+    with quick_start():
+        request, pipeline = _load_for(arguments, options)
+    with pipeline:
         for entry in arguments.embedding:
             pipeline.load_textual_inversion(*_file_and_word(entry))
         loaded = time.perf_counter() - started
@@ -84,6 +79,18 @@ def _run(arguments: argparse.Namespace) -> None:
         ended = time.perf_counter()
     seconds = {"load": loaded, **output.timings, "save": ended - saving, "command": ended - started}
     _report(arguments, paths, output, seconds)
+
+
+def _load_for(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Request | None, Pipeline]:
+    """What is asked for, and a pipeline that can draw it."""
+    # NumPy and the rest only now: what argparse refuses need not wait for them.
+    from sdrt.runtime.bundle import Bundle
+
+    bundle = Bundle.open(arguments.bundle, verify=False)
+    request = _request(arguments, bundle, options)  # before anything is loaded
+    if arguments.negative_prompt and request is not None and not request.guided and not arguments.quiet:
+        say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
+    return request, _load(arguments, bundle, request)
 
 
 def _file_and_word(entry: str) -> tuple[str, str | None]:

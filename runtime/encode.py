@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.arena import Arena
-from sdrt.runtime.canvas import image_to_float, masked_image
 from sdrt.runtime.devices import Device
 from sdrt.runtime.errors import NumericsError
 from sdrt.runtime.executors import Executor
@@ -97,6 +96,8 @@ class Pictures:
             NumericsError: The encoder gave NaN or infinity.
             BackendError: The encoder cannot be loaded, or does not admit this size.
         """
+        from sdrt.runtime.canvas import image_to_float, masked_image
+
         manifest, canvas = self._manifest, task.canvas
         factor = manifest.latents.factor
         if self._encoder is None:

@@ -167,6 +167,9 @@ def _cpu_options(ort: Any, threads: int) -> Any:
     options.intra_op_num_threads = threads
     # A thread that spins between two calls takes a core from whatever runs then.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # New threads spin, too, until there is something to do: by default 40 ms, which loading wants for itself.
+    # Between two operators of a call there are microseconds.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     return options
 
 

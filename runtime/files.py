@@ -8,8 +8,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -39,7 +37,7 @@ def write_all_atomically(files: Mapping[Path, bytes]) -> None:
         OutputError: As for `write_atomically`; no new file is left and every older one is kept.
     """
     # Not `tempfile`, whose files ignore the umask.
-    suffix = f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    suffix = f"{os.getpid()}-{os.urandom(4).hex()}.tmp"
     waiting = {path: path.parent / f".sdrt-{index}-{suffix}" for index, path in enumerate(files)}
     path = Path()
     try:
@@ -108,7 +106,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     prefix = f".{path.name}.part-"
     with writing(path):
         _clear_abandoned(path, prefix)
-        temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}")
+        temporary = path.with_name(f"{prefix}{os.urandom(8).hex()}")
         temporary.mkdir()
     with _locked(temporary):
         try:
@@ -159,6 +157,8 @@ def _renameat2(old: Path, new: Path, flags: int) -> int:
 def _remove(path: Path) -> None:
     """Delete a folder, or the link or file that stood in a folder's place."""
     if path.is_dir() and not path.is_symlink():
+        import shutil
+
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -12,13 +12,13 @@ from sdrt.runtime.devices import Device
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.generation import ConditionEncoder
-from sdrt.runtime.picture_prompts import PictureEncoder
 from sdrt.runtime.prompt_chunks import Blend, Prompt, PromptPlanner
 from sdrt.runtime.prompts import PromptEncoder
 from sdrt.runtime.request import Request
 from sdrt.runtime.request_texts import MAX_IMAGES
 from sdrt.runtime.schedule import check_integer
 from sdrt.runtime.text_encoders import open_tokenizers, text_encoders
+from sdrt.runtime.tokenizer import Tokenizer
 
 MAX_DEVICES: Final = 64
 
@@ -29,12 +29,20 @@ def check_gpu(device: int, stream: object) -> None:
     check_integer("device", device, 0, MAX_DEVICES - 1)
 
 
-def condition_encoder(bundle: Bundle, executors: Mapping[str, Executor], device: Device) -> ConditionEncoder:
+def condition_encoder(
+    bundle: Bundle,
+    executors: Mapping[str, Executor],
+    device: Device,
+    tokenizers: Sequence[Tokenizer] | None = None,
+) -> ConditionEncoder:
+    """What reads the conditions; tokenizers that are not given are opened."""
     limits = bundle.manifest.limits
     if "image_encoder" in executors:
+        from sdrt.runtime.picture_prompts import PictureEncoder
+
         return PictureEncoder(executors["image_encoder"], device, batch=limits.min_batch)
     return PromptEncoder(
-        text_encoders(bundle, executors),
+        text_encoders(bundle, executors, open_tokenizers(bundle) if tokenizers is None else tokenizers),
         device,
         batch=limits.min_batch,
         most_texts=2 * min(limits.max_batch, MAX_IMAGES),
@@ -67,15 +75,18 @@ def longest_prompt(bundle: Bundle, request: Request) -> int:
     return max(len(planner.plan(prompt).chunks) for prompt in long)
 
 
-def load_executors(bundle: Bundle, load: Callable[[str], Executor]) -> dict[str, Executor]:
-    """Every component that a drawing needs.
+def load_parts(
+    bundle: Bundle, load: Callable[[str], Executor]
+) -> tuple[dict[str, Executor], list[Tokenizer]]:
+    """Every component that a drawing needs, and the tokenizers, which are read meanwhile.
 
-    Two at a time: loading one is partly single-threaded. The largest first, it takes the longest.
+    Components two at a time: loading one is partly single-threaded. The largest first, it takes the longest.
     """
     names = sorted(bundle.manifest.required_components, key=lambda name: -_size(bundle, name))
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="sdrt-load") as pool:
         loading = {name: pool.submit(load, name) for name in names}
-        return {name: future.result() for name, future in loading.items()}
+        tokenizers = open_tokenizers(bundle)
+        return {name: future.result() for name, future in loading.items()}, tokenizers
 
 
 def load_component(

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, is_dataclass
 from dataclasses import fields as dataclass_fields
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
@@ -162,7 +163,8 @@ def _flag(document: Mapping[str, Any], name: str) -> bool:
 def _value(kind: type[_Record], value: Any, where: str) -> _Record:
     """A value from JSON as ``kind``: a dataclass from an object with just its fields, else as it stands."""
     if is_dataclass(kind):
-        fields = get_type_hints(kind)
+        known: Any = kind  # hashable, which type checkers do not see
+        fields = _fields(known)
         given = _value(dict, value, where)
         if unknown := sorted(set(given) - set(fields)):
             raise BundleError(f"{MANIFEST_NAME}: {where} has the unknown field {_shown(unknown)}")
@@ -187,6 +189,12 @@ def _value(kind: type[_Record], value: Any, where: str) -> _Record:
         raise BundleError(f"{MANIFEST_NAME}: {where} is {str(value)[:40]!r}, not {_KINDS[kind]}")
     checked: _Record = value
     return checked
+
+
+@cache
+def _fields(kind: Any) -> dict[str, Any]:
+    """Field → type of a dataclass."""
+    return get_type_hints(kind)
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> Any:

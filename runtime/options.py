@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 
@@ -133,6 +132,8 @@ def check_names(options: Mapping[str, Any], allowed: Sequence[str], what: str) -
     """
     for name in options:
         if name not in allowed:
+            import difflib
+
             near = [_CALLED.get(str(name), "")] if str(name) in _CALLED else []
             near = near or difflib.get_close_matches(str(name), allowed, n=1)
             hint = f", did you mean {near[0]}?" if near else ":"

@@ -30,8 +30,7 @@ from sdrt.runtime.encode import Pictures
 from sdrt.runtime.errors import BackendError, DeviceMemoryError, UsageError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.generation import Generations
-from sdrt.runtime.interpolation import interpolated_request
-from sdrt.runtime.loading import check_gpu, condition_encoder, load_component, load_executors
+from sdrt.runtime.loading import check_gpu, condition_encoder, load_component, load_parts
 from sdrt.runtime.noise import DEFAULT_RNG, Rng, noise_source
 from sdrt.runtime.options import DrawOptions
 from sdrt.runtime.output import (
@@ -48,6 +47,7 @@ from sdrt.runtime.request_picture import PictureTask
 from sdrt.runtime.schedule import check_integer
 from sdrt.runtime.solvers import inversion_table
 from sdrt.runtime.start import KnownPicture, slerp, with_device_latents
+from sdrt.runtime.tokenizer import Tokenizer
 
 __all__ = ["BlackImageWarning", "Pipeline", "PipelineOutput"]
 
@@ -74,10 +74,11 @@ class Pipeline:
         backend: str,
         reasons: Sequence[str] = (),
         load_more: Callable[[str], Executor] | None = None,
+        tokenizers: Sequence[Tokenizer] | None = None,
     ) -> None:
         """Use `Pipeline.load`. The pipeline owns the device and the executors.
 
-        ``load_more`` loads a component that not every drawing needs.
+        ``load_more`` loads a component that not every drawing needs; ``tokenizers`` are opened if need be.
         """
         self.bundle = bundle
         self.backend = backend
@@ -85,7 +86,7 @@ class Pipeline:
         self._device = device
         self._executors = dict(executors)
         self._load_more = load_more
-        self._encoder = condition_encoder(bundle, executors, device)
+        self._encoder = condition_encoder(bundle, executors, device, tokenizers)
         self._pictures = Pictures(lambda: self._executor("vae_encoder"), device, bundle.manifest)
         self._generations = Generations(self._device, self._executors, self._encoder, bundle.manifest)
         self._embeddings: dict[str, str] = {}  # name → SHA-256 of its file
@@ -141,8 +142,8 @@ class Pipeline:
             opened = open_device(choice, stream)
             undo.callback(opened.close)
             load = partial(load_component, bundle, choice, opened, threads, verify)
-            executors = load_executors(bundle, load)
-            pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load)
+            executors, tokenizers = load_parts(bundle, load)
+            pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load, tokenizers)
             undo.pop_all()
         return pipeline
 
@@ -221,6 +222,8 @@ class Pipeline:
         Raises:
             UsageError: As a call, or nothing differs between the ends.
         """
+        from sdrt.runtime.interpolation import interpolated_request
+
         started = time.perf_counter()
         request = interpolated_request(self.bundle.manifest, prompt, to_prompt, frames, to_seed, options)
         return self._call(request, options, started)

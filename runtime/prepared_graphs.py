@@ -11,12 +11,10 @@ they are packed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import logging
 import os
 import platform
-import shutil
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -29,7 +27,7 @@ from sdrt.runtime.manifest import FileEntry
 
 # ONNX Runtime 1.30 and 1.31 write such graphs as well, but end the process when one of them is run.
 PREPARED_SINCE: Final = (1, 32)
-FORMAT: Final = 1  # a change of what is written, or of how it is loaded
+FORMAT: Final = 2  # a change of what is written, or of how it is loaded
 GRAPH_NAME: Final = "model.onnx"
 WEIGHTS_NAME: Final = "model.onnx.data"
 RECORD_NAME: Final = "record.json"
@@ -75,14 +73,15 @@ class PreparedGraph:
             "onnxruntime": [ort.__version__, ort.get_build_info()],
             "cpu": cpu_identity(),
         }
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self.folder = cache_folder("onnxruntime-cpu") / digest[:32]
+        self._key = json.dumps(key, sort_keys=True)
+        # A short name is enough: the record holds the whole key.
+        self.folder = cache_folder("onnxruntime-cpu") / f"{zlib.crc32(self._key.encode()):08x}"
 
     def exists(self) -> bool:
-        """Whether it was prepared before, and nothing was changed or cut off since."""
+        """Whether it was prepared before, for this key, and nothing was changed or cut off since."""
         try:
             record = json.loads((self.folder / RECORD_NAME).read_text(encoding="utf-8"))
-            return bool(record == _record(self.folder))
+            return bool(record == self._record(self.folder))
         except (OSError, ValueError):
             return False
 
@@ -108,6 +107,9 @@ class PreparedGraph:
         Args:
             model: The plain ONNX file; its bytes must be the ones that the key's hashes are of.
         """
+        import logging
+        import shutil
+
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             remove_unused(self.folder.parent)  # of bundles, versions and CPUs that are no more
@@ -123,11 +125,20 @@ class PreparedGraph:
                 open_session(self._ort, model, self._saving(folder))
                 for name in (GRAPH_NAME, WEIGHTS_NAME):
                     _flush(folder / name)
-                (folder / RECORD_NAME).write_text(json.dumps(_record(folder)), encoding="utf-8")
+                (folder / RECORD_NAME).write_text(json.dumps(self._record(folder)), encoding="utf-8")
                 _flush(folder / RECORD_NAME)
         except Exception:  # of the system, or ONNX Runtime's: the plain graph will say what is wrong with it
             return False
         return True
+
+    def _record(self, folder: Path) -> dict[str, Any]:
+        """The key, and of both files size and time of change, which show that one was touched or cut off."""
+        files = (folder / name for name in (GRAPH_NAME, WEIGHTS_NAME))
+        facts = {file.name: file.stat() for file in files if file.exists()}
+        return {
+            "key": self._key,
+            "files": {name: [fact.st_size, fact.st_mtime_ns] for name, fact in facts.items()},
+        }
 
     def _saving(self, folder: Path) -> Any:
         options = quiet_options(self._ort)
@@ -158,12 +169,6 @@ def cpu_identity() -> tuple[str, ...]:
                 break
             found[name.strip()] = value.strip()
     return (platform.machine(), *(found.get(name, "") for name in wanted))
-
-
-def _record(folder: Path) -> dict[str, list[int]]:
-    """Size and time of change of both files: enough to see that one was touched or cut off."""
-    facts = {name: (folder / name).stat() for name in (GRAPH_NAME, WEIGHTS_NAME) if (folder / name).exists()}
-    return {name: [fact.st_size, fact.st_mtime_ns] for name, fact in facts.items()}
 
 
 def _flush(file: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -126,6 +125,8 @@ def _recipe(
     options: Mapping[str, Any], canvas: Canvas, strength: float, variation: float | None
 ) -> dict[str, Any]:
     """Pictures by the SHA-256 of what the model was shown: their names say nothing elsewhere."""
+    import hashlib
+
     recipe: dict[str, Any] = {"image_sha256": hashlib.sha256(canvas.image.tobytes()).hexdigest()}
     if canvas.mask is not None:
         recipe["mask_sha256"] = hashlib.sha256(canvas.mask.tobytes()).hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -57,7 +57,7 @@ def per_image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
         UsageError: One is no seed, or there are not as many as images.
     """
     if seed is None:
-        seed = secrets.randbelow(2**32)
+        seed = int.from_bytes(os.urandom(4))
     if isinstance(seed, Sequence):
         if len(seed) != images:
             raise UsageError(f"{len(seed)} seeds for {images} images: give one, or one per image")

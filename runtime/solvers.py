@@ -22,7 +22,6 @@ a row belongs to.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -195,6 +194,8 @@ def run_table(
 
 
 def _unknown_sampler(name: str) -> str:
+    import difflib
+
     as_ours = name.lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
     near = difflib.get_close_matches(as_ours, SAMPLERS, n=1, cutoff=0.4)
     hint = f" did you mean {near[0]}?" if near else ""

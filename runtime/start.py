@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.canvas import latent_mask
 from sdrt.runtime.devices import Device
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.guidance_embedding import guidance_embedding
@@ -155,4 +154,6 @@ def slerp(first: FloatArray, second: FloatArray, share: float) -> FloatArray:
 
 def known_mask(mask: NDArray[np.float32], factor: int, *, binary: bool) -> FloatArray:
     """A mask [H, W] at the latents' size, float32 [1, 1, h, w]; ``binary`` for U-Nets that read it."""
+    from sdrt.runtime.canvas import latent_mask
+
     return latent_mask((mask >= 0.5).astype(np.float32) if binary else mask, factor)

@@ -58,13 +58,11 @@ def open_tokenizers(bundle: Bundle) -> list[Tokenizer]:
     ]
 
 
-def text_encoders(bundle: Bundle, executors: Mapping[str, Executor]) -> list[TextEncoder]:
-    """The text encoders of a bundle's family, each with its tokenizer.
-
-    Raises:
-        BundleError: A tokenizer's file cannot be used.
-    """
-    manifest, tokenizers = bundle.manifest, open_tokenizers(bundle)
+def text_encoders(
+    bundle: Bundle, executors: Mapping[str, Executor], tokenizers: Sequence[Tokenizer]
+) -> list[TextEncoder]:
+    """The text encoders of a bundle's family, each with its tokenizer of `open_tokenizers`."""
+    manifest = bundle.manifest
     encoders = [TextEncoder(tokenizers[0], executors["text_encoder"], manifest.text_output)]
     if manifest.family == "sdxl":
         hidden = "penultimate_hidden_state"

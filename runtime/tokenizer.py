@@ -17,13 +17,15 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # What ftfy and html.unescape change within ASCII: character references and control characters. Line
 # breaks, which ftfy changes too, are white space and folded anyway.
@@ -116,6 +118,8 @@ class Tokenizer:
             BundleError: The file is missing or no tokenizer, ``max_length`` is too small, or an id
                 is not in the vocabulary.
         """
+        import tokenizers
+
         try:
             rust = tokenizers.Tokenizer.from_buffer(Path(path).read_bytes())
         except OSError as error:

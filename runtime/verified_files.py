@@ -8,9 +8,9 @@ this is a disk that returns other bytes than were written; `Bundle.verify` hashe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,8 +32,9 @@ class VerifiedFiles:
             folder: That the files are in.
         """
         self._folder = folder
-        digest = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()
-        self._record = cache_folder("verified") / f"{digest[:32]}.json"
+        # Two folders of one name here would only write over each other's record: inodes differ.
+        name = zlib.crc32(os.fsencode(folder.absolute()))
+        self._record = cache_folder("verified") / f"{name:08x}.json"
         self._known: dict[str, list[Any]] = {}
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self._record.read_text(encoding="utf-8"))

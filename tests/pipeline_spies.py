@@ -13,6 +13,7 @@ from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.devices import Device
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.pipeline import Pipeline, PipelineOutput
+from sdrt.runtime.tokenizer import Tokenizer
 
 Array = NDArray[Any]
 
@@ -28,9 +29,10 @@ class OpenPipeline(Pipeline):
         backend: str,
         reasons: Sequence[str] = (),
         load_more: Callable[[str], Executor] | None = None,
+        tokenizers: Sequence[Tokenizer] | None = None,
     ) -> None:
         self.executors = dict(executors)
-        super().__init__(bundle, self.executors, device, backend, reasons, load_more)
+        super().__init__(bundle, self.executors, device, backend, reasons, load_more, tokenizers)
 
     def exchange(self, component: str, executor: Executor) -> None:
         """Use another executor, and forget every buffer and cache."""

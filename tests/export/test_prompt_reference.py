@@ -20,7 +20,7 @@ from sdrt.runtime.devices import HostDevice
 from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 from sdrt.runtime.prompt_chunks import Blend, Prompt
 from sdrt.runtime.prompts import PromptEncoder
-from sdrt.runtime.text_encoders import text_encoders
+from sdrt.runtime.text_encoders import open_tokenizers, text_encoders
 
 Array = NDArray[Any]
 Sections = list[list[Weighted]]
@@ -54,7 +54,7 @@ class Scene:
         }
         self.device, limits = HostDevice(), self.bundle.manifest.limits
         self.encoder = PromptEncoder(
-            text_encoders(self.bundle, executors),
+            text_encoders(self.bundle, executors, open_tokenizers(self.bundle)),
             self.device,
             batch=1,
             most_texts=4,

@@ -16,7 +16,7 @@ from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.prompt_chunks import Prompt
 from sdrt.runtime.prompts import PromptEncoder, PromptTruncatedWarning
-from sdrt.runtime.text_encoders import text_encoders
+from sdrt.runtime.text_encoders import open_tokenizers, text_encoders
 
 OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "seed": 1, "output_type": "latents"}
 
@@ -41,7 +41,10 @@ def test_limits_are_those_of_one_chunk(old: Path) -> None:
     part = bundle.component("text_encoder")
     executor = OnnxRuntimeExecutor(old / part.model, part.spec)
     encoder = PromptEncoder(
-        text_encoders(bundle, {"text_encoder": executor}), HostDevice(), batch=1, most_texts=2
+        text_encoders(bundle, {"text_encoder": executor}, open_tokenizers(bundle)),
+        HostDevice(),
+        batch=1,
+        most_texts=2,
     )
     assert encoder.chunks(Prompt("word " * 200)) == 1
     with pytest.raises(UsageError, match="clip_skip is 1, and of this bundle it always runs all layers"):
