@@ -19,13 +19,14 @@ import onnxruntime
 import pytest
 
 from sdrt.kernels.cache import UNUSED_SECONDS
-from sdrt.runtime import prepared_graphs, verified_files
+from sdrt.runtime import prepared_folder, verified_files
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.cli import main
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 from sdrt.runtime.pipeline import Pipeline
-from sdrt.runtime.prepared_graphs import GRAPH_NAME, RECORD_NAME, WEIGHTS_NAME, PreparedGraph
+from sdrt.runtime.prepared_folder import RECORD_NAME
+from sdrt.runtime.prepared_graphs import GRAPH_NAME, WEIGHTS_NAME, PreparedGraph
 
 SHORT: dict[str, Any] = {"num_inference_steps": 2, "seed": 1, "output_type": "numpy"}
 
@@ -97,14 +98,14 @@ def test_the_key_holds_what_decides_how_weights_are_packed(
     other_build = SimpleNamespace(__version__="1.32.0", get_build_info=lambda: "commit b")
     other_version = SimpleNamespace(__version__="1.33.0", get_build_info=lambda: "commit a")
     other_weights = (*files[:-1], replace(files[-1], sha256="0" * 64))
-    assert prepared_graphs.cpu_identity()[0]
+    assert prepared_folder.cpu_identity()[0]
     folders = [
         PreparedGraph(ort, files).folder,
         PreparedGraph(other_build, files).folder,
         PreparedGraph(other_version, files).folder,
         PreparedGraph(ort, other_weights).folder,
     ]
-    monkeypatch.setattr(prepared_graphs, "cpu_identity", lambda: ("x86_64", "", "another CPU"))
+    monkeypatch.setattr(prepared_folder, "cpu_identity", lambda: ("x86_64", "", "another CPU"))
     folders.append(PreparedGraph(ort, files).folder)
     assert len(set(folders)) == len(folders)
 
@@ -136,7 +137,7 @@ def _file_in_the_way(cache: Path, _monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _full_disk(_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = SimpleNamespace(free=prepared_graphs.SPARE_BYTES)
+    usage = SimpleNamespace(free=prepared_folder.SPARE_BYTES)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
 
 
@@ -156,7 +157,7 @@ def test_a_cache_that_cannot_be_written(
 def test_preparing_a_large_graph_is_told(
     cache: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prepared_graphs, "WORTH_TELLING", 0)
+    monkeypatch.setattr(prepared_folder, "WORTH_TELLING", 0)
     words = ["x", "--bundle", str(bundle.path), "--steps", "1", "-o", str(cache.parent.parent / "a.png")]
     try:
         for told in (3, 0):  # components; the second time there is nothing to do
