@@ -32,6 +32,7 @@ LABELS: Final = {
     "tensorrt-rtx": ("sdrt, TensorRT for RTX", "sdrt[rtx]"),
     "onnxruntime-cuda": ("sdrt, ONNX Runtime (CUDA)", "sdrt[cuda]"),
     "onnxruntime-cpu": ("sdrt, ONNX Runtime (CPU)", "sdrt[cpu]"),
+    "openvino-cpu": ("sdrt, OpenVINO (CPU)", "sdrt[openvino]"),
 }
 Note = Callable[[str], None]
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sdrt.runtime.engine_search import Capability, Engine
 
 AUTO: Final = "auto"
+CpuExecutor = Callable[..., Executor]  # ``(model, spec, *, threads, files) → executor``
 # What TensorRT may say of an engine that no other size or setting will mend.
 UNFIT: Final = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"})
 
@@ -231,33 +232,48 @@ def _find_gpu(index: int) -> tuple[Gpu | None, str]:
         return None, str(error)
 
 
-def _probe_onnxruntime_cpu(bundle: Bundle, _gpu: Gpu | None, _shape: RequestShape | None) -> str:
-    if find_spec("onnxruntime") is None:
-        raise BackendError("the package onnxruntime is not installed: pip install 'sdrt[cpu]'")
-    for name in required_components(bundle.manifest.family):
-        _refuse_bfloat16(bundle, name)
-    return "onnxruntime is installed"
+def _probe_cpu(package: str, extra: str) -> Callable[[Bundle, Gpu | None, RequestShape | None], str]:
+    def probe(bundle: Bundle, _gpu: Gpu | None, _shape: RequestShape | None) -> str:
+        if find_spec(package) is None:
+            raise BackendError(f"the package {package} is not installed: pip install 'sdrt[{extra}]'")
+        for name in required_components(bundle.manifest.family):
+            _refuse_bfloat16(bundle, name)
+        return f"{package} is installed"
+
+    return probe
 
 
 def _refuse_bfloat16(bundle: Bundle, component: str) -> None:
     if bundle.component(component).precision == "bf16":
         raise BackendError(
-            "ONNX Runtime has no bfloat16 arithmetic on the CPU; export with --dtype fp32 to draw here"
+            "sdrt has no bfloat16 arithmetic on the CPU; export with --dtype fp32 to draw here"
         )
 
 
-def _load_onnxruntime_cpu(
-    bundle: Bundle, component: str, _device: Device, threads: int | None, verify: bool
-) -> Executor:
+def _load_cpu(import_executor: Callable[[], CpuExecutor]) -> Callable[..., Executor]:
+    def load(bundle: Bundle, component: str, _device: Device, threads: int | None, verify: bool) -> Executor:
+        executor = import_executor()
+        _refuse_bfloat16(bundle, component)
+        part = bundle.component(component)
+        entry = next(entry for entry in part.files if entry.path == part.model)
+        model = bundle.file(entry)
+        # What was prepared of unaltered files must not stand in for altered ones.
+        files = part.files if verify or bundle.is_verified(part.files) else ()
+        return executor(model, part.spec, threads=threads, files=files)
+
+    return load
+
+
+def _onnxruntime_executor() -> CpuExecutor:
     from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 
-    _refuse_bfloat16(bundle, component)
-    part = bundle.component(component)
-    entry = next(entry for entry in part.files if entry.path == part.model)
-    model = bundle.file(entry)
-    # What was prepared of unaltered files must not stand in for altered ones.
-    files = part.files if verify or bundle.is_verified(part.files) else ()
-    return OnnxRuntimeExecutor(model, part.spec, threads=threads, files=files)
+    return OnnxRuntimeExecutor
+
+
+def _openvino_executor() -> CpuExecutor:
+    from sdrt.runtime.executor_openvino import OpenVinoExecutor
+
+    return OpenVinoExecutor
 
 
 def _probe_tensorrt(flavour: str) -> Callable[[Bundle, Gpu | None, RequestShape | None], str]:
@@ -345,5 +361,6 @@ BACKENDS: Final[Mapping[str, Backend]] = {
     "tensorrt": Backend(True, _probe_tensorrt("tensorrt"), _load_tensorrt("tensorrt")),
     "tensorrt-rtx": Backend(True, _probe_tensorrt("tensorrt-rtx"), _load_tensorrt("tensorrt-rtx")),
     "onnxruntime-cuda": Backend(True, _probe_onnxruntime_cuda, _load_onnxruntime_cuda),
-    "onnxruntime-cpu": Backend(False, _probe_onnxruntime_cpu, _load_onnxruntime_cpu),
+    "onnxruntime-cpu": Backend(False, _probe_cpu("onnxruntime", "cpu"), _load_cpu(_onnxruntime_executor)),
+    "openvino-cpu": Backend(False, _probe_cpu("openvino", "openvino"), _load_cpu(_openvino_executor)),
 }

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from numpy.typing import NDArray
 
-from sdrt.runtime.components import ComponentSpec, TensorSpec
-from sdrt.runtime.errors import BackendError, BundleError
-from sdrt.runtime.executors import check_buffers, first_line
+from sdrt.runtime.components import ComponentSpec
+from sdrt.runtime.errors import BackendError
+from sdrt.runtime.executors import GraphTensor, check_buffers, check_tensors, first_line
 from sdrt.runtime.manifest import FileEntry
 
 if TYPE_CHECKING:
@@ -197,44 +197,29 @@ def quiet_options(ort: Any) -> Any:
     return options
 
 
-# ONNX Runtime's names of the dtypes in a manifest.
-_ORT_TYPES: Final = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-    "int64": "tensor(int64)",
+# A manifest's names of ONNX Runtime's dtypes.
+_DTYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
 }
 
 
 def check_graph(session: Any, spec: ComponentSpec, where: str) -> None:
-    """The graph must be the one that the manifest describes, or buffers would be of wrong sizes.
+    """See `check_tensors`.
 
     Raises:
         BundleError: An input or output differs; ``where`` names the graph.
     """
-    for found, wanted in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
-        tensors = {tensor.name: tensor for tensor in found}
-        for entry in wanted:
-            tensor = tensors.get(entry.name)
-            if tensor is None or not _same_tensor(tensor, entry):
-                has = f"{tensor.type}{list(tensor.shape)}" if tensor else f"only {', '.join(tensors)}"
-                raise BundleError(
-                    f"{where} is not the graph that the manifest describes: {entry.name} should be "
-                    f"{entry.dtype}{list(entry.shape)}, the graph has {has}; export the bundle again"
-                )
-
-
-def _same_tensor(tensor: Any, spec: TensorSpec) -> bool:
-    """Whether dtype, rank and every size that both know agree; a fixed export has sizes for named axes."""
-    return (
-        tensor.type == _ORT_TYPES.get(spec.dtype)
-        and len(tensor.shape) == len(spec.shape)
-        and all(
-            got == want
-            for got, want in zip(tensor.shape, spec.shape, strict=True)
-            if isinstance(got, int) and isinstance(want, int)
-        )
+    inputs, outputs = (
+        [
+            GraphTensor(tensor.name, _DTYPES.get(tensor.type, tensor.type), tuple(tensor.shape))
+            for tensor in found
+        ]
+        for found in (session.get_inputs(), session.get_outputs())
     )
+    check_tensors(inputs, outputs, spec, where)
 
 
 def usable_cores() -> int:

@@ -1,17 +1,18 @@
 """Executors: each runs one compiled component on buffers that the caller owns.
 
 One file for each engine library: `executor_onnxruntime` (CPU), `executor_onnxruntime_cuda`,
-`executor_tensorrt` (TensorRT and TensorRT for RTX). `sdrt.runtime.backends` says which can run here.
+`executor_openvino` (CPU), `executor_tensorrt` (TensorRT and TensorRT for RTX). `sdrt.runtime.backends` says
+which can run here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, Protocol
 
 from sdrt.runtime.components import ComponentSpec, TensorSpec
 from sdrt.runtime.devices import Buffer
-from sdrt.runtime.errors import UsageError
+from sdrt.runtime.errors import BundleError, UsageError
 
 
 class Executor(Protocol):
@@ -93,6 +94,53 @@ def check_buffer(component: str, spec: TensorSpec, buffer: Buffer) -> None:
     flags = getattr(buffer, "flags", None)  # of a NumPy array; device buffers are always contiguous
     if flags is not None and not flags.c_contiguous:
         raise UsageError(f"{component}.{spec.name}: the buffer must be C-contiguous")
+
+
+class GraphTensor(NamedTuple):
+    """An input or output as an engine library found it in a graph.
+
+    Attributes:
+        name: The graph's.
+        dtype: As in a manifest, or the library's name of one that no manifest has.
+        shape: A size for each axis, or what the library calls one that is open.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+def check_tensors(
+    inputs: Iterable[GraphTensor], outputs: Iterable[GraphTensor], spec: ComponentSpec, where: str
+) -> None:
+    """The graph must be the one that the manifest describes, or buffers would be of wrong sizes.
+
+    Raises:
+        BundleError: An input or output differs; ``where`` names the graph.
+    """
+    for found, wanted in ((inputs, spec.inputs), (outputs, spec.outputs)):
+        tensors = {tensor.name: tensor for tensor in found}
+        for entry in wanted:
+            tensor = tensors.get(entry.name)
+            if tensor is None or not _same_tensor(tensor, entry):
+                has = f"{tensor.dtype}{list(tensor.shape)}" if tensor else f"only {', '.join(tensors)}"
+                raise BundleError(
+                    f"{where} is not the graph that the manifest describes: {entry.name} should be "
+                    f"{entry.dtype}{list(entry.shape)}, the graph has {has}; export the bundle again"
+                )
+
+
+def _same_tensor(tensor: GraphTensor, spec: TensorSpec) -> bool:
+    """Whether dtype, rank and every size that both know agree; a fixed export has sizes for named axes."""
+    return (
+        tensor.dtype == spec.dtype
+        and len(tensor.shape) == len(spec.shape)
+        and all(
+            got == want
+            for got, want in zip(tensor.shape, spec.shape, strict=True)
+            if isinstance(got, int) and isinstance(want, int)
+        )
+    )
 
 
 def first_line(error: Exception) -> str:

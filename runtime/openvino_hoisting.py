@@ -17,7 +17,17 @@ from typing import Any, Final
 # Operations that move numbers, or look at them in another shape: they are cheaper to do again than to keep
 # apart, and stay with what reads them, which may fuse them.
 MOVES: Final = frozenset(
-    {"Broadcast", "Concat", "Convert", "Reshape", "Slice", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze"}
+    {
+        "Broadcast",
+        "Concat",
+        "Convert",
+        "Reshape",
+        "Slice",
+        "Squeeze",
+        "StridedSlice",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 
 

@@ -32,6 +32,7 @@ class Sdrt:
         "sdrt",
         "onnxruntime",
         "onnxruntime-gpu",
+        "openvino",
         "tensorrt-rtx-cu13-libs",
         "tensorrt-cu13",
         "numpy",
