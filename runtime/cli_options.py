@@ -223,8 +223,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         "--backend",
         default="auto",
         metavar="NAME",
-        help="tensorrt, tensorrt-rtx, onnxruntime-cuda or onnxruntime-cpu (default: auto, the first of these "
-        "that can run the bundle here)",
+        help="tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu or openvino-cpu (default: auto, the "
+        "first of these that can run the bundle here)",
     )
     add("--device", type=int, metavar="N", help="number of the GPU (default: 0)")
     add(

@@ -208,10 +208,11 @@ class Generation:
     def _kinds(self, request: Request, hook: StepHook | None) -> list[StepKind]:
         """What each row's step does."""
         sampling, masked = request.sampling, blends(request, self._manifest)
+        draws_noise = _drawn_on_device(request)
         return [
             StepKind(
                 guided=bool(weight > 1.0),
-                draws_noise=_drawn_on_device(request),
+                draws_noise=draws_noise,
                 rescales=sampling.guidance_rescale > 0 and bool(weight > 1.0),
                 blends=masked,
                 keeps_denoised=hook is not None and hook.wants_denoised,

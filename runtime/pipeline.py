@@ -110,12 +110,12 @@ class Pipeline:
 
         Args:
             path: The bundle's folder, or an opened bundle; by default the embedded one.
-            backend: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime-cuda`` or ``onnxruntime-cpu``; ``auto``
-                takes the first of these that can run this bundle here.
+            backend: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime-cuda``, ``onnxruntime-cpu`` or
+                ``openvino-cpu``; ``auto`` takes the first of these that can run this bundle here.
             device: Number of the GPU; by default 0, or the stream's.
             stream: A caller's CUDA stream to work in, an object with ``__cuda_stream__`` or a handle; by
                 default a private one.
-            threads: On the CPU, threads inside one operator; by default one per usable core.
+            threads: On the CPU, threads that work at once; by default one per usable core.
             verify: Compare every file's SHA-256 with the manifest, unless that was done before and the file
                 was not touched since; otherwise only the sizes.
             request_shape: What will be asked for: ``auto`` then takes a backend that admits it.

@@ -80,7 +80,8 @@ def refused(bundle: Bundle, name: str = AUTO, **options: Any) -> str:
 
 
 def test_order() -> None:
-    assert list(BACKENDS) == ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu"]
+    of_gpus, of_cpus = ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"], ["onnxruntime-cpu", "openvino-cpu"]
+    assert list(BACKENDS) == [*of_gpus, *of_cpus]
     assert AUTO == "auto"
     assert AUTO not in BACKENDS
 
@@ -256,14 +257,24 @@ def test_nothing_can_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     assert refused(bundle) == (
         "no backend can run this bundle here: tensorrt, tensorrt-rtx, onnxruntime-cuda: no NVIDIA GPU is "
-        "visible | onnxruntime-cpu: the package onnxruntime is not installed: pip install 'sdrt[cpu]'"
+        "visible | onnxruntime-cpu: the package onnxruntime is not installed: pip install 'sdrt[cpu]' | "
+        "openvino-cpu: the package openvino is not installed: pip install 'sdrt[openvino]'"
     )
     assert refused(bundle, "onnxruntime-cpu").startswith(
         "the backend onnxruntime-cpu cannot run here: the pack"
     )
 
 
-def test_bfloat16_on_the_cpu(bundle_copy: Path) -> None:
+@without_gpu
+def test_auto_without_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    choice = choose_backend(bundle)
+    assert choice.name == "openvino-cpu"
+    assert choice.reasons[-1] == "openvino-cpu: openvino is installed"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino-cpu"])
+def test_bfloat16_on_the_cpu(bundle_copy: Path, backend: str) -> None:
     file = bundle_copy / "manifest.json"
     document = json.loads(file.read_text())
     part = document["components"]["vae_decoder"]
@@ -272,10 +283,10 @@ def test_bfloat16_on_the_cpu(bundle_copy: Path) -> None:
         entry["dtype"] = "bfloat16"
     file.write_text(json.dumps(document))
     bundle = Bundle.open(bundle_copy, verify=False)
-    assert "no bfloat16 arithmetic on the CPU; export with --dtype fp32" in refused(bundle, "onnxruntime-cpu")
+    assert "no bfloat16 arithmetic on the CPU; export with --dtype fp32" in refused(bundle, backend)
     with pytest.raises(BackendError, match="no bfloat16"):
-        load_executor(bundle, "vae_decoder", backend="onnxruntime-cpu", device=HostDevice())
-    load_executor(bundle, "unet", backend="onnxruntime-cpu", device=HostDevice())
+        load_executor(bundle, "vae_decoder", backend=backend, device=HostDevice())
+    load_executor(bundle, "unet", backend=backend, device=HostDevice())
 
 
 def test_executors_of_each_backend(bundle: Bundle, gpu: RecordingDriver, tiny_bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 import time
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tolerances import GRAPH_FP32, TASK_RUN
 
 from sdrt.runtime import openvino_models, verified_files
 from sdrt.runtime.bundle import Bundle
@@ -22,6 +22,7 @@ from sdrt.runtime.executor_openvino import OpenVinoExecutor
 from sdrt.runtime.openvino_models import Kept
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.prepared_folder import RECORD_NAME
+from tolerances import GRAPH_FP32, TASK_RUN
 
 AXES = {
     "rows": 2,
@@ -143,7 +144,7 @@ def test_inputs_that_are_changed_in_place(tiny: Bundle, rows: int) -> None:
         evaluate()
         assert_close(outputs, expected(tiny, inputs, outputs))
         seen.append(outputs["noise_pred"].copy())
-    assert not any(np.array_equal(one, other) for one, other in zip(seen, seen[1:], strict=False))
+    assert not any(np.array_equal(one, other) for one, other in itertools.pairwise(seen))
     inputs["encoder_hidden_states"][-1, -1, -1] += 1.0
     evaluate()
     assert_close(outputs, expected(tiny, inputs, outputs))
@@ -362,7 +363,7 @@ def test_graph_of_something_else(tiny: Bundle, change: dict[str, Any], words: st
 
 def test_shape_that_the_graph_does_not_admit(tiny: Bundle) -> None:
     inputs, outputs = buffers(tiny, latent_width=3)  # halved and doubled again it is 4
-    with pytest.raises(BackendError, match="OpenVINO cannot compile .*: ") as caught:
+    with pytest.raises(BackendError, match=r"OpenVINO cannot compile .*: ") as caught:
         openvino(tiny).bind(inputs, outputs)
     assert "\n" not in str(caught.value)
 
@@ -395,7 +396,7 @@ def test_a_stream_that_fails(tiny: Bundle, fails: int) -> None:
 
     for number, stream in enumerate(evaluate._streams):
         stream.request = Request(number)
-    with pytest.raises(BackendError, match="^unet failed: it broke$"):
+    with pytest.raises(BackendError, match=r"^unet failed: it broke$"):
         evaluate()
     assert waited == [0, 1]
 
