@@ -181,11 +181,9 @@ class _BoundPart:
         self.results: dict[str, Array] = {name: arena[name] for name in part.results}
         self._all: Array = arena.span(part.results[0], part.results[-1]).buffer
         self._request = part.compiled.create_infer_request()
-        for port, array in zip(
-            (*part.compiled.inputs, *ports),
-            (*(inputs[name] for name in part.inputs), *self.results.values()),
-            strict=True,
-        ):
+        for port in part.compiled.inputs:
+            self._request.set_tensor(port, ov.Tensor(inputs[port.get_any_name()], shared_memory=True))
+        for port, array in zip(ports, self.results.values(), strict=True):
             self._request.set_tensor(port, ov.Tensor(array, shared_memory=True))
 
     def update(self) -> None:

@@ -5,7 +5,7 @@ cross-attention depend on the text embeddings alone, which stay the same for a w
 of the time embedding depend on the timestep alone (and in SDXL on numbers that stay the same), of which every
 picture has the same few. `hoist` cuts both out; the caller evaluates them when their inputs have changed, and
 gives the results to what is left. The numbers are those of the whole graph: the same operations on the same
-data.
+data. (In a graph of fp16 that is computed in float32, what is cut is rounded to fp16, as the graph says.)
 """
 
 from __future__ import annotations

@@ -228,3 +228,7 @@ PREVIEW_EXPLAINED = 0.75
 # a tiny network is 15 EPS32 from PyTorch's (seen, GRAPH_FP32), guidance of 3 weighs the halves by 3 and 2,
 # and five steps add up: 15 * 5 * 5; a picture's latents are off by an evaluation more. Seen: 16.
 TASK_RUN = 390 * EPS32
+
+# A tiny component in fp16 whose arithmetic is float32 (OpenVINO) against fp16 arithmetic (ONNX Runtime),
+# relative L2: the latter errs by some 3 EPS16 (FRACTIONAL_TIMESTEP_FP16), the output's rounding adds 1.
+FP16_IN_FLOAT32 = 4 * EPS16

@@ -13,28 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from openvino_runs import assert_close, buffers, expected, openvino
 
 from sdrt.runtime import openvino_models, verified_files
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import BackendError, BundleError
-from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
 from sdrt.runtime.executor_openvino import OpenVinoExecutor
 from sdrt.runtime.openvino_models import Kept
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.prepared_folder import RECORD_NAME
-from tolerances import GRAPH_FP32, TASK_RUN
+from tolerances import TASK_RUN
 
-AXES = {
-    "rows": 2,
-    "batch": 1,
-    "latent_height": 8,
-    "latent_width": 16,
-    "height": 16,
-    "width": 32,
-    "context": 77,
-}
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "seed": 1, "output_type": "numpy"}
-Arrays = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -46,45 +36,6 @@ def tiny(tiny_bundle: Path) -> Bundle:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SDRT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "openvino-cpu"
-
-
-def load(kind: type[Any], bundle: Bundle, component: str = "unet", **options: Any) -> Any:
-    part = bundle.component(component)
-    return kind(bundle.path / part.model, part.spec, **options)
-
-
-def openvino(bundle: Bundle, component: str = "unet", **options: Any) -> OpenVinoExecutor:
-    executor: OpenVinoExecutor = load(OpenVinoExecutor, bundle, component, **options)
-    return executor
-
-
-def buffers(bundle: Bundle, component: str = "unet", seed: int = 0, **axes: int) -> tuple[Arrays, Arrays]:
-    """Random inputs and empty outputs."""
-    spec, sizes = bundle.component(component).spec, {**AXES, **axes}
-    generator = np.random.default_rng(seed)
-    inputs = {
-        entry.name: np.zeros(entry.concrete(sizes), entry.dtype)
-        if entry.name == "clip_skip"
-        else generator.integers(0, 500, entry.concrete(sizes)).astype(entry.dtype)
-        if entry.name in ("input_ids", "timestep")
-        else generator.standard_normal(entry.concrete(sizes)).astype(entry.dtype)
-        for entry in spec.inputs
-    }
-    return inputs, {entry.name: np.zeros(entry.concrete(sizes), entry.dtype) for entry in spec.outputs}
-
-
-def expected(bundle: Bundle, inputs: Arrays, outputs: Arrays, component: str = "unet") -> Arrays:
-    """What ONNX Runtime makes of the same inputs."""
-    results = {name: np.zeros_like(array) for name, array in outputs.items()}
-    load(OnnxRuntimeExecutor, bundle, component).bind(inputs, results)()
-    return results
-
-
-def assert_close(found: Arrays, wanted: Arrays, components: int = 2) -> None:
-    """Both are float32 graphs, each GRAPH_FP32 from the reference; relative L2."""
-    for name, array in wanted.items():
-        error = np.linalg.norm(found[name] - array) / np.linalg.norm(array)
-        assert error < components * GRAPH_FP32, f"{name}: {error}"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -175,7 +126,7 @@ def part_runs(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     class Counting(real):  # type: ignore[misc, valid-type]
         def __init__(self, ov: Any, part: Any, inputs: Any) -> None:
             super().__init__(ov, part, inputs)
-            request = self._request
+            request = vars(self)["_request"]
 
             class Request:
                 def start_async(self) -> None:
