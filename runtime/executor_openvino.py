@@ -20,7 +20,7 @@ from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executor_onnxruntime import usable_cores
 from sdrt.runtime.executors import check_buffers, first_line
 from sdrt.runtime.manifest import FileEntry
-from sdrt.runtime.openvino_models import BACKEND, Compiled, ModelFile, Part, Shape, reason
+from sdrt.runtime.openvino_models import BACKEND, Compiled, ModelFile, Part, Shape, name_of, reason
 
 Array = NDArray[Any]
 STREAMS: Final = 2
@@ -182,7 +182,8 @@ class _BoundPart:
         self._all: Array = arena.span(part.results[0], part.results[-1]).buffer
         self._request = part.compiled.create_infer_request()
         for port in part.compiled.inputs:
-            self._request.set_tensor(port, ov.Tensor(inputs[port.get_any_name()], shared_memory=True))
+            array = inputs[name_of(port, inputs)]
+            self._request.set_tensor(port, ov.Tensor(array, shared_memory=True))
         for port, array in zip(ports, self.results.values(), strict=True):
             self._request.set_tensor(port, ov.Tensor(array, shared_memory=True))
 
@@ -205,10 +206,11 @@ class _BoundPart:
 
 def _bound_request(ov: Any, compiled: Any, arrays: Mapping[str, Array]) -> Any:
     request = compiled.create_infer_request()
-    for port in (*compiled.inputs, *compiled.outputs):
-        name = port.get_any_name()
-        if name in arrays:  # an output that nobody wants goes to memory of OpenVINO's own
-            request.set_tensor(port, ov.Tensor(arrays[name], shared_memory=True))
+    for port in compiled.inputs:
+        request.set_tensor(port, ov.Tensor(arrays[name_of(port, arrays)], shared_memory=True))
+    for port in compiled.outputs:
+        if port.get_names() & arrays.keys():  # what nobody wants goes to memory of OpenVINO's own
+            request.set_tensor(port, ov.Tensor(arrays[name_of(port, arrays)], shared_memory=True))
     return request
 
 

@@ -73,7 +73,7 @@ def _fold_constants(model: Any) -> None:
 
 def input_name(parameter: Any) -> str:
     """The name of an input of a model, as its ONNX graph has it."""
-    return str(parameter.output(0).get_any_name())
+    return str(parameter.get_friendly_name())
 
 
 def _dependencies(model: Any) -> dict[str, frozenset[str]]:

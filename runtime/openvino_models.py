@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -162,7 +162,10 @@ class ModelFile:
             model = self._core.read_model(self._model)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses {self._model}: {reason(error)}") from error
-        inputs, outputs = ([_tensor(port) for port in ports] for ports in (model.inputs, model.outputs))
+        names = {entry.name for entry in (*self._spec.inputs, *self._spec.outputs)}
+        inputs, outputs = (
+            [_tensor(port, names) for port in ports] for ports in (model.inputs, model.outputs)
+        )
         check_tensors(inputs, outputs, self._spec, str(self._model))
         return model
 
@@ -249,10 +252,21 @@ def _settings_of_parts(shape: Shape) -> dict[str, Any]:
 _DTYPES: Final = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64"}
 
 
-def _tensor(port: Any) -> GraphTensor:
+def name_of(port: Any, names: Container[str]) -> str:
+    """Which of the names an input or output has: it takes over those of operations that were left out.
+
+    Args:
+        port: Of a model, compiled or not.
+        names: One of them is among these; otherwise any of the port's is given back.
+    """
+    own: list[str] = sorted(port.get_names())
+    return next((name for name in own if name in names), own[0])
+
+
+def _tensor(port: Any, names: Container[str]) -> GraphTensor:
     kind = port.get_element_type().get_type_name()
     sizes = [axis.get_length() if axis.is_static else str(axis) for axis in port.get_partial_shape()]
-    return GraphTensor(port.get_any_name(), _DTYPES.get(kind, kind), tuple(sizes))
+    return GraphTensor(name_of(port, names), _DTYPES.get(kind, kind), tuple(sizes))
 
 
 def reason(error: Exception) -> str:

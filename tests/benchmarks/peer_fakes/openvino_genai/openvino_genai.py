@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fake_record import note, pictures
-from openvino import Tensor  # type: ignore[import-not-found]
+from openvino import Tensor
 
 
 class Generator:
