@@ -11,8 +11,7 @@ data. (In a graph of fp16 that is computed in float32, what is cut is rounded to
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 # Operations that move numbers, or look at them in another shape: they are cheaper to do again than to keep
 # apart, and stay with what reads them, which may fuse them.
@@ -31,8 +30,7 @@ MOVES: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Hoisted:
+class Hoisted(NamedTuple):
     """A part that was cut out of a model.
 
     Attributes:
