@@ -8,13 +8,15 @@ others in the order of execution, so that the range audit had to widen all weigh
 normalisation ran (5 GB of a full-size U-Net).
 
 Half precision is left alone: those graphs are for GPUs, whose libraries know the operator.
+`restore_group_norms` undoes it for such a library: ONNX Runtime's CUDA provider has no kernel for
+`InstanceNormalization` of the opsets that are exported.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from sdrt.export.pass_nodes import Inserter, integer, replace
+from sdrt.export.pass_nodes import Inserter, constant_ints, integer, length, only_user, replace, static
 from sdrt.runtime.errors import SdrtError
 
 
@@ -58,3 +60,55 @@ def _write_out(node: ir.Node) -> None:
     columns = [build.op("Unsqueeze", [v, axes], n, floats) for v, n in ((scale, "scale"), (bias, "bias"))]
     scaled = build.op("Mul", [back, columns[0]], "scaled", floats)
     replace(node, build.op("Add", [scaled, columns[1]], "shifted", floats))
+
+
+def restore_group_norms(model: ir.Model) -> int:
+    """Make each group normalisation one node again, in place, that `write_out_group_norms` wrote out.
+
+    What is left over of the old nodes has no users; `drop_unused` removes it. Returns how many there were.
+    """
+    nodes = [node for node in model.graph if node.op_type == "InstanceNormalization" and not node.domain]
+    return sum(map(_restore, nodes))
+
+
+def _restore(normal: ir.Node) -> bool:
+    """Reshape → normal → Reshape → Mul by one factor per channel → Add of one number per channel."""
+    rows = normal.inputs[0].producer() if normal.inputs[0] else None
+    back = only_user(normal)
+    scaled = only_user(back) if back is not None else None
+    shifted = only_user(scaled) if scaled is not None else None
+    if rows is None or back is None or scaled is None or shifted is None:
+        return False
+    kinds = [node.op_type for node in (rows, back, scaled, shifted)]
+    data, groups = rows.inputs[0], length(normal.inputs[1])
+    scale, bias = _per_channel(scaled, back), _per_channel(shifted, scaled)
+    if kinds != ["Reshape", "Reshape", "Mul", "Add"] or not groups or data is None or not scale or not bias:
+        return False
+    output = shifted.outputs[0]
+    one_row_each = [0, groups, -1]
+    if data.shape is None or constant_ints(rows.inputs[1]) != one_row_each or not _plain(normal, groups):
+        return False
+    channels = static(data, 1)
+    if not channels or {static(output, 1), length(scale), length(bias)} != {channels}:
+        return False
+    attributes = {"epsilon": normal.attributes.get_float("epsilon", 1e-5), "num_groups": groups}
+    build = Inserter(shifted, str(output.name))
+    inputs = [data, scale, bias]
+    replace(shifted, build.op("GroupNormalization", inputs, "whole", output.dtype, attributes))
+    return True
+
+
+def _plain(normal: ir.Node, groups: int) -> bool:
+    """Whether an instance normalisation, one instance per group, scales by one and adds nothing."""
+    tensors = [value.const_value if value is not None else None for value in normal.inputs[1:3]]
+    return all(
+        tensor is not None and tensor.shape == (groups,) and (tensor.numpy() == number).all()
+        for tensor, number in zip(tensors, (1.0, 0.0), strict=True)
+    )
+
+
+def _per_channel(node: ir.Node, before: ir.Node) -> ir.Value | None:
+    """The vector that a node combines the result of another with, one number per channel."""
+    other = next((value for value in node.inputs if value is not before.outputs[0]), None)
+    producer = other.producer() if other is not None else None
+    return producer.inputs[0] if producer is not None and producer.op_type == "Unsqueeze" else None

@@ -77,6 +77,13 @@ def replace(node: ir.Node, value: ir.Value) -> None:
     value.name = name
 
 
+def only_user(node: ir.Node) -> ir.Node | None:
+    """The one node that reads a node's first output; None if there are others, or the graph gives it out."""
+    output = node.outputs[0]
+    users = output.consumers()
+    return users[0] if len(users) == 1 and not output.is_graph_output() else None
+
+
 def integer(node: ir.Node, name: str, default: int = 0) -> int:
     """An integer attribute of a node."""
     return node.attributes.get_int(name, default)
@@ -93,6 +100,17 @@ def static(value: ir.Value, axis: int) -> int | None:
         return None
     size = value.shape[axis]
     return size if isinstance(size, int) else None
+
+
+def length(vector: ir.Value | None) -> int | None:
+    """How many numbers a vector has; None where that is dynamic, not known, or the value is no vector."""
+    return static(vector, 0) if vector is not None and len(vector.shape or ()) == 1 else None
+
+
+def constant_ints(value: ir.Value | None) -> list[int] | None:
+    """The integers of an initializer; None where they are computed."""
+    tensor = value.const_value if value is not None and value.is_initializer() else None
+    return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]
 
 
 def drop_unused(model: ir.Model) -> None:

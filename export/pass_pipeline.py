@@ -28,6 +28,7 @@ class PassReport:
         causal: How many constant triangular masks became the attention's own.
         islands: Tensors that are kept in fp32.
         casts: How many Casts that took.
+        operators: How many nodes there are now of each operator that only the engine's library has.
     """
 
     component: str
@@ -39,6 +40,7 @@ class PassReport:
     causal: int = 0
     islands: tuple[str, ...] = ()
     casts: int = 0
+    operators: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """For a person: a summary, then a line for each attention that was written out and each island."""
@@ -48,6 +50,8 @@ class PassReport:
             summary.append(f"{self.causal} causal masks recognised")
         if self.islands:
             summary.append(f"{len(self.islands)} tensors kept in fp32 ({self.casts} casts)")
+        if self.operators:
+            summary.append(", ".join(f"{count} {name}" for name, count in sorted(self.operators.items())))
         summary.append(f"{self.nodes_before} nodes, now {self.nodes_after}")
         return [
             f"{self.component} ({self.precision}): " + ", ".join(summary),
@@ -104,5 +108,11 @@ def prepare_for_onnxruntime_cuda(model: ir.Model, component: str, precision: Pre
     before = model.graph.num_nodes()
     dialect = to_onnxruntime_cuda(model)
     return PassReport(
-        component, precision, before, model.graph.num_nodes(), dialect.attentions, causal=dialect.causal
+        component,
+        precision,
+        before,
+        model.graph.num_nodes(),
+        dialect.attentions,
+        causal=dialect.causal,
+        operators=dialect.operators,
     )

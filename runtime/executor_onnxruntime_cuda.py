@@ -185,7 +185,9 @@ class OnnxRuntimeCudaExecutor:
             "cudnn_conv_algo_search": "HEURISTIC",
             # Doubling the arena at each growth would take twice the memory that is needed.
             "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "0",  # fp32 means fp32: TF32 has fp16's ten bits
+            # fp32 means fp32: TF32 has fp16's ten bits. For convolutions "0" bars all tensor core kernels,
+            # those of half precision too, where cuDNN has any other.
+            "use_tf32": "0" if self._bundle.component(self.spec.name).precision == "fp32" else "1",
         }
 
 

@@ -24,7 +24,7 @@ from fake_onnxruntime_cuda import fake_onnxruntime
 from recording import RecordingDriver, recording_device
 
 from sdrt.runtime.bundle import Bundle
-from sdrt.runtime.components import TensorSpec
+from sdrt.runtime.components import Precision, TensorSpec
 from sdrt.runtime.cuda_device import CudaDevice
 from sdrt.runtime.errors import BackendError, BundleError, DeviceMemoryError, UsageError
 from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor, usable_cores
@@ -303,6 +303,16 @@ def test_cuda_works_in_our_stream_and_does_not_wait(bench: Bench) -> None:
     assert session.provider_options["device_id"] == "0"
     entry = "disable_synchronize_execution_providers"
     assert session.run_options.get_run_config_entry(entry) == "1"
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", "0"), ("fp16", "1")])
+def test_tf32_is_barred_from_float32_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, precision: Precision, allowed: str
+) -> None:
+    part = bench.bundle.component("unet")
+    monkeypatch.setattr(bench.bundle, "component", lambda name: replace(part, precision=precision))
+    bench.load()
+    assert bench.ort.sessions[0].provider_options["use_tf32"] == allowed
 
 
 def test_build_for_the_cpu(bench: Bench) -> None:
