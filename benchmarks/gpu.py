@@ -3,7 +3,8 @@
     python -m sdrt.benchmarks.gpu [--out DIR] [--work DIR] [--seconds 480] [--architectures sd15 sdxl]
 
 Runs the tests marked ``gpu``; exports SD 1.5 and SDXL with random weights; builds engines for whatever of
-TensorRT, TensorRT for RTX and ONNX Runtime is installed; times them beside diffusers, eager and compiled.
+TensorRT, TensorRT for RTX and ONNX Runtime is installed; lists the kernels of a step; times them beside
+diffusers, eager and, when all else is done, compiled.
 Every stage is a process with a time limit. What could not run stands in the report with the reason, and
 the report is written again after every stage, so that nothing measured is lost.
 """
@@ -30,6 +31,7 @@ from sdrt.runtime.files import write_atomically
 ROOT: Final = Path(sdrt.__file__).resolve().parents[2]
 FLAVOURS: Final = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 BATCHES: Final = (1, 4)
+COMPILED_SHARE: Final = 0.3  # of the time for measuring, kept for torch.compile, which comes last
 SECONDS_FOR_MORE: Final = 240  # engines for further batches are built if so much is left
 EXIT_NO_GPU: Final = 7
 
@@ -47,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     exports = {name: _start_export(run, name) for name in arguments.architectures}
     run.stage("ceilings", _stage_command("ceilings", run.result("ceilings")), 60)
     run.stage("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(ROOT / "tests")], 180)
-    for name in arguments.architectures:
-        _measure(run, name, exports[name], arguments)
+    built = {name: _measure(run, name, exports[name], arguments) for name in arguments.architectures}
+    if not arguments.no_compile:
+        _time_compiled(run, built, arguments)
     run.write()
     print(run.paths()[1].read_text(encoding="utf-8"))
     passed = run.stages["tests"]["status"] == "ran"
@@ -209,29 +212,56 @@ def _build_engines(run: _Run, name: str, bundle: Path) -> list[str]:
 
 def _measure(
     run: _Run, name: str, export: tuple[subprocess.Popen[bytes], float], arguments: argparse.Namespace
-) -> None:
-    """Everything about one architecture, once its export has ended."""
+) -> list[str] | None:
+    """Everything about one architecture, once its export has ended; flavours, or None without a bundle."""
     process, started = export
     code = _wait(process, run.left())
     stage = f"export {name}"
     if run.record(stage, run.outcome(stage, code, time.monotonic() - started))["status"] != "ran":
-        return
-    bundle = run.work / name
-    built = _build_engines(run, name, bundle)
-    common = ["--model", name, "--bundle", str(bundle), "--backends", *built]
+        return None
+    built = _build_engines(run, name, run.work / name)
     # The last architecture gets what is left; the others their share.
     remaining = len(arguments.architectures) - arguments.architectures.index(name)
-    share = max(run.left() / remaining - 40, 30)
-    options = [*common, "--repeats", str(arguments.repeats), "--seconds", f"{share * 0.7:.0f}"]
-    options += ["--no-compile"] if arguments.no_compile else []
-    stage = f"timings {name}"
-    run.stage(stage, _stage_command("timings", run.result(stage), *options), share)
+    kept = 0.0 if arguments.no_compile else COMPILED_SHARE
+    share = max(run.left() * (1 - kept) / remaining - 40, 30)
+    _time(run, "timings", name, built, arguments, share)
+    common = _common(run, name, built)
     stage = f"launches {name}"
     run.stage(stage, _stage_command("launches", run.result(stage), *common), 60)
     for flavour in built:
-        stage = f"memory {name} {flavour}"
-        single = ["--bundle", str(bundle), "--backends", flavour]
-        run.stage(stage, _stage_command("memory", run.result(stage), *single), 60)
+        single = ["--bundle", str(run.work / name), "--backends", flavour]
+        for kind in ("profile", "memory"):
+            stage = f"{kind} {name} {flavour}"
+            run.stage(stage, _stage_command(kind, run.result(stage), *single), 60)
+    return built
+
+
+def _time_compiled(run: _Run, built: Mapping[str, list[str] | None], arguments: argparse.Namespace) -> None:
+    """Once more with torch.compile; a compilation that is not done in time loses no other figure."""
+    waiting = [name for name, flavours in built.items() if flavours is not None]
+    while waiting:
+        share = run.left() / len(waiting)
+        name = waiting.pop(0)
+        _time(run, "compiled", name, built[name] or [], arguments, share, "--compiled")
+
+
+def _common(run: _Run, name: str, built: Sequence[str]) -> list[str]:
+    return ["--model", name, "--bundle", str(run.work / name), "--backends", *built]
+
+
+def _time(
+    run: _Run,
+    kind: str,
+    name: str,
+    built: Sequence[str],
+    arguments: argparse.Namespace,
+    share: float,
+    *more: str,
+) -> None:
+    options = [*_common(run, name, built), "--repeats", str(arguments.repeats), *more]
+    stage = f"{kind} {name}"
+    command = _stage_command("timings", run.result(stage), *options, "--seconds", f"{share * 0.7:.0f}")
+    run.stage(stage, command, share)
 
 
 if __name__ == "__main__":

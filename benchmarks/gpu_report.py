@@ -17,6 +17,12 @@ HEADINGS: Final = (
     "to diffusers",
 )
 
+COMPILED: Final = (
+    'Measured in a run of its own, after all others. torch.compile with mode="reduce-overhead": default '
+    'kernels in CUDA graphs. mode="max-autotune" may be faster, but had not compiled SD 1.5 after 330 s '
+    "on an H100."
+)
+
 Stages = Mapping[str, Mapping[str, Any]]
 
 
@@ -28,7 +34,16 @@ def markdown(document: Mapping[str, Any]) -> str:
     """
     stages: Stages = document["stages"]
     return (
-        "\n".join([*_machine(document), *_tests(stages), *_timings(stages), *_host(stages), *_rest(stages)])
+        "\n".join(
+            [
+                *_machine(document),
+                *_tests(stages),
+                *_timings(stages),
+                *_host(stages),
+                *_kernels(stages),
+                *_rest(stages),
+            ]
+        )
         + "\n"
     )
 
@@ -68,15 +83,17 @@ def _tests(stages: Stages) -> Iterator[str]:
 def _timings(stages: Stages) -> Iterator[str]:
     peak = _data(stages, "ceilings").get("fp16_flop_per_s")
     for name in stages:
-        if not name.startswith("timings "):
-            continue
+        kind, _, architecture = name.partition(" ")
         data = _data(stages, name)
-        if not data:
+        if kind not in ("timings", "compiled") or not data:
             continue
-        architecture = name.removeprefix("timings ")
+        beside = ", beside torch.compile" if kind == "compiled" else ""
         yield ""
-        yield f"## {architecture}, {data['size']} × {data['size']}, fp16, guidance on"
+        yield f"## {architecture}, {data['size']} × {data['size']}, fp16, guidance on{beside}"
         yield ""
+        if beside:
+            yield COMPILED
+            yield ""
         yield f"| {' | '.join(HEADINGS)} |"
         yield "|---" * len(HEADINGS) + "|"
         for row in data.get("rows", []):
@@ -145,6 +162,26 @@ def _host(stages: Stages) -> Iterator[str]:
         yield "## Host work and memory"
         yield ""
         yield from lines
+
+
+def _kernels(stages: Stages) -> Iterator[str]:
+    for name in stages:
+        kind, _, rest = name.partition(" ")
+        for figures in _data(stages, name).values() if kind == "profile" else ():
+            for batch, found in figures.items():
+                yield ""
+                if "not_run" in found:
+                    yield f"Kernels of {rest}, {batch}: not measured: {found['not_run']}"
+                    continue
+                yield f"## Kernels of a step: {rest}, {batch}"
+                yield ""
+                yield f"{found['gpu_ms']:.2f} ms on the GPU in {found['launches']:g} kernels and copies."
+                yield ""
+                yield "| ms | launches | kernel |"
+                yield "|---|---|---|"
+                for kernel in found["kernels"]:
+                    text = kernel["name"].replace("|", "\\|")
+                    yield f"| {kernel['ms']:.3f} | {kernel['launches']:g} | `{text}` |"
 
 
 def _rest(stages: Stages) -> Iterator[str]:

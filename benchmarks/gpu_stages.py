@@ -13,7 +13,8 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=240.0, help="begin nothing new after this")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="timings: beside torch.compile too")
     arguments = parser.parse_args(argv)
 
     def save(found: dict[str, Any]) -> None:
@@ -120,7 +121,7 @@ def timings(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None
         steps=arguments.steps,
         repeats=arguments.repeats,
         deadline=time.monotonic() + arguments.seconds,
-        compiled=not arguments.no_compile,
+        compiled=arguments.compiled,
     )
     head = {"size": size, "guided_step_flop": guided_step_flop(checkpoint, size)}
     found = time_architecture(
@@ -129,7 +130,7 @@ def timings(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None
         arguments.backends,
         torch.device(arguments.device),
         plan,
-        lambda partial: save({**head, **partial}),
+        lambda rows: save({**head, **rows}),
     )
     return {**head, **found}
 
@@ -183,6 +184,20 @@ def _profiled(pipeline: Any, steps: int) -> Counter[str]:
     return Counter(event.name for event in trace.events() if event.name.startswith("cu"))
 
 
+def profile(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """See `sdrt.benchmarks.gpu_profile`: a backend's kernels at each batch."""
+    from sdrt.benchmarks.gpu_profile import kernels_of_a_step
+    from sdrt.runtime import Bundle
+
+    bundle = Bundle.open(arguments.bundle, verify=False)
+    (backend,) = arguments.backends
+    found: dict[str, Any] = {}
+    for batch in arguments.batches:
+        found[f"batch {batch}"] = _each(partial(kernels_of_a_step, bundle, batch=batch), backend)
+        save({backend: found})
+    return {backend: found}
+
+
 def memory(arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
     """GPU memory that one backend holds after drawing, in a process that does nothing else.
 
@@ -203,7 +218,7 @@ def memory(arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
     return {backend: _each(measure, backend)}
 
 
-def _each(measure: Callable[[str], dict[str, float]], backend: str) -> dict[str, Any]:
+def _each(measure: Callable[[str], Mapping[str, Any]], backend: str) -> dict[str, Any]:
     try:
         return dict(measure(backend))
     except (SdrtError, ImportError, RuntimeError, OSError) as error:
@@ -215,6 +230,7 @@ STAGES: Final[dict[str, Callable[..., dict[str, Any]]]] = {
     "ceilings": ceilings,
     "timings": timings,
     "launches": launches,
+    "profile": profile,
     "memory": memory,
 }
 

@@ -71,14 +71,17 @@ class SdrtContender:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to time. ``deadline`` is a `time.monotonic` after which no new contender or row is begun."""
+    """What to time. ``deadline`` is a `time.monotonic` after which no new contender or row is begun.
+
+    ``compiled`` adds torch.compile, which takes minutes at every batch: in a run of its own, after the rest.
+    """
 
     size: int
     batches: Sequence[int]
     steps: Sequence[int]
     repeats: int
     deadline: float
-    compiled: bool = True
+    compiled: bool = False
 
 
 def time_architecture(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sdrt.benchmarks import gpu, gpu_stages
+from sdrt.benchmarks import gpu, gpu_report, gpu_stages
 from sdrt.benchmarks.gpu_ceilings import guided_step_flop
-from sdrt.benchmarks.gpu_peers import GUIDANCE, DiffusersPeer, Texts
+from sdrt.benchmarks.gpu_peers import COMPILE_MODE, GUIDANCE, DiffusersPeer, Texts
+from sdrt.benchmarks.gpu_profile import MOST, Kernel, by_name, per_step
 from sdrt.benchmarks.gpu_timings import Plan, bundle_tokenizer, time_architecture
 from sdrt.export import cli_options
 from sdrt.export.architectures import open_architecture
@@ -205,3 +208,92 @@ def test_every_stage_is_reachable_from_the_command_line(
         gpu_stages.main(["--help"])
     assert ended.value.code == 0
     assert stage in capsys.readouterr().out
+
+
+def _recorded_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> dict[str, tuple[Sequence[str], float]]:
+    """The stages of a whole ``make gpu``: command and limit of each; all succeed at once."""
+    stages: dict[str, tuple[Sequence[str], float]] = {}
+
+    def stage(run: gpu._Run, name: str, command: Sequence[str], limit: float) -> dict[str, Any]:
+        stages[name] = (command, min(limit, run.left()))
+        return run.record(name, {"status": "ran", "data": {"gpu": "none"} if name == "facts" else {}})
+
+    monkeypatch.setattr(gpu._Run, "stage", stage)
+    monkeypatch.setattr(gpu, "_start_export", lambda run, name: (None, time.monotonic()))
+    monkeypatch.setattr(gpu, "_wait", lambda process, seconds: 0)
+    monkeypatch.setattr(gpu, "last_words", lambda log: "done")
+    gpu.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *options])
+    return stages
+
+
+def test_torch_compile_comes_last_with_a_share_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = _recorded_run(tmp_path, monkeypatch, "--seconds", "600")
+    assert list(stages)[-2:] == ["compiled sd15", "compiled sdxl"]
+    for name in ("sd15", "sdxl"):
+        assert "--compiled" not in stages[f"timings {name}"][0]
+        assert "--compiled" in stages[f"compiled {name}"][0]
+        assert f"profile {name} onnxruntime-cuda" in stages
+    # Nothing has taken any time here; the last measurement may take all but what is kept.
+    assert stages["timings sdxl"][1] <= 600 * (1 - gpu.COMPILED_SHARE)
+    assert stages["compiled sd15"][1] >= 600 * gpu.COMPILED_SHARE / 2
+
+
+def test_torch_compile_may_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = _recorded_run(tmp_path, monkeypatch, "--no-compile", "--architectures", "sd15")
+    assert "timings sd15" in stages
+    assert not [name for name in stages if name.startswith("compiled")]
+
+
+def test_the_peer_is_compiled_with_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def compile_(module: Any, *, mode: str, fullgraph: bool) -> Any:
+        assert fullgraph
+        modes.append(mode)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    checkpoint = open_checkpoint(str(EMOJI))
+    peer = DiffusersPeer(checkpoint, bundle_tokenizer(Bundle.open()), torch.device("cpu"), compiled=True)
+    assert peer.name == "torch.compile"
+    assert modes == [COMPILE_MODE] * 2  # U-Net and decoder
+    assert f'mode="{COMPILE_MODE}"' in gpu_report.COMPILED
+
+
+def test_kernels_of_a_step_are_what_more_steps_add() -> None:
+    few = {"conv": Kernel(3.0, 10), "decoder": Kernel(5.0, 1)}
+    many = {"conv": Kernel(23.0, 110), "decoder": Kernel(5.0, 1), "n" * 200: Kernel(50.0, 10)}
+    found = per_step(few, many, 10)
+    assert (found["gpu_ms"], found["launches"]) == (7.0, 11.0)
+    assert found["kernels"][:2] == [
+        {"name": "n" * 90, "ms": 5.0, "launches": 1.0},
+        {"name": "conv", "ms": 2.0, "launches": 10.0},
+    ]
+    several = {f"kernel {number}": Kernel(float(number), 1) for number in range(40)}
+    longest = per_step({}, several, 1)["kernels"]
+    assert [kernel["name"] for kernel in longest] == [f"kernel {39 - number}" for number in range(MOST)]
+
+
+def test_only_what_ran_on_the_gpu_is_summed() -> None:
+    def event(name: str, where: str, microseconds: float) -> Any:
+        lasting = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=where), time_range=lasting)
+
+    events = [
+        event("gemm", "CUDA", 500.0),
+        event("cudaLaunchKernel", "CPU", 9.0),
+        event("gemm", "CUDA", 1500.0),
+    ]
+    assert by_name(events) == {"gemm": Kernel(2.0, 2)}
+
+
+def test_the_profiler_has_the_fields_that_are_read() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        torch.ones(3).add(1)
+    assert trace.events()
+    assert by_name(trace.events()) == {}  # there are no events of a GPU, and reading them fails on no field
+    assert all(event.time_range.elapsed_us() >= 0 for event in trace.events())
