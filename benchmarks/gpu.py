@@ -1,6 +1,6 @@
 """``make gpu``: test, measure and report on a machine with an NVIDIA GPU.
 
-    python -m sdrt.benchmarks.gpu [--out DIR] [--work DIR] [--seconds 480] [--architectures sd15 sdxl]
+    python -m sdrt.benchmarks.gpu [--out DIR] [--work DIR] [--keep] [--seconds 480] [--architectures sd15 sdxl]
 
 Runs the tests marked ``gpu``; exports SD 1.5 and SDXL with random weights; builds engines for whatever of
 TensorRT, TensorRT for RTX and ONNX Runtime is installed; lists the kernels of a step; times them beside
@@ -27,6 +27,7 @@ import sdrt
 from sdrt.benchmarks.gpu_report import markdown
 from sdrt.benchmarks.last_line import last_line
 from sdrt.runtime.files import write_atomically
+from sdrt.runtime.manifest import MANIFEST_NAME
 
 ROOT: Final = Path(sdrt.__file__).resolve().parents[2]
 FLAVOURS: Final = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if facts["status"] != "ran":
         print(f"no GPU can be used here: {facts['reason']}", file=sys.stderr)
         return EXIT_NO_GPU
-    exports = {name: _start_export(run, name) for name in arguments.architectures}
+    exports = {name: _start_export(run, name, arguments.keep) for name in arguments.architectures}
     run.stage("ceilings", _stage_command("ceilings", run.result("ceilings")), 60)
     run.stage("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", str(ROOT / "tests")], 180)
     built = {name: _measure(run, name, exports[name], arguments) for name in arguments.architectures}
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything (480)")
     parser.add_argument("--architectures", nargs="+", default=["sd15", "sdxl"], metavar="NAME")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each timing (5)")
+    parser.add_argument("--keep", action="store_true", help="use bundles that an earlier run left in --work")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
     return parser
 
@@ -188,8 +190,10 @@ def _sd_export(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "sdrt.export.cli", *arguments]
 
 
-def _start_export(run: _Run, name: str) -> tuple[subprocess.Popen[bytes], float]:
-    """Exports need no GPU: they run beside the tests."""
+def _start_export(run: _Run, name: str, keep: bool) -> tuple[subprocess.Popen[bytes], float] | None:
+    """Exports need no GPU: they run beside the tests. None for one that is kept from before."""
+    if keep and (run.work / name / MANIFEST_NAME).exists():
+        return None
     with run.log(f"export {name}").open("w", encoding="utf-8") as log:
         return _start(_sd_export(export_arguments(name, run.work / name)), log), time.monotonic()
 
@@ -210,14 +214,25 @@ def _build_engines(run: _Run, name: str, bundle: Path) -> list[str]:
     return built
 
 
-def _measure(
-    run: _Run, name: str, export: tuple[subprocess.Popen[bytes], float], arguments: argparse.Namespace
-) -> list[str] | None:
-    """Everything about one architecture, once its export has ended; flavours, or None without a bundle."""
+def _exported(run: _Run, name: str, export: tuple[subprocess.Popen[bytes], float] | None) -> bool:
+    """Whether there is a bundle, once its export has ended."""
+    stage = f"export {name}"
+    if export is None:
+        run.record(stage, {"status": "ran", "seconds": 0.0, "last_line": "kept from an earlier run"})
+        return True
     process, started = export
     code = _wait(process, run.left())
-    stage = f"export {name}"
-    if run.record(stage, run.outcome(stage, code, time.monotonic() - started))["status"] != "ran":
+    return bool(run.record(stage, run.outcome(stage, code, time.monotonic() - started))["status"] == "ran")
+
+
+def _measure(
+    run: _Run,
+    name: str,
+    export: tuple[subprocess.Popen[bytes], float] | None,
+    arguments: argparse.Namespace,
+) -> list[str] | None:
+    """Everything about one architecture, once its export has ended; flavours, or None without a bundle."""
+    if not _exported(run, name, export):
         return None
     built = _build_engines(run, name, run.work / name)
     # The last architecture gets what is left; the others their share.

@@ -221,7 +221,7 @@ def _recorded_run(
         return run.record(name, {"status": "ran", "data": {"gpu": "none"} if name == "facts" else {}})
 
     monkeypatch.setattr(gpu._Run, "stage", stage)
-    monkeypatch.setattr(gpu, "_start_export", lambda run, name: (None, time.monotonic()))
+    monkeypatch.setattr(gpu, "_start_export", lambda run, name, keep: (None, time.monotonic()))
     monkeypatch.setattr(gpu, "_wait", lambda process, seconds: 0)
     monkeypatch.setattr(gpu, "last_words", lambda log: "done")
     gpu.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *options])
