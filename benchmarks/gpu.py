@@ -1,6 +1,6 @@
 """``make gpu``: test, measure and report on a machine with an NVIDIA GPU.
 
-    python -m sdrt.benchmarks.gpu [--out DIR] [--work DIR] [--keep] [--seconds 480] [--architectures sd15 sdxl]
+    python -m sdrt.benchmarks.gpu [--out DIR] [--work DIR] [--keep] [--seconds 480] [--architectures NAME …]
 
 Runs the tests marked ``gpu``; exports SD 1.5 and SDXL with random weights; builds engines for whatever of
 TensorRT, TensorRT for RTX and ONNX Runtime is installed; lists the kernels of a step; times them beside

@@ -143,6 +143,9 @@ def _contenders(data: Mapping[str, Any]) -> Iterator[str]:
         yield from lines
 
 
+_UNSEEN: Final = "PyTorch's profiler does not list the launch of a graph by the driver's own function"
+
+
 def _host(stages: Stages) -> Iterator[str]:
     lines = []
     for name in stages:
@@ -154,7 +157,8 @@ def _host(stages: Stages) -> Iterator[str]:
                 counts = ", ".join(
                     f"{figures[key]:g} {key}" for key in ("launches", "waits", "copies", "allocations")
                 )
-                lines.append(f"- {rest}, {backend}: per step {counts}")
+                unseen = "" if figures["launches"] else f" ({_UNSEEN})"
+                lines.append(f"- {rest}, {backend}: per step {counts}{unseen}")
             else:
                 lines.append(f"- {rest}: {figures['bytes'] / 2**30:.2f} GiB of GPU memory")
     if lines:

@@ -237,8 +237,9 @@ class CudaDriver:
         )
 
     def begin_capture(self, stream: int) -> None:
-        # Thread-local: what other threads do with the GPU (load a module, allocate) must not end it.
-        mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        # Relaxed: what other threads do with the GPU (load a module, allocate) must not end it, nor what
+        # ONNX Runtime does beside queueing kernels.
+        mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._call("cuStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: int) -> int:

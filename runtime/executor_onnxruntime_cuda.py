@@ -79,9 +79,11 @@ class OnnxRuntimeCudaExecutor:
     Attributes:
         spec: Its inputs and outputs.
         about: Which graph it runs, and why.
+        capturable: For a rewritten graph without operators on the CPU: after a first run it only queues
+            kernels, and what the host computes about shapes is the same each time.
     """
 
-    capturable = False  # it allocates and copies shapes as it runs
+    capturable: bool
     about: str
     _session: Any = None
     _engine: Engine | None = None
@@ -137,6 +139,7 @@ class OnnxRuntimeCudaExecutor:
         if self._session is None or engine != self._engine:
             self._session = self._load(engine)  # bindings keep the one before
             self._engine, self.about = engine, about
+            self.capturable = engine is not None and not self._allowed
 
     def close(self) -> None:
         """See `Executor.close`; there is nothing to keep."""

@@ -261,6 +261,21 @@ def test_cuda_same_numbers_as_on_the_cpu(
     assert capfd.readouterr() == ("", "")
 
 
+def test_cuda_graph_is_captured_where_it_was_rewritten(bench: Bench) -> None:
+    """And replayed with what stands in its buffers then."""
+    bench.rewritten()
+    executor = bench.load()
+    evaluate, result = bench.bind(executor)
+    assert executor.capturable
+    evaluate()
+    eager = bench.device.download(result)
+    replay = bench.device.capture(evaluate)
+    bench.device.upload(np.zeros(result.shape, result.dtype), result)
+    replay()
+    np.testing.assert_array_equal(bench.device.download(result), eager)
+    assert not bench.load(allow_cpu_nodes={"Conv"}).capturable
+
+
 def test_loading_in_threads_leaves_standard_output_alone(bench: Bench) -> None:
     """The library's prints are caught; two threads that did so at once would restore each other's."""
     number, second = itertools.count(), threading.Event()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from repeats import assert_repeats
 
 from sdrt.export.engine_compare import random_inputs, tolerance
 from sdrt.runtime.backends import choose_backend, load_executor, open_device
@@ -90,9 +91,7 @@ def test_graph_gives_what_a_call_gives(gpu_backend: str, engine_bundle: Bundle, 
     feeds = random_inputs(engine_bundle, "unet", sizes)
     evaluate, inputs, outputs = bind(executor, device, feeds, sizes)
     evaluate()
-    if not executor.capturable:
-        assert gpu_backend == "onnxruntime-cuda"
-        return
+    assert executor.capturable
     replay = device.capture(evaluate)
     other = {name: array * 0.5 for name, array in feeds.items()}
     for name, array in other.items():
@@ -101,7 +100,9 @@ def test_graph_gives_what_a_call_gives(gpu_backend: str, engine_bundle: Bundle, 
     eager = device.download(outputs["noise_pred"])
     device.upload(np.zeros(eager.shape, eager.dtype), outputs["noise_pred"])
     replay()
-    np.testing.assert_array_equal(device.download(outputs["noise_pred"]), eager)
+    assert_repeats(
+        gpu_backend, device.download(outputs["noise_pred"]), eager, tolerance(engine_bundle, "unet")
+    )
 
 
 def test_executors_share_scratch_and_stream(
@@ -120,7 +121,9 @@ def test_executors_share_scratch_and_stream(
     decode()
     evaluate()
     decode()
-    np.testing.assert_array_equal(device.download(outputs["noise_pred"]), alone)
+    assert_repeats(
+        gpu_backend, device.download(outputs["noise_pred"]), alone, tolerance(engine_bundle, "unet")
+    )
 
 
 def test_many_bindings_do_not_eat_memory(gpu_backend: str, engine_bundle: Bundle, device: CudaDevice) -> None:

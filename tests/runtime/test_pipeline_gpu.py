@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from repeats import assert_repeats
 from task_calls import SHORT, TASKS
 
 from sdrt.export.checkpoint import open_checkpoint
@@ -95,8 +96,9 @@ def test_graphs_give_what_separate_launches_give(
         monkeypatch.setattr(module, "replayable", eager)
     with Pipeline.load(engine_bundle, backend=gpu_backend) as pipeline:
         launched = pipeline("a", seed=1, eta=1.0, sampler="ddim", **OPTIONS)
-    np.testing.assert_array_equal(replayed.latents, launched.latents)
-    np.testing.assert_array_equal(replayed.images, launched.images)
+    bound = SAMPLING_FACTOR * tolerance(engine_bundle, "unet")
+    assert_repeats(gpu_backend, replayed.latents, launched.latents, bound)
+    assert np.abs(replayed.images.astype(int) - launched.images).max() <= (gpu_backend == "onnxruntime-cuda")
 
 
 def test_changes_of_shape_and_back(gpu_backend: str, engine_bundle: Bundle) -> None:
@@ -109,8 +111,9 @@ def test_changes_of_shape_and_back(gpu_backend: str, engine_bundle: Bundle) -> N
 
         first = [draw(*shape).latents for shape in shapes]
         again = [draw(*shape).latents for shape in reversed(shapes)]
+    bound = SAMPLING_FACTOR * tolerance(engine_bundle, "unet")
     for before, after in zip(first, reversed(again), strict=True):
-        np.testing.assert_array_equal(before, after)
+        assert_repeats(gpu_backend, before, after, bound)
 
 
 def test_two_pipelines_in_one_process(gpu_backend: str, engine_bundle: Bundle) -> None:
@@ -120,9 +123,11 @@ def test_two_pipelines_in_one_process(gpu_backend: str, engine_bundle: Bundle) -
         Pipeline.load(engine_bundle, backend=gpu_backend) as one,
         Pipeline.load(engine_bundle, backend=gpu_backend) as other,
     ):
+        bound = SAMPLING_FACTOR * tolerance(engine_bundle, "unet")
         for seed in range(4):
-            np.testing.assert_array_equal(one("a", seed=seed, **OPTIONS).latents, expected[seed])
-            np.testing.assert_array_equal(other("a", seed=seed, **OPTIONS).latents, expected[seed])
+            for pipeline in (one, other):
+                found = pipeline("a", seed=seed, **OPTIONS).latents
+                assert_repeats(gpu_backend, found, expected[seed], bound)
 
 
 def test_two_hundred_pictures_take_no_more_memory_than_ten(gpu_backend: str, engine_bundle: Bundle) -> None:
