@@ -248,6 +248,23 @@ def test_torch_compile_may_be_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     assert not [name for name in stages if name.startswith("compiled")]
 
 
+def test_a_bundle_of_an_earlier_run_is_measured_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, started = _run(tmp_path), []
+    monkeypatch.setattr(gpu, "_start", lambda command, log: started.append(command))
+    for name in ("sd15", "sdxl"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sd15" / "manifest.json").touch()
+    assert gpu._start_export(run, "sd15", True) is None
+    assert gpu._exported(run, "sd15", None)
+    assert run.stages["export sd15"]["last_line"] == "kept from an earlier run"
+    assert not started
+    for name, keep in (("sdxl", True), ("sd15", False)):
+        assert gpu._start_export(run, name, keep) is not None
+    assert [command[-1] == "--force" for command in started] == [True, True]
+
+
 def test_the_peer_is_compiled_with_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str] = []
 
