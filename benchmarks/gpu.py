@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import IO, Any, Final
 import sdrt
 from sdrt.benchmarks.gpu_report import markdown
 from sdrt.benchmarks.last_line import last_line
+from sdrt.runtime.engines import ENGINES_FOLDER
 from sdrt.runtime.files import write_atomically
 from sdrt.runtime.manifest import MANIFEST_NAME
 
@@ -218,6 +220,8 @@ def _exported(run: _Run, name: str, export: tuple[subprocess.Popen[bytes], float
     """Whether there is a bundle, once its export has ended."""
     stage = f"export {name}"
     if export is None:
+        # Engines are built anew: earlier ones may be of earlier passes.
+        shutil.rmtree(run.work / name / ENGINES_FOLDER, ignore_errors=True)
         run.record(stage, {"status": "ran", "seconds": 0.0, "last_line": "kept from an earlier run"})
         return True
     process, started = export

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.benchmarks.gpu_memory import free_gpu_memory
-from sdrt.runtime.errors import SdrtError
+from sdrt.runtime.errors import BackendError, SdrtError
 from sdrt.runtime.files import write_atomically
 
 NATIVE_SIZES: Final = {"sd15": 512, "sd21": 768, "sdxl": 1024}
@@ -84,7 +84,7 @@ def facts(_arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gpu": gpu.name,
         "compute_capability": ".".join(str(number) for number in gpu.capability),
-        "memory_free_bytes": free_gpu_memory(),
+        "memory_free_bytes": _free_memory(),
         "python": platform.python_version(),
         "versions": {},
     }
@@ -94,6 +94,14 @@ def facts(_arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
         except PackageNotFoundError:
             found["versions"][package] = None
     return found
+
+
+def _free_memory() -> int | None:
+    """None where nvidia-smi cannot be asked: a container may lack it and have CUDA all the same."""
+    try:
+        return free_gpu_memory()
+    except BackendError:
+        return None
 
 
 def ceilings(_arguments: argparse.Namespace, _save: object) -> dict[str, Any]:

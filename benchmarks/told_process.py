@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import subprocess
 import tempfile
 import time
@@ -43,29 +45,37 @@ def run_told(words: Sequence[str], tell: Tell) -> Ended:
     began, said, shown = time.monotonic(), "", ""
     with (
         tempfile.TemporaryFile() as output,
-        subprocess.Popen(words, stdout=output, stderr=subprocess.PIPE) as process,
+        subprocess.Popen(words, stdout=output, stderr=subprocess.PIPE, start_new_session=True) as process,
     ):
         assert process.stderr is not None
         try:
-            for line in _lines(process.stderr):
+            for line in _lines(process.stderr, lambda: process.poll() is not None):
                 said = line or said
                 shown = line if line and "warning" not in line.lower() else shown
                 tell(shown, time.monotonic() - began)
         except BaseException:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started
             raise
         status = process.wait()
         output.seek(0)
         return Ended(status, output.read().decode(errors="replace"), said)
 
 
-def _lines(stream: IO[bytes]) -> Iterator[str]:
-    """The last line of whatever came at once; an empty one where nothing came for `TICK_SECONDS`."""
+def _lines(stream: IO[bytes], ended: Callable[[], bool]) -> Iterator[str]:
+    """The last line of whatever came at once; an empty one where nothing came for `TICK_SECONDS`.
+
+    Until the stream ends, or the program has: one that it started may live on and hold the stream.
+    """
     poll = select.poll()
     poll.register(stream, select.POLLIN)
     rest = b""
     while True:
+        over = ended()
         if not poll.poll(1000 * TICK_SECONDS):
+            if over:
+                yield " ".join(last_line(rest.decode(errors="replace")).split())
+                return
             yield ""
             continue
         chunk = os.read(stream.fileno(), 1 << 16)

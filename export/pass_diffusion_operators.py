@@ -24,7 +24,17 @@ from typing import Final, NamedTuple
 import onnx_ir as ir
 
 from sdrt.export.pass_nhwc import ChannelsLast, inserter, move_channels_last, rank_of
-from sdrt.export.pass_nodes import Inserter, integer, length, only_user, owner, replace, static, used
+from sdrt.export.pass_nodes import (
+    Inserter,
+    integer,
+    length,
+    only_user,
+    owner,
+    replace,
+    same_size,
+    static,
+    used,
+)
 
 DOMAIN: Final = "com.microsoft"
 DTYPES: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
@@ -161,13 +171,15 @@ def _added(data: ir.Value, pixels: ir.Value) -> _Sum | None:
             _same(second.shape, wanted) for wanted in (data.shape, per_channel)
         ):
             maker = full.producer()
-            alone = maker is not None and maker.op_type == "NhwcConv" and first.consumers() == (plain,)
-            return _Sum(twin, full, other, maker if alone and not first.is_graph_output() else None)
+            alone = first.consumers() == (plain,) and full.consumers() == (twin,) and full is not other
+            bare = maker is not None and maker.op_type == "NhwcConv" and not first.is_graph_output()
+            return _Sum(twin, full, other, maker if alone and bare else None)
     return None
 
 
 def _same(one: Iterable[object], other: Iterable[object]) -> bool:
-    return [str(size) for size in one] == [str(size) for size in other]
+    sizes, others = list(one), list(other)
+    return len(sizes) == len(others) and all(map(same_size, sizes, others))
 
 
 def _skip_group_norm(

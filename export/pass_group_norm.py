@@ -66,7 +66,10 @@ def restore_group_norms(model: ir.Model) -> int:
     """Make each group normalisation one node again, in place, that `write_out_group_norms` wrote out.
 
     What is left over of the old nodes has no users; `drop_unused` removes it. Returns how many there were.
+    Before opset 21 the operator had one scale per group, and nothing is done.
     """
+    if model.graph.opset_imports.get("", 0) < 21:
+        return 0
     nodes = [node for node in model.graph if node.op_type == "InstanceNormalization" and not node.domain]
     return sum(map(_restore, nodes))
 
@@ -81,12 +84,13 @@ def _restore(normal: ir.Node) -> bool:
         return False
     kinds = [node.op_type for node in (rows, back, scaled, shifted)]
     data, groups = rows.inputs[0], length(normal.inputs[1])
-    scale, bias = _per_channel(scaled, back), _per_channel(shifted, scaled)
-    if kinds != ["Reshape", "Reshape", "Mul", "Add"] or not groups or data is None or not scale or not bias:
+    if kinds != ["Reshape", "Reshape", "Mul", "Add"] or not groups or data is None or data.shape is None:
         return False
+    rank = len(data.shape)
+    scale, bias = _per_channel(scaled, back, rank), _per_channel(shifted, scaled, rank)
     output = shifted.outputs[0]
     one_row_each = [0, groups, -1]
-    if data.shape is None or constant_ints(rows.inputs[1]) != one_row_each or not _plain(normal, groups):
+    if not scale or not bias or constant_ints(rows.inputs[1]) != one_row_each or not _plain(normal, groups):
         return False
     channels = static(data, 1)
     if not channels or {static(output, 1), length(scale), length(bias)} != {channels}:
@@ -107,8 +111,11 @@ def _plain(normal: ir.Node, groups: int) -> bool:
     )
 
 
-def _per_channel(node: ir.Node, before: ir.Node) -> ir.Value | None:
-    """The vector that a node combines the result of another with, one number per channel."""
+def _per_channel(node: ir.Node, before: ir.Node, rank: int) -> ir.Value | None:
+    """The vector that a node combines the result of another, of that rank, with: one number per channel."""
     other = next((value for value in node.inputs if value is not before.outputs[0]), None)
     producer = other.producer() if other is not None else None
-    return producer.inputs[0] if producer is not None and producer.op_type == "Unsqueeze" else None
+    if producer is None or producer.op_type != "Unsqueeze":
+        return None
+    second = [*range(1, rank - 1)]  # [C, 1, …], which lies along the second axis
+    return producer.inputs[0] if constant_ints(producer.inputs[1]) == second else None

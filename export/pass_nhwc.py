@@ -21,6 +21,7 @@ from sdrt.export.pass_nodes import (
     integer,
     owner,
     replace,
+    same_size,
     static,
     used,
 )
@@ -213,7 +214,7 @@ def _reshape(node: ir.Node, layout: ChannelsLast) -> None:
     if data is None or shape is None or twin is None or data.shape is None or output.shape is None:
         return
     ranks, channels = (len(data.shape), len(output.shape)), static(data, 1)
-    if channels is None or channels != static(output, 1) or str(data.shape[0]) != str(output.shape[0]):
+    if channels is None or channels != static(output, 1) or not same_size(data.shape[0], output.shape[0]):
         return
     build = inserter(node)
     if ranks == (4, 3):

@@ -102,6 +102,11 @@ def static(value: ir.Value, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def same_size(one: object, other: object) -> bool:
+    """Whether two sizes of a shape are known to be equal; an axis without a name may have any."""
+    return str(one) == str(other) != str(None)
+
+
 def length(vector: ir.Value | None) -> int | None:
     """How many numbers a vector has; None where that is dynamic, not known, or the value is no vector."""
     return static(vector, 0) if vector is not None and len(vector.shape or ()) == 1 else None

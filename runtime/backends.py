@@ -25,6 +25,8 @@ AUTO: Final = "auto"
 CpuExecutor = Callable[..., Executor]  # ``(model, spec, *, threads, files) → executor``
 # What TensorRT may say of an engine that no other size or setting will mend.
 UNFIT: Final = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"})
+# Components whose plain fp32 graphs write group normalisation out as ONNX Runtime's CPU provider wants it.
+WITH_GROUP_NORMS: Final = frozenset({"unet", "vae_decoder", "vae_encoder"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +329,12 @@ def _probe_onnxruntime_cuda(bundle: Bundle, gpu: Gpu | None, shape: RequestShape
 
     version = import_with_cuda().__version__
     axes = shape.axes(bundle.manifest.latents.factor, bundle.manifest.tokens) if shape else {}
-    graphs = [find_graph(bundle, name, version, _axes_of(name, axes))[1] for name in _needed(bundle, shape)]
+    graphs = []
+    for name in _needed(bundle, shape):
+        engine, about = find_graph(bundle, name, version, _axes_of(name, axes))
+        if engine is None and name in WITH_GROUP_NORMS and bundle.component(name).precision == "fp32":
+            raise BackendError(f"{about}; in fp32 that has operators which its CUDA provider lacks")
+        graphs.append(about)
     return f"onnxruntime {version} runs on {gpu}: {'; '.join(graphs)}"
 
 

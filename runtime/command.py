@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from sdrt.runtime.errors import EXIT_INTERRUPTED, OutputError, SdrtError, UsageError
 
@@ -74,6 +74,9 @@ def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) 
     return 0
 
 
+_BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
+
+
 @contextlib.contextmanager
 def quick_start() -> Iterator[None]:
     """For the imports and the loading of a command; for its process, so no library may use it.
@@ -83,12 +86,15 @@ def quick_start() -> Iterator[None]:
     later collections, that of the interpreter's end among them. NumPy's BLAS gets no threads: nothing large
     is multiplied with it, and its threads, once made, spin for 40 ms.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    chosen = _BLAS_THREADS in os.environ
+    os.environ.setdefault(_BLAS_THREADS, "1")
     collects = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if not chosen:
+            os.environ.pop(_BLAS_THREADS, None)  # it has been read; programs that are started need it not
         gc.freeze()
         if collects:
             gc.enable()

@@ -57,8 +57,6 @@ def import_with_cuda() -> Any:
             f"{', '.join(providers)}: pip uninstall onnxruntime, then pip install 'sdrt[cuda]' "
             "(onnxruntime and onnxruntime-gpu install over each other)"
         )
-    # It prints, as errors, each plan that cuDNN would not take for a convolution before it finds one.
-    ort.set_default_logger_severity(_FATAL)
     return ort
 
 
@@ -115,6 +113,7 @@ class OnnxRuntimeCudaExecutor:
         self.spec: ComponentSpec = bundle.component(component).spec
         self._bundle, self._device, self._verify = bundle, device, verify
         self._allowed = frozenset(allow_cpu_nodes)
+        self.capturable = not self._allowed
         device.make_current()
         self._use_graph_for({})
         # A buffer keeps the GPU's context. It is released after the session, which needs the context.
@@ -139,7 +138,8 @@ class OnnxRuntimeCudaExecutor:
         if self._session is None or engine != self._engine:
             self._session = self._load(engine)  # bindings keep the one before
             self._engine, self.about = engine, about
-            self.capturable = engine is not None and not self._allowed
+            # Once a plain graph was bound, nothing is captured: who asks does not know which graph is meant.
+            self.capturable = self.capturable and engine is not None
 
     def close(self) -> None:
         """See `Executor.close`; there is nothing to keep."""
@@ -156,6 +156,8 @@ class OnnxRuntimeCudaExecutor:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(model.parent))
         where = f"engines/{engine.folder.name}" if engine else str(PurePosixPath(part.model))
         _load_cuda_libraries(self._ort)
+        # Of the whole process: it prints, as errors, each plan that cuDNN would not take for a convolution.
+        self._ort.set_default_logger_severity(_FATAL)
         try:
             session = self._ort.InferenceSession(
                 graph,

@@ -5,6 +5,7 @@ Inputs and outputs are NumPy memory that OpenVINO reads and writes in place.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -118,8 +119,8 @@ class _BoundStreams:
         try:
             for stream in self._streams:
                 stream.update()
-                stream.request.start_async()
                 started.append(stream.request)
+                stream.request.start_async()
         except RuntimeError as error:
             raise BackendError(f"{self._component} failed: {reason(error)}") from error
         finally:
@@ -128,11 +129,18 @@ class _BoundStreams:
     def _wait(self, started: Sequence[Any]) -> None:
         """For all of them, whatever happened: until it has ended, each writes into the buffers."""
         failures = []
-        for request in started:
-            try:
-                request.wait()
-            except RuntimeError as error:
-                failures.append(error)
+        waiting = list(started)
+        try:
+            while waiting:
+                try:
+                    waiting[0].wait()
+                except RuntimeError as error:
+                    failures.append(error)
+                waiting.pop(0)
+        finally:  # an interrupt may come between two of them
+            for request in waiting:
+                with contextlib.suppress(RuntimeError):
+                    request.wait()
         if failures:
             raise BackendError(f"{self._component} failed: {reason(failures[0])}") from failures[0]
 

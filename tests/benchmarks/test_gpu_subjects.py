@@ -90,7 +90,7 @@ def test_without_a_gpu_nothing_is_built(tiny_bundle: Path, monkeypatch: pytest.M
 def test_automatic_backends_build_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "find_gpu", lambda _index=0: GPU)
     monkeypatch.setattr(engine_models, "_build", lambda *_: pytest.fail("takes minutes unasked"))
-    assert [plan.name for plan in planned(tiny_bundle, "auto")] == ["onnxruntime-cpu"]
+    assert [plan.subject.device for plan in planned(tiny_bundle, "auto")] == ["cpu", "cpu"]
 
 
 def test_engines_that_cannot_be_built_say_why_and_leave_nothing(

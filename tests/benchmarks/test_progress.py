@@ -84,3 +84,13 @@ def test_a_program_is_ended_when_who_is_told_has_had_enough() -> None:
 def test_a_last_line_without_an_end_is_told_too() -> None:
     ended = run_told([sys.executable, "-c", "import sys; sys.stderr.write('one\\ntwo')"], lambda *_: None)
     assert ended.reason == "two"
+
+
+def test_a_program_has_ended_though_one_that_it_started_lives_on() -> None:
+    """It holds standard error, whose end would not come for a minute."""
+    program = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    began = time.monotonic()
+    assert run_told([sys.executable, "-c", program], lambda *_: None).status == 0
+    assert time.monotonic() - began < 30

@@ -299,6 +299,27 @@ def test_a_sum_that_others_read_too_is_still_there(tmp_path: Path) -> None:
     assert compare(run(written_out(model), feeds, tmp_path)[0], before)[0] <= tolerances.GRAPH_FP32
 
 
+@pytest.mark.parametrize("other", ["itself", "a transpose"])
+def test_a_convolution_that_others_read_keeps_its_bias(other: str, tmp_path: Path) -> None:
+    """Others may read its twin alone, without standing among the readers of the convolution."""
+    build = Builder()
+    hidden = build.conv("x", "c", 4, 8)
+    if other == "itself":
+        normal = build.norm(build.op("Add", [hidden, hidden], "total"), "n", 8, 4, silu=True)
+        build.op("Mul", [normal, normal], "y")
+        model = build.model({"x": [2, 4, 6, 4]}, [2, 8, 6, 4])
+    else:
+        last = build.op("Transpose", [hidden], "last", perm=[0, 2, 3, 1])
+        total = build.op("Add", [hidden, build.conv("x", "d", 4, 8)], "total")
+        normal = build.norm(total, "n", 8, 4, silu=True)
+        build.op("Mul", [build.op("Transpose", [normal], "normals", perm=[0, 2, 3, 1]), last], "y")
+        model = build.model({"x": [2, 4, 6, 4]}, [2, 6, 4, 8])
+    feeds = feeds_of(model)
+    before = run(model, feeds, tmp_path)[0]
+    to_diffusion_operators(model)
+    assert compare(run(written_out(model), feeds, tmp_path)[0], before)[0] <= tolerances.GRAPH_FP32
+
+
 def test_without_shapes_nothing_is_moved() -> None:
     build = Builder()
     build.conv(build.norm(build.conv("x", "c", 4, 8), "n", 8, 4, silu=True), "y", 8, 4)
@@ -336,11 +357,15 @@ def test_group_norms_that_were_written_out_are_one_node_again(tmp_path: Path) ->
     assert compare(run(model, feeds, tmp_path)[0], before)[0] <= tolerances.GRAPH_FP32
 
 
-@pytest.mark.parametrize("changed", ["factor", "rows"])
+@pytest.mark.parametrize("changed", ["factor", "rows", "axes"])
 def test_another_instance_norm_is_not_taken_for_a_group_norm(changed: str) -> None:
     model = one_norm(16, 4)
     write_out_group_norms(model)
-    name, tensor = ("y.one", np.full(4, 2, np.float32)) if changed == "factor" else ("y.rows", [0, 8, -1])
+    name, tensor = {
+        "factor": ("y.one", np.full(4, 2, np.float32)),
+        "rows": ("y.rows", [0, 8, -1]),
+        "axes": ("y.axes", [0, 1]),  # along the last axis, not the second
+    }[changed]
     value = model.graph.initializers[name]
     assert value.dtype is not None
     value.const_value = ir.tensor(np.asarray(tensor, value.dtype.numpy()), name=name)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -32,8 +33,10 @@ from sdrt.runtime.backends import (
     open_device,
 )
 from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.components import Precision
 from sdrt.runtime.devices import HostDevice
 from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.pipeline import Pipeline
 
 ADA = Gpu(0, "NVIDIA RTX 4090", (8, 9))
@@ -48,8 +51,13 @@ without_gpu = pytest.mark.skipif(HAS_GPU, reason="what is tested is the lack of 
 
 @pytest.fixture
 def bundle(tmp_path: Path, tiny_bundle: Path) -> Bundle:
-    (tmp_path / "bundle").mkdir()
-    return Bundle(tmp_path / "bundle", Bundle.open(tiny_bundle, verify=False).manifest)
+    return in_precision(tmp_path, Bundle.open(tiny_bundle, verify=False).manifest, "fp16")
+
+
+def in_precision(tmp_path: Path, manifest: Manifest, precision: Precision) -> Bundle:
+    (tmp_path / "bundle").mkdir(exist_ok=True)
+    parts = {name: replace(part, precision=precision) for name, part in manifest.components.items()}
+    return Bundle(tmp_path / "bundle", replace(manifest, components=parts))
 
 
 @pytest.fixture
@@ -152,6 +160,24 @@ def test_auto_takes_the_first_that_fits(
     for reason in choice.reasons[:-1]:
         assert "build one: sd-export" in reason
     assert "NVIDIA RTX 4090 (compute capability 8.9)" in choice.reasons[-1]
+
+
+def test_plain_graphs_in_fp32_do_not_run_on_cuda(
+    bundle: Bundle, gpu: RecordingDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their group norms are written out as the CPU wants them; `auto` goes on to the CPU."""
+    wide = in_precision(tmp_path, bundle.manifest, "fp32")
+    message = refused(wide, "onnxruntime-cuda")
+    assert "the unet's plain graph, since the bundle has no onnxruntime-cuda engine of its unet" in message
+    assert (
+        f"build one: sd-export {wide.path} --engine onnxruntime-cuda; in fp32 that has operators" in message
+    )
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    choice = choose_backend(wide)
+    assert (choice.name, choice.gpu) == ("onnxruntime-cpu", None)
+    assert "in fp32 that has operators" in choice.reasons[2]
+    add_engines(wide, "onnxruntime-cuda", flavour_version="1.32.0", targets=())
+    assert choose_backend(wide).name == "onnxruntime-cuda"
 
 
 def test_one_missing_engine_is_enough(bundle: Bundle, gpu: RecordingDriver) -> None:

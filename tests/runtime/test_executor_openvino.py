@@ -352,6 +352,30 @@ def test_a_stream_that_fails(tiny: Bundle, fails: int) -> None:
     assert waited == [0, 1]
 
 
+def test_an_interrupt_between_two_streams(tiny: Bundle) -> None:
+    """The next call finds both at rest."""
+    inputs, outputs = buffers(tiny)
+    evaluate: Any = openvino(tiny, threads=2).bind(inputs, outputs)
+    waited = []
+
+    class Request:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def start_async(self) -> None: ...
+
+        def wait(self) -> None:
+            waited.append(self.number)
+            if len(waited) == 1:
+                raise KeyboardInterrupt
+
+    for number, stream in enumerate(evaluate._streams):
+        stream.request = Request(number)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    assert waited == [0, 0, 1]
+
+
 # --- whole pictures
 
 
