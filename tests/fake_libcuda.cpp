@@ -360,7 +360,7 @@ API cuLaunchKernel(CUfunction function, unsigned int grid, unsigned int grid_y, 
 }
 API cuStreamBeginCapture(CUstream stream, CUstreamCaptureMode mode) {
   LOCKED;
-  if (!streams.count(stream) || mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) return CUDA_ERROR_INVALID_VALUE;
+  if (!streams.count(stream) || mode != CU_STREAM_CAPTURE_MODE_RELAXED) return CUDA_ERROR_INVALID_VALUE;
   if (capturing.count(stream)) return CUDA_ERROR_ILLEGAL_STATE;
   capturing[stream] = new Graph;
   return CUDA_SUCCESS;

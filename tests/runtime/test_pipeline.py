@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -790,10 +791,14 @@ def test_graph_that_onnx_runtime_refuses(bundle_copy: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_missing_onnxruntime_says_what_to_install(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(BackendError, match=r"pip install 'sdrt\[cpu\]'"):
-        Pipeline.load(tiny_bundle)
+def test_missing_libraries_say_what_to_install(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for backend, extra in (("onnxruntime-cpu", "cpu"), ("openvino-cpu", "openvino")):
+        with pytest.raises(BackendError, match=rf"pip install 'sdrt\[{extra}\]'"):
+            Pipeline.load(tiny_bundle, backend=backend)
+        with pytest.raises(BackendError, match=rf"pip install 'sdrt\[{extra}\]'"):
+            Pipeline.load(tiny_bundle)  # neither can run: both are named
 
 
 def test_tokenizer_that_is_none(bundle_copy: Path) -> None:
