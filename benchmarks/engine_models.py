@@ -22,7 +22,6 @@ from sdrt.benchmarks.told_process import Tell, run_told
 from sdrt.kernels.cache import cache_folder, mark_used, remove_unused
 from sdrt.runtime.backends import Gpu
 from sdrt.runtime.bundle import Bundle
-from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 from sdrt.runtime.files import new_folder, writing
 from sdrt.runtime.manifest import MANIFEST_NAME
 
@@ -109,13 +108,7 @@ def _copy(bundle: Bundle, folder: Path) -> None:
 
 def _build(folder: Path, words: Sequence[str], tell: Tell) -> None:
     done = run_told([sys.executable, "-m", "sdrt.benchmarks.engine_models", str(folder), *words], tell)
-    if done.status == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt
-    if done.status:
-        reason = done.reason.removeprefix("sd-export: ") or "it gave no reason"
-        failure = SdrtError(f"engines were not built: {reason}")
-        failure.exit_status = done.status
-        raise failure
+    done.check("engines were not built", "sd-export")
 
 
 if __name__ == "__main__":

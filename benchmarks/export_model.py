@@ -19,7 +19,7 @@ from typing import Final
 
 from sdrt.benchmarks.told_process import Tell, run_told
 from sdrt.kernels.cache import cache_folder, mark_used, remove_unused
-from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
+from sdrt.runtime.errors import SdrtError
 from sdrt.runtime.manifest import MANIFEST_NAME
 
 # Of the runtime what says which inputs a graph has and what a manifest holds.
@@ -115,13 +115,7 @@ def exported(model: str, options: Sequence[str], tell: Tell = lambda _line, _sec
         SdrtError: The export failed; with the exit status of ``sd-export`` and its last line.
     """
     done = run_told([sys.executable, "-m", "sdrt.benchmarks.export_model", model, *options], tell)
-    if done.status == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt
-    if done.status:
-        reason = done.reason.removeprefix("sd-bench: ") or "it gave no reason"
-        failure = SdrtError(f"{model} was not exported: {reason}")
-        failure.exit_status = done.status
-        raise failure
+    done.check(f"{model} was not exported", "sd-bench")
     return Path(done.output.strip().splitlines()[-1])
 
 

@@ -21,7 +21,7 @@ from sdrt.benchmarks.progress import Progress
 from sdrt.benchmarks.told_process import Tell
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.errors import BackendError, UsageError
-from sdrt.runtime.executor_onnxruntime import usable_cores
+from sdrt.runtime.executors import usable_cores
 from sdrt.runtime.manifest import MANIFEST_NAME, Limits, Manifest
 
 INDEX: Final = "model_index.json"

@@ -27,7 +27,7 @@ from sdrt.benchmarks.document import (
     Noise,
     Subject,
 )
-from sdrt.runtime.executor_onnxruntime import usable_cores
+from sdrt.runtime.executors import usable_cores
 
 _PROBE_BYTES: Final = bytes(1 << 20)  # stays in a core's own cache
 _PROBE_REPEATS: Final = 40  # some 30 ms

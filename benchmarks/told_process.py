@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Final
 
 from sdrt.benchmarks.last_line import last_line
+from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 
 Tell = Callable[[str, float], None]  # the last line, and seconds since the start
 TICK_SECONDS: Final = 1.0
@@ -32,6 +33,24 @@ class Ended:
     status: int
     output: str
     reason: str
+
+    def check(self, what: str, program: str) -> None:
+        """Raise what the program's end means, if it is no success.
+
+        Args:
+            what: Has not been done then.
+            program: Its name, which its last line begins with.
+
+        Raises:
+            SdrtError: It failed; with its exit status and its last line.
+            KeyboardInterrupt: It was interrupted.
+        """
+        if self.status == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        if self.status:
+            failure = SdrtError(f"{what}: {self.reason.removeprefix(f'{program}: ') or 'it gave no reason'}")
+            failure.exit_status = self.status
+            raise failure
 
 
 def run_told(words: Sequence[str], tell: Tell) -> Ended:

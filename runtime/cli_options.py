@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sdrt
-from sdrt.runtime.command import Parser, help_formatter
+from sdrt.runtime.command import Parser
 
 EPILOG: Final = """exit status: 0 done; 2 usage; 3 the bundle cannot be used; 6 NaN or infinity;
 7 the backend is missing or fails; 8 the picture cannot be written; 130 interrupted; 1 anything else.
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         prog="sd-run",
         description="Draw pictures from a prompt, or from a picture.",
         epilog=EPILOG,
-        formatter_class=help_formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     _add_drawing(result)

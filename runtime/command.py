@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import gc
 import logging
 import os
@@ -25,22 +24,6 @@ class Parser(argparse.ArgumentParser):
         """Print one line and exit."""
         line = " ".join(message.split())
         self.exit(UsageError.exit_status, f"{self.prog}: {line} (see {self.prog} --help)\n")
-
-
-def help_formatter(prog: str) -> argparse.HelpFormatter:
-    """What writes the help. argparse makes one for each option, and would look for a width each time."""
-    return argparse.RawDescriptionHelpFormatter(prog, width=_columns() - 2)
-
-
-@functools.cache
-def _columns() -> int:
-    """The terminal's width, as `shutil.get_terminal_size`, which takes 2 ms to import."""
-    with contextlib.suppress(KeyError, ValueError):
-        if (columns := int(os.environ["COLUMNS"])) > 0:
-            return columns
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
-    return 80
 
 
 def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.errors import BackendError
-from sdrt.runtime.executors import GraphTensor, check_buffers, check_tensors, first_line
+from sdrt.runtime.executors import GraphTensor, check_buffers, check_tensors, first_line, usable_cores
 from sdrt.runtime.manifest import FileEntry
 
 if TYPE_CHECKING:
@@ -220,13 +218,3 @@ def check_graph(session: Any, spec: ComponentSpec, where: str) -> None:
         for found in (session.get_inputs(), session.get_outputs())
     )
     check_tensors(inputs, outputs, spec, where)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: by its affinity, and by a container's quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max"
-        return cores

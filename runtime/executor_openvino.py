@@ -18,8 +18,7 @@ from sdrt.runtime.arena import Arena
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.devices import HostDevice
 from sdrt.runtime.errors import BackendError
-from sdrt.runtime.executor_onnxruntime import usable_cores
-from sdrt.runtime.executors import check_buffers, first_line
+from sdrt.runtime.executors import check_buffers, first_line, usable_cores
 from sdrt.runtime.manifest import FileEntry
 from sdrt.runtime.openvino_models import BACKEND, Compiled, ModelFile, Part, Shape, name_of, reason
 

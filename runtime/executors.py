@@ -7,7 +7,10 @@ which can run here.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sdrt.runtime.components import ComponentSpec, TensorSpec
@@ -147,3 +150,13 @@ def first_line(error: Exception) -> str:
     """What a library's exception says, cut down to one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: by its affinity, and by a container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores

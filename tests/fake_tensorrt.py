@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from recording import RecordingDriver
 
 from sdrt.runtime.components import ComponentSpec
-from sdrt.runtime.executor_onnxruntime import usable_cores
+from sdrt.runtime.executors import usable_cores
 
 VERSION = "1.7.1.116"
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}

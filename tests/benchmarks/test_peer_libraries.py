@@ -38,6 +38,18 @@ SCHEDULE = {
 }
 
 
+# What a library is to be called with for two pears, beside their latents.
+PEARS = {
+    "prompt": "a pear",
+    "negative_prompt": "blue",
+    "num_images_per_prompt": 2,
+    "num_inference_steps": 4,
+    "guidance_scale": 3.5,
+    "height": 64,
+    "width": 64,
+}
+
+
 def environment(script: str, folder: Path, fails: str = "") -> dict[str, str]:
     """In which the fakes stand before what is installed."""
     places = [str(FAKES / PEERS[script][0]), *sys.path]
@@ -197,16 +209,7 @@ def test_openvino_starts_from_the_given_latents(openvino: Peer) -> None:
     openvino.load()
     answer, files = openvino.draw(2, prompt="a pear", negative_prompt="blue", guidance_scale=3.5)
     (call,) = openvino.calls("generate")
-    assert call == {
-        "prompt": "a pear",
-        "negative_prompt": "blue",
-        "latents": openvino.latents.tolist(),
-        "num_images_per_prompt": 2,
-        "num_inference_steps": 4,
-        "guidance_scale": 3.5,
-        "height": 64,
-        "width": 64,
-    }
+    assert call == {**PEARS, "latents": openvino.latents.tolist()}
     check_pictures(files["pixels"], 2)
     # The fake adds the number of the step: those of the last one are kept.
     np.testing.assert_array_equal(files["final_latents"], openvino.latents + 4)
@@ -255,17 +258,7 @@ def test_optimum_draws_with_ddim_from_the_given_latents(optimum: Peer) -> None:
     optimum.load()
     answer, files = optimum.draw(2, prompt="a pear", negative_prompt="blue", guidance_scale=3.5)
     (call,) = optimum.calls("draw")
-    assert call == {
-        "prompt": "a pear",
-        "negative_prompt": "blue",
-        "latents": optimum.latents.tolist(),
-        "scheduler": "DDIMScheduler",
-        "num_images_per_prompt": 2,
-        "num_inference_steps": 4,
-        "guidance_scale": 3.5,
-        "height": 64,
-        "width": 64,
-    }
+    assert call == {**PEARS, "latents": optimum.latents.tolist(), "scheduler": "DDIMScheduler"}
     check_pictures(files["pixels"], 2)
     np.testing.assert_array_equal(files["final_latents"], optimum.latents + 4)
     assert len(answer["step_seconds"]) == 3

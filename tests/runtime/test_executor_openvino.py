@@ -6,7 +6,7 @@ import itertools
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -296,22 +296,6 @@ def test_graph_that_is_refused(tmp_path: Path, tiny: Bundle) -> None:
     assert "Exception from" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"name": "latents"}, "latents should be .* the graph has only sample, timestep"),
-        ({"dtype": "float16"}, r"sample should be float16\[.*\], the graph has float32\["),
-        ({"shape": ("rows", 9, "latent_height", "latent_width")}, "sample should be"),
-        ({"shape": ("rows", 4)}, "sample should be"),
-    ],
-)
-def test_graph_of_something_else(tiny: Bundle, change: dict[str, Any], words: str) -> None:
-    spec = tiny.component("unet").spec
-    other = replace(spec, inputs=(replace(spec.inputs[0], **change), *spec.inputs[1:]))
-    with pytest.raises(BundleError, match=words):
-        OpenVinoExecutor(tiny.path / "unet/model.onnx", other)
-
-
 def test_shape_that_the_graph_does_not_admit(tiny: Bundle) -> None:
     inputs, outputs = buffers(tiny, latent_width=3)  # halved and doubled again it is 4
     with pytest.raises(BackendError, match=r"OpenVINO cannot compile .*: ") as caught:
@@ -327,12 +311,13 @@ def test_openvino_that_is_not_installed(tiny: Bundle, monkeypatch: pytest.Monkey
         openvino(tiny)
 
 
-@pytest.mark.parametrize("fails", [0, 1])
-def test_a_stream_that_fails(tiny: Bundle, fails: int) -> None:
-    """Its error is told when both have ended: until then they write into the buffers."""
-    inputs, outputs = buffers(tiny)
-    evaluate: Any = openvino(tiny, threads=2).bind(inputs, outputs)
-    waited = []
+def waiting_for(tiny: Bundle, on_wait: Callable[[int, int], None]) -> tuple[Callable[[], None], list[int]]:
+    """A call on two streams of stand-ins, and their numbers as they are waited for.
+
+    ``on_wait`` gets the number of a stream, and how many waits there were with this one.
+    """
+    evaluate: Any = openvino(tiny, threads=2).bind(*buffers(tiny))
+    waited: list[int] = []
 
     class Request:
         def __init__(self, number: int) -> None:
@@ -342,11 +327,22 @@ def test_a_stream_that_fails(tiny: Bundle, fails: int) -> None:
 
         def wait(self) -> None:
             waited.append(self.number)
-            if self.number == fails:
-                raise RuntimeError("Exception from src/inference/src/cpp/infer_request.cpp:244:\nit broke")
+            on_wait(self.number, len(waited))
 
     for number, stream in enumerate(evaluate._streams):
         stream.request = Request(number)
+    return evaluate, waited
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_stream_that_fails(tiny: Bundle, fails: int) -> None:
+    """Its error is told when both have ended: until then they write into the buffers."""
+
+    def on_wait(number: int, _waits: int) -> None:
+        if number == fails:
+            raise RuntimeError("Exception from src/inference/src/cpp/infer_request.cpp:244:\nit broke")
+
+    evaluate, waited = waiting_for(tiny, on_wait)
     with pytest.raises(BackendError, match=r"^unet failed: it broke$"):
         evaluate()
     assert waited == [0, 1]
@@ -354,23 +350,12 @@ def test_a_stream_that_fails(tiny: Bundle, fails: int) -> None:
 
 def test_an_interrupt_between_two_streams(tiny: Bundle) -> None:
     """The next call finds both at rest."""
-    inputs, outputs = buffers(tiny)
-    evaluate: Any = openvino(tiny, threads=2).bind(inputs, outputs)
-    waited = []
 
-    class Request:
-        def __init__(self, number: int) -> None:
-            self.number = number
+    def on_wait(_number: int, waits: int) -> None:
+        if waits == 1:
+            raise KeyboardInterrupt
 
-        def start_async(self) -> None: ...
-
-        def wait(self) -> None:
-            waited.append(self.number)
-            if len(waited) == 1:
-                raise KeyboardInterrupt
-
-    for number, stream in enumerate(evaluate._streams):
-        stream.request = Request(number)
+    evaluate, waited = waiting_for(tiny, on_wait)
     with pytest.raises(KeyboardInterrupt):
         evaluate()
     assert waited == [0, 0, 1]
