@@ -1,0 +1,96 @@
+"""Files and JSON that came from somebody else: read within limits, and without waiting.
+
+A name in a bundle, a checkpoint or a cache may stand for anything: a pipe that nobody writes to, a device
+without an end, a file of gigabytes, JSON nested a million deep. Here each of these is a ``ValueError`` that
+says what was found; the caller makes it an error of its own kind, or, for a cache, a miss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+MAX_JSON_BYTES: Final = 64 << 20  # CLIP's vocabulary as tokenizer.json has 4 MB; a manifest some 100 kB
+MAX_JSON_DEPTH: Final = 64  # what we write nests 8 deep
+
+_KINDS: Final = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, links followed; never waits for a pipe's other end.
+
+    Raises:
+        OSError: It is missing or may not be read.
+        ValueError: It is something else than a regular file; the message says what.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "no regular file")
+            raise ValueError(f"{path} is {kind}: a regular file is wanted")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_limited(path: str | Path, limit: int) -> bytes:
+    """The whole content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: It is missing or cannot be read.
+        ValueError: It is no regular file, or larger.
+    """
+    with open_regular(path) as stream:
+        content = stream.read(limit + 1)  # not the size that is stated: a file may grow
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit} bytes, which is the limit")
+    return content
+
+
+def parse_json(text: str | bytes, *, depth: int = MAX_JSON_DEPTH) -> Any:
+    """What a JSON text holds, nested at most ``depth`` deep.
+
+    Raises:
+        ValueError: It is not JSON in UTF-8, nested deeper, or has a number without an end (``NaN``).
+    """
+    try:
+        words = text if isinstance(text, str) else text.decode("utf-8")
+        document = json.loads(words, parse_constant=_finite, parse_float=_finite)
+    except (RecursionError, MemoryError):
+        raise ValueError(f"it is nested more than {depth} deep, which is the limit") from None
+    level: list[Any] = [document]
+    for _ in range(depth):
+        level = [entry for held in level for entry in _entries(held)]
+        if not level:
+            return document
+    raise ValueError(f"it is nested more than {depth} deep, which is the limit")
+
+
+def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES, depth: int = MAX_JSON_DEPTH) -> Any:
+    """What a JSON file holds; see `read_limited` and `parse_json` for the limits and what is raised."""
+    return parse_json(read_limited(path, limit), depth=depth)
+
+
+def _entries(held: Any) -> list[Any]:
+    if isinstance(held, dict):
+        return list(held.values())
+    return held if isinstance(held, list) else []
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
