@@ -27,6 +27,10 @@ from sdrt.kernels.cache import cache_folder
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.files import write_atomically, writing
 
+# What keeps a peer from asking a hub, and OpenVINO from reporting: it leaves that in a continuous integration
+# alone. (The variables of `sdrt.runtime.telemetry` are inherited.)
+OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CI": "true"}
+
 Progress = Callable[[str], None]
 
 COMPLETE: Final = "sdrt-environment.json"  # written last: what the environment was made of

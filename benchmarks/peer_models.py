@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.benchmarks import peer_environments, peers
-from sdrt.benchmarks.peer_environments import Progress, locked, run_logged
+from sdrt.benchmarks.peer_environments import OFFLINE, Progress, locked, run_logged
 from sdrt.benchmarks.safetensors_file import copy_renamed, tensor_names, write_float32
 from sdrt.export.architectures import ARCHITECTURES, open_architecture
 from sdrt.export.checkpoint import Checkpoint, fingerprint, open_checkpoint
@@ -51,8 +51,6 @@ _INDEX: Final = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-# Nothing of a conversion may ask a hub.
-OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 # Exporter of a form → its words before the model and the place for the result.
 EXPORTERS: Final = {
     "optimum-onnx": ("-m", "optimum.exporters.onnx", "--task", "text-to-image", "--model"),

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from sdrt.benchmarks.last_line import last_line
+from sdrt.benchmarks.peer_environments import OFFLINE
 from sdrt.benchmarks.process_memory import descendants, process_memory, start_time
 from sdrt.runtime.errors import SdrtError
 
@@ -51,13 +52,10 @@ def worker_environment(threads: int, extra: Mapping[str, str]) -> dict[str, str]
     shared = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    return {**os.environ, **shared, **extra}
+    return {**os.environ, **OFFLINE, **shared, **extra}
 
 
 class Worker:

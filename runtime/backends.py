@@ -280,8 +280,8 @@ def _openvino_executor() -> CpuExecutor:
 
 def _probe_tensorrt(flavour: str) -> Callable[[Bundle, Gpu | None, RequestShape | None], str]:
     def probe(bundle: Bundle, gpu: Gpu | None, shape: RequestShape | None) -> str:
+        from sdrt.runtime.engine_libraries import import_tensorrt
         from sdrt.runtime.engine_search import find_engine  # 10 ms that a CPU need not spend
-        from sdrt.runtime.executor_tensorrt import import_tensorrt
 
         assert gpu is not None
         trt = import_tensorrt(flavour)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from numpy.typing import NDArray
 
 from sdrt.runtime.components import ComponentSpec
+from sdrt.runtime.engine_libraries import import_onnxruntime
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executors import GraphTensor, check_buffers, check_tensors, first_line, usable_cores
 from sdrt.runtime.manifest import FileEntry
@@ -169,22 +170,6 @@ def _cpu_options(ort: Any, threads: int) -> Any:
     # Between two operators of a call there are microseconds.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     return options
-
-
-def import_onnxruntime(backend: str, extra: str) -> Any:
-    """The module onnxruntime.
-
-    Raises:
-        BackendError: It is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            f"the backend {backend} needs the package onnxruntime ({first_line(error)}): "
-            f"pip install 'sdrt[{extra}]'"
-        ) from error
-    return onnxruntime
 
 
 def quiet_options(ort: Any) -> Any:

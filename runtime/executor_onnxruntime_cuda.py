@@ -16,9 +16,10 @@ import numpy as np
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.devices import Buffer
+from sdrt.runtime.engine_libraries import import_onnxruntime
 from sdrt.runtime.engine_search import Engine, build_command, find_engine
 from sdrt.runtime.errors import BackendError, DeviceMemoryError
-from sdrt.runtime.executor_onnxruntime import check_graph, import_onnxruntime, quiet_options
+from sdrt.runtime.executor_onnxruntime import check_graph, quiet_options
 from sdrt.runtime.executors import check_buffers, first_line
 from sdrt.runtime.onnx_nodes import read_nodes, shape_nodes
 

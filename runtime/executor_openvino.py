@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from sdrt.runtime.arena import Arena
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.devices import HostDevice
+from sdrt.runtime.engine_libraries import import_openvino
 from sdrt.runtime.errors import BackendError
-from sdrt.runtime.executors import check_buffers, first_line, usable_cores
+from sdrt.runtime.executors import check_buffers, usable_cores
 from sdrt.runtime.manifest import FileEntry
 from sdrt.runtime.openvino_models import BACKEND, Compiled, ModelFile, Part, Shape, name_of, reason
 
@@ -55,7 +56,7 @@ class OpenVinoExecutor:
             BundleError: It is not the graph that the manifest describes.
         """
         self.spec = spec
-        self._ov = import_openvino()
+        self._ov = import_openvino(BACKEND, "openvino")
         self._threads = threads or usable_cores()
         self._file = ModelFile(self._ov, model, spec, files)
         if not files:
@@ -219,19 +220,3 @@ def _bound_request(ov: Any, compiled: Any, arrays: Mapping[str, Array]) -> Any:
         if port.get_names() & arrays.keys():  # what nobody wants goes to memory of OpenVINO's own
             request.set_tensor(port, ov.Tensor(arrays[name_of(port, arrays)], shared_memory=True))
     return request
-
-
-def import_openvino() -> Any:
-    """The module openvino.
-
-    Raises:
-        BackendError: It is not installed.
-    """
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(
-            f"the backend {BACKEND} needs the package openvino ({first_line(error)}): "
-            "pip install 'sdrt[openvino]'"
-        ) from error
-    return openvino

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.devices import Buffer
+from sdrt.runtime.engine_libraries import import_tensorrt
 from sdrt.runtime.engine_search import Engine, find_engine
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executors import check_buffers, first_line
@@ -26,26 +25,6 @@ from sdrt.runtime.tensorrt_errors import ErrorLog
 
 if TYPE_CHECKING:
     from sdrt.runtime.cuda_device import CudaDevice
-
-
-def import_tensorrt(flavour: str) -> Any:
-    """The Python module of a flavour, ``tensorrt`` or ``tensorrt-rtx``.
-
-    Raises:
-        BackendError: It is not installed, or its libraries do not load.
-    """
-    try:
-        if flavour == "tensorrt":
-            return import_module("tensorrt")
-        # NVIDIA's archive and the wheels of PyPI call it differently.
-        archive = find_spec("tensorrt_rtx") is not None
-        return import_module("tensorrt_rtx" if archive else "tensorrt_rtx_bindings")
-    except (ImportError, OSError, RuntimeError) as error:
-        extra = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}[flavour]
-        raise BackendError(
-            f"{flavour} is not installed here, or does not load ({first_line(error)}): "
-            f"pip install 'sdrt[{extra}]'"
-        ) from error
 
 
 class TensorRTExecutor:

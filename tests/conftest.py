@@ -19,10 +19,13 @@ from tiny_variants import (
     write_tiny_lcm_checkpoint,
 )
 
+from sdrt.runtime.telemetry import switch_telemetry_off
+
 if TYPE_CHECKING:
     from sdrt.benchmarks.gallery_sections import Section
 
 # Nothing in the tests may reach a network, and no library may try.
+switch_telemetry_off()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")

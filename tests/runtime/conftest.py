@@ -16,8 +16,8 @@ GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
 @pytest.fixture(scope="session", params=GPU_BACKENDS)
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """A backend whose library is installed; one that is not is skipped with the reason."""
+    from sdrt.runtime.engine_libraries import import_tensorrt
     from sdrt.runtime.executor_onnxruntime_cuda import import_with_cuda
-    from sdrt.runtime.executor_tensorrt import import_tensorrt
 
     name: str = request.param
     try:

@@ -24,9 +24,10 @@ from recording import RecordingDriver, recording_device
 
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.cuda_device import CudaDevice
+from sdrt.runtime.engine_libraries import import_tensorrt
 from sdrt.runtime.errors import BackendError, BundleError, DeviceMemoryError, UsageError
 from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
-from sdrt.runtime.executor_tensorrt import TensorRTExecutor, import_tensorrt
+from sdrt.runtime.executor_tensorrt import TensorRTExecutor
 from sdrt.runtime.replay import replayable
 from sdrt.runtime.tensorrt_errors import explain
 

@@ -14,8 +14,8 @@ from sdrt.export.engine_compare import random_inputs, tolerance
 from sdrt.runtime.backends import choose_backend, load_executor, open_device
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.cuda_device import CudaDevice
+from sdrt.runtime.engine_libraries import import_tensorrt
 from sdrt.runtime.executor_onnxruntime import OnnxRuntimeExecutor
-from sdrt.runtime.executor_tensorrt import import_tensorrt
 from sdrt.runtime.executors import Executor
 
 pytestmark = pytest.mark.gpu
