@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sdrt.runtime.images import save_png
     from sdrt.runtime.output import BlackImageWarning, PipelineOutput
     from sdrt.runtime.pipeline import Pipeline
+    from sdrt.runtime.prompt_syntax import PromptSyntaxWarning
     from sdrt.runtime.prompts import PromptTruncatedWarning
 
 _HOME = {
@@ -44,6 +45,7 @@ _HOME = {
     "OutputError": "errors",
     "Pipeline": "pipeline",
     "PipelineOutput": "output",
+    "PromptSyntaxWarning": "prompt_syntax",
     "PromptTruncatedWarning": "prompts",
     "SdrtError": "errors",
     "UsageError": "errors",
@@ -61,6 +63,7 @@ __all__ = [
     "OutputError",
     "Pipeline",
     "PipelineOutput",
+    "PromptSyntaxWarning",
     "PromptTruncatedWarning",
     "SdrtError",
     "UsageError",

@@ -20,7 +20,15 @@ _RENAMED: Final = {
     "mask_image": "mask",
 }
 _SHARED: Final = (
-    *("negative_prompt", "plain_prompt", "clip_skip", "height", "width", "num_images_per_prompt"),
+    *(
+        "negative_prompt",
+        "plain_prompt",
+        "comma_lookback",
+        "clip_skip",
+        "height",
+        "width",
+        "num_images_per_prompt",
+    ),
     *("seed", "rng", "image", "strength", "mask_image", "expand", "variation"),
     *("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale"),
     *("sampler", "karras", "spacing", "sigma_schedule", "timesteps", "sigmas", "eta", "solver_order"),
@@ -77,6 +85,12 @@ def _add_drawing(result: argparse.ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", nargs="?", help="what to draw; (word:1.3) weighs, BREAK begins a chunk")
     add("--negative-prompt", metavar="TEXT", help="what to move away from")
     add("--plain-prompt", action="store_true", default=None, help="brackets and BREAK are text")
+    add(
+        "--comma-lookback",
+        type=int,
+        metavar="N",
+        help="part long prompts behind a comma within N tokens of a chunk's end (default: 20; 0: anywhere)",
+    )
     add("--clip-skip", type=int, metavar="N", help="leave out the text encoder's last N layers (default: 0)")
     add(
         "--embedding",

@@ -77,9 +77,10 @@ def read_image(source: Any, what: str = "image") -> NDArray[np.uint8]:
 def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = False) -> NDArray[np.float32]:
     """A mask: 1 (white) is drawn, 0 (black) is kept, and between them it is blended.
 
-    The grey of the picture (its luma, ITU-R BT.601). What is transparent is kept; where everything that can
-    be seen has one colour, the shape is in the transparency alone, and it is drawn whatever its colour is: a
-    black shape on nothing is as good as a white one.
+    The grey of the picture (its luma, ITU-R BT.601). Transparency says more than colours do. A shape of one
+    colour on nothing is drawn, whatever its colour is: a black one is as good as a white one. In a picture of
+    several colours, and in a dark sheet of one that reaches all edges, the hole is what is drawn, as such
+    masks are meant where they are made of the picture itself.
 
     Args:
         source: As for `read_image`; a float array [H, W] is taken as it is, and bool is allowed too.
@@ -91,7 +92,8 @@ def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = Fal
 
     Raises:
         UsageError: As for `read_image`; or the mask is black all over, so that nothing would be drawn; or it
-            has no level above 1 of 255, as an array of 0 and 1 that is uint8.
+            has no level above 1 of 255, as an array of 0 and 1 that is uint8; or it has several greys and
+            transparency, either of which could be what is meant.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.bool:
         source = source.astype(np.float32)
@@ -99,7 +101,7 @@ def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = Fal
         _check_array(source, what)
         mask = source.astype(np.float32)
     else:
-        mask = _shares(*_decoded(source, what, managed=False))
+        mask = _shares(*_decoded(source, what, managed=False), what)
         if 0 < mask.max() <= np.float32(1 / 255):
             raise UsageError(
                 f"{what} has no level above 1 of 255: white is 255; give 0 and 1 as bool or float"
@@ -109,16 +111,24 @@ def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = Fal
     return mask
 
 
-def _shares(colours: Image, alpha: Image | None) -> NDArray[np.float32]:
+def _shares(colours: Image, alpha: Image | None, what: str) -> NDArray[np.float32]:
     """What a mask's picture says of each pixel, from 0 to 1."""
     opacity = None if alpha is None else np.asarray(alpha)
+    greys = np.asarray(colours.convert("L"), np.float32) / np.float32(255)
     if opacity is None or opacity.min() == 255:
-        return np.asarray(colours.convert("L"), np.float32) / np.float32(255)
+        return greys
     seen = np.asarray(colours)[opacity > 0]
-    shares = opacity.astype(np.float32) / np.float32(255)
+    shape = opacity.astype(np.float32) / np.float32(255)
     if (seen == seen[:1]).all():
-        return shares
-    return shares * (np.asarray(colours.convert("L"), np.float32) / np.float32(255))
+        edges = (opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1])
+        dark_sheet = all(edge.min() == 255 for edge in edges) and greys[0, 0] < 0.5
+        return 1 - shape if dark_sheet else shape
+    if (seen == seen[:, :1]).all():
+        raise UsageError(
+            f"{what} has several greys and is transparent in places: either could say what is drawn; save it "
+            "without transparency (white is drawn), or with one colour and transparency (the shape is drawn)"
+        )
+    return 1 - shape
 
 
 def _decoded(source: Any, what: str, *, managed: bool) -> tuple[Image, Image | None]:

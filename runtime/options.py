@@ -19,6 +19,8 @@ class DrawOptions(TypedDict, total=False):
     * ``negative_prompt``: what to move away from: one text for all, or one per prompt;
     * ``plain_prompt``: brackets, colons and ``BREAK`` in prompts are text; by default they are weights and
       chunks as `sdrt.runtime.prompt_syntax` says;
+    * ``comma_lookback``: a prompt of several chunks is parted behind a comma if one stands within this many
+      tokens of a chunk's end, 20 as in stable-diffusion-webui; 0 parts it wherever a chunk is full;
     * ``clip_skip``: layers of the text encoder to leave out at its end, 0 (none) to all but one;
     * ``height``, ``width``: pixels; by default the picture's that was given, else the bundle's;
     * ``num_images_per_prompt``: K; N = P·K images are drawn, prompt by prompt;
@@ -71,6 +73,7 @@ class DrawOptions(TypedDict, total=False):
 
     negative_prompt: str | Sequence[str] | None
     plain_prompt: bool
+    comma_lookback: int
     clip_skip: int
     height: int | None
     width: int | None

@@ -1,8 +1,9 @@
 """A prompt of any length cut into chunks that a text encoder reads one by one, before anything is computed.
 
 A chunk holds ``max_length - 2`` tokens. A word or an embedding of textual inversion that does not fit any
-more begins the next chunk, unless it is longer than one. Only the end of a prompt that is too long may be cut
-inside of a word.
+more begins the next chunk, unless it is longer than one, and what stands between it and a comma shortly
+before goes with it, so that a phrase stays whole (``comma_padding_backtrack`` of stable-diffusion-webui).
+Only the end of a prompt that is too long may be cut inside of a word.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sdrt.runtime.prompt_syntax import Piece, Section, parse_prompt
 from sdrt.runtime.tokenizer import Tokenized, Tokenizer, checked_text
 
 OWN: Final = -1  # the id of a token that has an embedding of its own
+COMMA_LOOKBACK: Final = 20  # tokens, as in stable-diffusion-webui
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,14 @@ class Prompt:
         text: None stands for a text that was not given, whose embeddings are zeros.
         plain: Brackets and ``BREAK`` mean themselves (see `sdrt.runtime.prompt_syntax`).
         clip_skip: How many of the text encoders' last layers are left out.
+        comma_lookback: How many tokens from a chunk's end a comma may stand for the next chunk to begin
+            behind it; 0 for none.
     """
 
     text: str | None
     plain: bool = False
     clip_skip: int = 0
+    comma_lookback: int = COMMA_LOOKBACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ class PromptPlanner:
         """Cut a prompt into chunks; if they are fewer than ``chunks``, fill up with those of the empty text.
 
         Raises:
-            UsageError: Unbalanced brackets, no Unicode text, or a ``clip_skip`` out of range.
+            UsageError: A weight that is no number, no Unicode text, or a ``clip_skip`` out of range.
         """
         if isinstance(prompt, Prompt):
             return Plan(*self._plan(prompt, chunks))
@@ -170,7 +175,7 @@ class PromptPlanner:
             return (None,) * chunks, ""
         check_clip_skip(prompt.clip_skip, self._max_clip_skip)
         sections = parse_prompt(checked_text(prompt.text), plain=prompt.plain)
-        packed = [self._pack(tokenizer, sections) for tokenizer in self._tokenizers]
+        packed = [self._pack(tokenizer, sections, prompt.comma_lookback) for tokenizer in self._tokenizers]
         count = max(chunks, *(len(rows) for rows, _ in packed))
         rows = [
             [*rows, *[Row(tuple(tokenizer.row(())))] * (count - len(rows))]
@@ -179,9 +184,11 @@ class PromptPlanner:
         cut_off = next((cut for _, cut in packed if cut), "")
         return tuple(Chunk(each, prompt.clip_skip) for each in zip(*rows, strict=True)), cut_off
 
-    def _pack(self, tokenizer: Tokenizer, sections: Sequence[Section]) -> tuple[list[Row], str]:
+    def _pack(
+        self, tokenizer: Tokenizer, sections: Sequence[Section], lookback: int
+    ) -> tuple[list[Row], str]:
         """The rows of one text encoder, and what did not fit."""
-        packer = _Packer(tokenizer, self._max_chunks)
+        packer = _Packer(tokenizer, self._max_chunks, lookback)
         for number, section in enumerate(sections):
             if number:
                 packer.end_chunk()
@@ -255,8 +262,9 @@ def _ordinary(tokenizer: Tokenizer, piece: Piece) -> _Text:
 class _Packer:
     """Chunks of one text encoder while they are filled."""
 
-    def __init__(self, tokenizer: Tokenizer, max_chunks: int) -> None:
-        self._tokenizer, self._max_chunks = tokenizer, max_chunks
+    def __init__(self, tokenizer: Tokenizer, max_chunks: int, lookback: int) -> None:
+        self._tokenizer, self._max_chunks, self._lookback = tokenizer, max_chunks, lookback
+        self._commas = {token for token in tokenizer.tokenize(",").ids if lookback}
         self._rows: list[Row] = []
         self._tokens: list[tuple[int, str, int]] = []
         self._weights: list[float] = []
@@ -298,14 +306,33 @@ class _Packer:
         """What there was no room for."""
         return "".join(self._lost).strip()
 
-    def _make_room(self, word: Sequence[object]) -> bool:
+    def _make_room(self, word: Sequence[tuple[int, str, int]]) -> bool:
         """Begin a chunk for a word that would be cut; False if there is no room for any of it."""
         room = self._tokenizer.room
         last = len(self._rows) >= self._max_chunks - 1
-        whole = len(word) <= room - len(self._tokens)
-        if not whole and not last and len(word) <= room:
+        if len(word) > room - len(self._tokens) and not last and len(word) <= room:
+            begun = self._behind_comma(word)
+            tokens, weights = self._tokens[begun:], self._weights[begun:]
+            del self._tokens[begun:], self._weights[begun:]
             self.end_chunk()
+            self._tokens, self._weights = tokens, weights
+            if tokens:
+                return self._make_room(word)  # there may be too little beside them, without a comma
         return len(self._rows) < self._max_chunks
+
+    def _behind_comma(self, word: Sequence[tuple[int, str, int]]) -> int:
+        """How many tokens of the chunk stay when ``word`` begins the next one: those up to a comma close by.
+
+        All, if there is none, or if a comma itself or an embedding of several vectors is what does not fit.
+        """
+        room, count = self._tokenizer.room, len(self._tokens)
+        if word[0][0] in self._commas or (word[0][0] == OWN and count < room):
+            return count
+        nearest = max(room - self._lookback, 0)
+        commas = (
+            place for place in range(count - 1, nearest - 1, -1) if self._tokens[place][0] in self._commas
+        )
+        return next(commas, count - 1) + 1
 
     def _take(self, word: Sequence[tuple[int, str, int]], weight: float) -> int:
         """Put the tokens of a word where there is room, an embedding whole or not at all; return how many."""

@@ -9,26 +9,53 @@
 ``BREAK``           in capitals, as a word of its own: what follows begins a new chunk
 ==================  ======================================================================
 
-The reference is ``parse_prompt_attention`` of its ``modules/prompt_parser.py``. Where that guesses (a bracket
-without its partner, a weight such as 1.2.3) this refuses, and a backslash before anything else is kept.
+The reference is ``parse_prompt_attention`` of its ``modules/prompt_parser.py``, also for brackets without a
+partner: one that closes nothing is text, one that nothing closes weighs all that follows, and round and
+square ones do not see each other. A weight that is no number (1.2.3) is refused, and a backslash before
+anything else is kept.
+
+What means something elsewhere and is not done here (prompt editing, alternatives, ``AND``, LoRA …) is drawn
+as the words that it consists of, or, where those are no words, left out; `remarks_on` names all of it.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from sdrt.runtime.errors import UsageError
 
 ROUND: Final = 1.1  # weight of round brackets without a number; square ones have its inverse
 MAX_WEIGHT: Final = 10.0
 MAX_DEPTH: Final = 50  # brackets inside of each other
-_MARKS: Final = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?[.\d]+(?:[eE][+-]?\d+)?)\s*\)")
+# Networks that stable-diffusion-webui adds to the model: no part of the text there either.
+_EXTRA_NETWORK: Final = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
+_MARKS: Final = re.compile(
+    rf"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?[.\d]+(?:[eE][+-]?\d+)?)\s*\)|{_EXTRA_NETWORK.pattern}", re.IGNORECASE
+)
 _BREAK: Final = re.compile(r"\bBREAK\b")
 _PARTNERS: Final = {")": "(", "]": "["}
 _QUOTED: Final = 16  # characters of the prompt on either side of a place that a message quotes
 _PLAIN: Final = "or take all brackets as they are (plain_prompt)"
+_AS_WORDS: Final = "which sdrt does not do: it is drawn as words"
+# What stands in square brackets of prompt editing: [from:to:when], [to:when], [from::when].
+_EDITING: Final = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\Z")
+# Words and signs of other programs → what they are there.
+_ELSEWHERE: Final = (
+    (re.compile(r"\bAND\b"), "joins prompts in stable-diffusion-webui, " + _AS_WORDS),
+    (re.compile(r"\{[^{}]*\|[^{}]*\}"), "chooses one at random in dynamic prompts, " + _AS_WORDS),
+    (re.compile(r"\b__[\w/*-]+__\b"), "is a wildcard in dynamic prompts, " + _AS_WORDS),
+    (
+        re.compile(r"\bembedding:\S+"),
+        "is a textual inversion in ComfyUI: load its file (--embedding FILE=WORD, load_textual_inversion) "
+        "and write the word alone; it is drawn as words",
+    ),
+)
+
+
+class PromptSyntaxWarning(UserWarning):
+    """A prompt holds what means something elsewhere, or a bracket without its partner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +69,15 @@ class Piece:
 Section = tuple[Piece, ...]
 
 
+class _Parsed(NamedTuple):
+    """What a prompt means, and what of it is not taken as it may have been meant."""
+
+    sections: tuple[Section, ...]
+    remarks: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
 class _Bracket:
-    mark: str
     position: int
     first: int  # of the pieces inside of it
 
@@ -54,13 +87,35 @@ def parse_prompt(prompt: str, *, plain: bool = False) -> tuple[Section, ...]:
 
     Args:
         prompt: As the user typed it.
-        plain: Brackets, backslashes and ``BREAK`` mean themselves.
+        plain: Brackets, backslashes and ``BREAK`` mean themselves, and so does all else.
 
     Raises:
-        UsageError: A bracket has no partner, or a weight is no number of −10 to 10.
+        UsageError: A weight is no number of −10 to 10, or brackets are nested too deep.
+    """
+    return ((Piece(prompt),),) if plain else _parsed(prompt).sections
+
+
+def remarks_on(prompt: str, *, plain: bool = False) -> tuple[str, ...]:
+    """What a prompt holds that means something elsewhere, or was perhaps meant otherwise, a sentence each.
+
+    Args:
+        prompt: As the user typed it.
+        plain: See `parse_prompt`; nothing is remarked on then.
+
+    Raises:
+        UsageError: As `parse_prompt`.
     """
     if plain:
-        return ((Piece(prompt),),)
+        return ()
+    found = [
+        f"{_short(match[0])!r}{_at(prompt, match.start())}, {what}"
+        for pattern, what in _ELSEWHERE
+        for match in pattern.finditer(prompt)
+    ]
+    return (*_parsed(prompt).remarks, *(f"the prompt's {one}" for one in found))
+
+
+def _parsed(prompt: str) -> _Parsed:
     parser = _Parser(prompt)
     end = 0
     for match in _MARKS.finditer(prompt):
@@ -68,16 +123,21 @@ def parse_prompt(prompt: str, *, plain: bool = False) -> tuple[Section, ...]:
         mark, end = match[0], match.end()
         if mark[0] == "\\":
             parser.text(mark[1])
+        elif mark[0] == "<":
+            parser.leave_out(mark, match.start())
         elif mark in "([":
             parser.open(mark, match.start())
         elif mark == "]":
             parser.close(mark, match.start(), 1 / ROUND)
         elif match[1] is None:
             parser.close(mark, match.start(), ROUND)
+        elif not parser.is_open("("):
+            parser.text(mark[:-1])
+            parser.close(")", end - 1, ROUND)
         else:
             parser.close(")", end - 1, _number(match[1], prompt, match.start(1)))
     parser.text(prompt[end:])
-    return parser.sections()
+    return _Parsed(parser.sections(), tuple(parser.remarks))
 
 
 class _Parser:
@@ -86,36 +146,52 @@ class _Parser:
     def __init__(self, prompt: str) -> None:
         self._prompt = prompt
         self._pieces: list[Piece | None] = []
-        self._open: list[_Bracket] = []
+        self._open: dict[str, list[_Bracket]] = {"(": [], "[": []}
         self._run: list[str] = []
+        self.remarks: list[str] = []
 
     def text(self, text: str) -> None:
         self._run.append(text)
 
+    def leave_out(self, network: str, position: int) -> None:
+        """Pass over what names a network beside the model."""
+        self.remarks.append(
+            f"the prompt's {_short(network)!r}{_at(self._prompt, position)}, asks for a LoRA or another "
+            "network beside the model, which sdrt does not load: it is left out"
+        )
+
+    def is_open(self, mark: str) -> bool:
+        return bool(self._open[mark])
+
     def open(self, mark: str, position: int) -> None:
         self._flush()
-        if len(self._open) == MAX_DEPTH:
+        if sum(map(len, self._open.values())) == MAX_DEPTH:
             raise UsageError(
                 f"the prompt has brackets more than {MAX_DEPTH} deep{_at(self._prompt, position)}: give the "
                 f"weight as a number, such as (word:1.3), {_PLAIN}"
             )
-        self._open.append(_Bracket(mark, position, len(self._pieces)))
+        self._open[mark].append(_Bracket(position, len(self._pieces)))
 
     def close(self, mark: str, position: int, weight: float) -> None:
+        opened = self._open[_PARTNERS[mark]]
+        if not opened:
+            self._unbalanced(mark, position, "that closes nothing", "it is text")
+            self.text(mark)
+            return
         self._flush()
-        if not self._open or self._open[-1].mark != _PARTNERS[mark]:
-            raise _unbalanced(self._prompt, mark, position, "that closes nothing", "remove it")
-        first = self._open.pop().first
-        for index in range(first, len(self._pieces)):
-            piece = self._pieces[index]
-            if piece is not None:
-                self._pieces[index] = Piece(piece.text, piece.weight * weight)
+        bracket = opened.pop()
+        if mark == "]":
+            self._remark_on_square(self._prompt[bracket.position : position + 1], bracket.position)
+        self._multiply(bracket.first, weight)
 
     def sections(self) -> tuple[Section, ...]:
         self._flush()
-        if self._open:
-            last = self._open[-1]
-            raise _unbalanced(self._prompt, last.mark, last.position, "that nothing closes", "close it")
+        for mark, weight in (("(", ROUND), ("[", 1 / ROUND)):
+            for bracket in self._open[mark]:
+                self._unbalanced(
+                    mark, bracket.position, "that nothing closes", "it weighs all that follows it"
+                )
+                self._multiply(bracket.first, weight)
         sections: list[list[Piece]] = [[]]
         for piece in self._pieces:
             if piece is None:
@@ -132,6 +208,30 @@ class _Parser:
             else:
                 section.append(piece)
         return tuple(map(tuple, sections))
+
+    def _multiply(self, first: int, weight: float) -> None:
+        for index in range(first, len(self._pieces)):
+            piece = self._pieces[index]
+            if piece is not None:
+                self._pieces[index] = Piece(piece.text, piece.weight * weight)
+
+    def _remark_on_square(self, text: str, position: int) -> None:
+        """Square brackets may be prompt editing or alternatives, which are no weights elsewhere."""
+        inside = text[1:-1]
+        kind = "changes the prompt while it is drawn" if _EDITING.search(inside) else ""
+        if "|" in inside:
+            kind = "takes turns from step to step"
+        if kind:
+            self.remarks.append(
+                f"the prompt's {_short(text)!r}{_at(self._prompt, position)}, {kind} in "
+                f"stable-diffusion-webui, {_AS_WORDS}, with the weight of square brackets"
+            )
+
+    def _unbalanced(self, mark: str, position: int, fault: str, taken: str) -> None:
+        self.remarks.append(
+            f"the prompt has a {mark!r} {fault}{_at(self._prompt, position)}: {taken}, as in "
+            f"stable-diffusion-webui; write \\{mark} for a bracket that is meant as such, {_PLAIN}"
+        )
 
     def _flush(self) -> None:
         """End a run of text; escaped brackets belong to it as any other character does."""
@@ -156,13 +256,6 @@ def _number(text: str, prompt: str, position: int) -> float:
             f"meant as such, {_PLAIN}"
         )
     return weight
-
-
-def _unbalanced(prompt: str, mark: str, position: int, fault: str, mend: str) -> UsageError:
-    return UsageError(
-        f"the prompt has a {mark!r} {fault}{_at(prompt, position)}: {mend}, write \\{mark} for a bracket "
-        f"that is meant as such, {_PLAIN}"
-    )
 
 
 def _at(prompt: str, position: int) -> str:

@@ -131,8 +131,8 @@ class PromptEncoder:
         """How many chunks a prompt has, at most the bundle's ``max_chunks``; no work on the device.
 
         Raises:
-            UsageError: The prompt cannot be read: unbalanced brackets, no Unicode text, or a ``clip_skip``
-                out of range.
+            UsageError: The prompt cannot be read: a weight that is no number, no Unicode text, or a
+                ``clip_skip`` out of range.
         """
         return len(self._plan(prompt, 1).chunks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,8 +13,8 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng
 from sdrt.runtime.options import OPTIONS, check_names
-from sdrt.runtime.prompt_chunks import Prompt, check_clip_skip
-from sdrt.runtime.prompt_syntax import parse_prompt
+from sdrt.runtime.prompt_chunks import COMMA_LOOKBACK, Prompt, check_clip_skip
+from sdrt.runtime.prompt_syntax import PromptSyntaxWarning, remarks_on
 from sdrt.runtime.request_checks import flag, whole
 from sdrt.runtime.request_picture import PictureTask, build_picture
 from sdrt.runtime.request_sampling import Sampling, build_sampling
@@ -158,11 +159,20 @@ def _conditions(
     plain = flag("plain_prompt", options.get("plain_prompt", False))
     skip = whole("clip_skip", options.get("clip_skip", 0))
     check_clip_skip(skip, manifest.limits.max_clip_skip)
-    for text in (*prompts, *unwanted):
-        parse_prompt(text or "", plain=plain)  # a bracket without its partner is refused now
-    conditions: list[Hashable] = [Prompt(text, plain=plain, clip_skip=skip) for text in prompts]
-    negatives: list[Hashable] = [Prompt(text, plain=plain, clip_skip=skip) for text in unwanted]
-    beyond = {**({"plain_prompt": True} if plain else {}), **({"clip_skip": skip} if skip else {})}
+    lookback = whole("comma_lookback", options.get("comma_lookback", COMMA_LOOKBACK))
+    if lookback < 0:
+        raise UsageError(f"comma_lookback is {lookback}: a number of tokens is wanted, 0 for none")
+    for text in dict.fromkeys((*prompts, *unwanted)):
+        for remark in remarks_on(text or "", plain=plain):  # a weight that is no number is refused now
+            warnings.warn(remark, PromptSyntaxWarning, stacklevel=2)
+    how: dict[str, Any] = {"plain": plain, "clip_skip": skip, "comma_lookback": lookback}
+    conditions: list[Hashable] = [Prompt(text, **how) for text in prompts]
+    negatives: list[Hashable] = [Prompt(text, **how) for text in unwanted]
+    beyond = {
+        **({"plain_prompt": True} if plain else {}),
+        **({"clip_skip": skip} if skip else {}),
+        **({"comma_lookback": lookback} if lookback != COMMA_LOOKBACK else {}),
+    }
     texts = [
         {"prompt": text, "negative_prompt": other, **beyond}
         for text, other in zip(prompts, unwanted, strict=True)

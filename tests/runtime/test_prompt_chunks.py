@@ -48,8 +48,11 @@ def tokens_of(tokenizer: Tokenizer, plan: Plan) -> list[list[int]]:
 
 def chunked(tokenizer: Tokenizer, text: str, **options: Any) -> tuple[list[str], str]:
     """The chunks as words again, and what was cut off."""
-    plan = planner(tokenizer, **options).plan(Prompt(text))
-    alphabet = {tokenizer.tokens(letter)[0]: letter for letter in "abcdefgh"}
+    return words_of(tokenizer, planner(tokenizer, **options).plan(Prompt(text)))
+
+
+def words_of(tokenizer: Tokenizer, plan: Plan) -> tuple[list[str], str]:
+    alphabet = {tokenizer.tokens(letter)[0]: letter for letter in "abcdefgh,"}
     return [
         "".join(alphabet.get(token, "x") for token in row) for row in tokens_of(tokenizer, plan)
     ], plan.cut_off
@@ -63,6 +66,31 @@ def test_the_long_word_is_longer_than_a_chunk(tokenizer: Tokenizer) -> None:
     assert ROOM < tokenizer.count(LONG_WORD) < 2 * ROOM
     assert tokenizer.count("xqx") == 3
     assert [tokenizer.count(letter) for letter in "abcdefgh"] == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "lookback", "chunks"),
+    [
+        ("a a a a a a a, b b b", 3, ["aaaaaaa,", "bbb"]),  # the phrase goes to the next chunk whole
+        ("a a a a a a a, b b", 3, ["aaaaaaa,bb"]),
+        ("a a a a a a, b b b b", 3, ["aaaaaa,bbb", "b"]),  # too far from the end
+        ("a, a a a a a a, b b b, b", 4, ["a,aaaaaa,", "bbb,b"]),
+        ("a a a a a a a a a a, b", 3, ["a" * 10, ",b"]),  # a comma that does not fit is no reason
+        ("a a a a a a a a a, b", 3, ["a" * 9 + ",", "b"]),
+        ("a a a a a a a, b xqx", 3, ["aaaaaaa,", "bxxx"]),  # a word of several tokens does not fit
+        ("a a a a a a a, b b b", 0, ["aaaaaaa,bb", "b"]),
+        ("a a a a a a a, b BREAK c", 3, ["aaaaaaa,b", "c"]),
+        ("a a a a a a a, (b b:2) b", 3, ["aaaaaaa,", "bbb"]),
+        # In the last chunk nothing follows that the phrase could go to.
+        ("a a a a a a a, b b b " + "c " * 6 + ", d d", 3, ["aaaaaaa,", "bbbcccccc,"]),
+    ],
+)
+def test_a_phrase_stays_whole(tokenizer: Tokenizer, text: str, lookback: int, chunks: list[str]) -> None:
+    plan = planner(tokenizer, max_chunks=2).plan(Prompt(text, comma_lookback=lookback))
+    assert words_of(tokenizer, plan)[0] == chunks
+    if "(b b:2)" in text:
+        first, second = (chunk.rows[0] for chunk in plan.chunks if isinstance(chunk, Chunk))
+        assert (first.weights, second.weights[:4]) == ((), (1.0, 2.0, 2.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +229,7 @@ def test_clip_skip_where_the_graphs_have_none(tokenizer: Tokenizer) -> None:
         planner(tokenizer, max_clip_skip=0).plan(Prompt("a", clip_skip=1))
 
 
-@pytest.mark.parametrize("text", ["(a", "\ud800", 7])
+@pytest.mark.parametrize("text", ["(a:1.2.3)", "\ud800", 7])
 def test_text_that_cannot_be_read(tokenizer: Tokenizer, text: Any) -> None:
     with pytest.raises(UsageError):
         planner(tokenizer).plan(Prompt(text))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.prompt_syntax import MAX_DEPTH, MAX_WEIGHT, Piece, parse_prompt
+from sdrt.runtime.prompt_syntax import MAX_DEPTH, MAX_WEIGHT, Piece, parse_prompt, remarks_on
 
 MEANINGS: dict[str, list[list[tuple[str, float]]]] = {
     "": [[]],
@@ -37,6 +37,20 @@ MEANINGS: dict[str, list[list[tuple[str, float]]]] = {
     "BREAK a BREAK": [[], [(" a ", 1)], []],
     "(a BREAK b:2) c": [[("a ", 2)], [(" b", 2), (" c", 1)]],
     "break BREAKFAST BREAK_": [[("break BREAKFAST BREAK_", 1)]],
+    # Brackets without a partner.
+    "a smile :)": [[("a smile :)", 1)]],
+    "1) a cat": [[("1) a cat", 1)]],
+    "a (red apple": [[("a ", 1), ("red apple", 1.1)]],
+    "((red)": [[("red", 1.1 * 1.1)]],
+    "[red": [[("red", 1 / 1.1)]],
+    "red]": [[("red]", 1)]],
+    "(red]": [[("red]", 1.1)]],
+    "[red:1.3)": [[("red:1.3)", 1 / 1.1)]],
+    "(a [b) c]": [[("a ", 1.1), ("b", 1), (" c", 1 / 1.1)]],
+    # What is no text elsewhere, either.
+    "a <lora:x:0.8>cat": [[("a cat", 1)]],
+    "(a <LyCO:x:1:te=0.5> b:2)": [[("a  b", 2)]],
+    "a <cat-toy>": [[("a <cat-toy>", 1)]],
 }
 
 
@@ -47,15 +61,47 @@ def test_meaning(prompt: str) -> None:
     assert found == expected
 
 
+# What is said of a prompt; nothing is said of the others in `MEANINGS`.
+REMARKS = {
+    "a smile :)": ["has a ')' that closes nothing, character 10, in 'a smile :)': it is text"],
+    "1) a cat": ["has a ')' that closes nothing, character 2,"],
+    "a (red apple": [
+        "a '(' that nothing closes, character 3, in 'a (red apple': it weighs all that follows it, as in "
+        "stable-diffusion-webui; write \\( for a bracket that is meant as such, or take all brackets as they "
+        "are (plain_prompt)"
+    ],
+    "((red)": ["a '(' that nothing closes, character 1,"],
+    "[red": ["a '[' that nothing closes, character 1,"],
+    "red]": ["a ']' that closes nothing"],
+    "(red]": ["a ']' that closes nothing, character 5,", "a '(' that nothing closes, character 1,"],
+    "[red:1.3)": ["a ')' that closes nothing, character 9,", "a '[' that nothing closes, character 1,"],
+    "x" * 50 + "(" + "y" * 50: [f", character 51, in '…{'x' * 16}({'y' * 15}…'"],
+    "a <lora:x:0.8>cat": ["'<lora:x:0.8>', character 3, in 'a <lora:x:0.8>cat', asks for a LoRA"],
+    "(a <LyCO:x:1:te=0.5> b:2)": ["'<LyCO:x:1:te=0.5>'"],
+    "[a:b:0.5]": ["'[a:b:0.5]', character 1, in '[a:b:0.5]', changes the prompt while it is drawn"],
+    "[a:0.5]": ["changes the prompt while it is drawn"],
+    "a [b::10] c": ["'[b::10]'"],
+    "[a [b] :(c:1.2):.5]": ["'[a [b] :(c:1.2):.5]'"],
+    "[a|b]": ["'[a|b]', character 1, in '[a|b]', takes turns from step to step"],
+    "a AND b": ["'AND', character 3, in 'a AND b', joins prompts"],
+    "{a|b} c": ["'{a|b}', character 1, in '{a|b} c', chooses one at random"],
+    "a __animal__": ["'__animal__', character 3, in 'a __animal__', is a wildcard"],
+    "embedding:toy, b": ["'embedding:toy,'"],
+    "[a], sand, {a}, a | b, [16:9 b]": [],
+}
+
+
+@pytest.mark.parametrize("prompt", [*MEANINGS, *(prompt for prompt in REMARKS if prompt not in MEANINGS)])
+def test_what_may_have_been_meant_otherwise_is_named(prompt: str) -> None:
+    found = remarks_on(prompt)
+    assert len(found) == len(REMARKS.get(prompt, []))
+    for remark, words in zip(found, REMARKS.get(prompt, []), strict=True):
+        assert words in remark
+        assert "\n" not in remark
+    assert remarks_on(prompt, plain=True) == ()
+
+
 REFUSED = {
-    "a (red apple": "a '(' that nothing closes, character 3, in 'a (red apple': close it",
-    "((red)": "a '(' that nothing closes, character 1,",
-    "red) apple": "a ')' that closes nothing, character 4, in 'red) apple': remove it",
-    "[red": "a '[' that nothing closes, character 1,",
-    "red]": "a ']' that closes nothing",
-    "(red]": "a ']' that closes nothing, character 5,",
-    "[red:1.3)": "a ')' that closes nothing, character 9,",
-    "a :)": "write \\) for a bracket that is meant as such, or take all brackets as they are (plain_prompt)",
     "(red:1.2.3)": "the weight '1.2.3', character 6, in '(red:1.2.3)': a number from -10 to 10",
     "(red:.)": "the weight '.'",
     "(red:11)": "the weight '11'",
@@ -63,7 +109,6 @@ REFUSED = {
     "(red:1e400)": "the weight '1e400'",
     "((red:5):5)": "nested brackets give 'red' the weight 25: -10 to 10 are allowed",
     "(" * 60: f"brackets more than {MAX_DEPTH} deep",
-    "x" * 50 + "(" + "y" * 50: f", character 51, in '…{'x' * 16}({'y' * 15}…'",
 }
 
 

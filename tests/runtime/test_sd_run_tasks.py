@@ -145,6 +145,18 @@ def test_frames(run: Run, work: Path) -> None:
     assert (about["to_prompt"], about["to_seed"], about["frame"], about["frames"]) == ("a dog", 9, 1, 3)
 
 
+def test_what_a_prompt_may_mean_elsewhere_is_said_once(run: Run) -> None:
+    """In the prompt and in the negative prompt, for all pictures of a call; nothing of a plain prompt."""
+    prompts = ("a <lora:x:0.8> smile :)", "--negative-prompt", "[a|b]", "--steps", "1", "--num-images", "2")
+    _, err = run(*prompts)
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == 3
+    for words, line in zip(("'<lora:x:0.8>'", "')' that closes nothing", "'[a|b]'"), warnings, strict=True):
+        assert words in line
+    assert "warning" not in run(*prompts, "--plain-prompt")[1]
+    assert run(*prompts, "--quiet")[1] == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -175,9 +187,7 @@ def test_frames(run: Run, work: Path) -> None:
             "variation and mask_image are given",
         ),
         (["--image", "picture.png", "--mask", "mask.png"], "the prompt is missing"),
-        (["(x"], "'(' that nothing closes, character 1"),
-        (["x)"], "')' that closes nothing, character 2"),
-        (["[x"], "'[' that nothing closes"),
+        (["x", "--comma-lookback", "-1"], "comma_lookback is -1: a number of tokens is wanted"),
         (["x", "--negative-prompt", "(y:99)"], "a number from -10 to 10"),
         (["x", "--clip-skip", "7"], "clip_skip is 7"),
         (["x", "--clip-skip", "-1"], "clip_skip is -1"),
