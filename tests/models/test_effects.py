@@ -198,7 +198,7 @@ def test_frames_lead_from_one_end_to_the_other(pipeline: Pipeline) -> None:
 
 
 def test_slerped_noise_has_unit_variance() -> None:
-    one, other = (noise_source("philox", [seed]).initial((4, 32, 32)) for seed in (1, 2))
+    one, other = (noise_source("philox", [seed]).draw(0, (4, 32, 32)) for seed in (1, 2))
     for share in (0.0, 0.25, 0.5, 1.0):
         assert (
             abs(float(slerp(one, other, share).std()) - 1) < 0.05
