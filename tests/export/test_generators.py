@@ -141,7 +141,7 @@ def move_by_generator(scheduler: Any, generators: list[Any], draw: Any) -> None:
     before: list[torch.Tensor] = []
 
     def motion(begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        fresh = draw((len(generators), 4, SIDE // 2, SIDE // 2), generator=generators)
+        fresh: torch.Tensor = draw((len(generators), 4, SIDE // 2, SIDE // 2), generator=generators)
         if scheduler.state_in_first_order:
             before[:] = [fresh]
             return fresh
@@ -165,13 +165,13 @@ def difference(
     reference, ours = sides
     expected = drawn_by_diffusers(reference, ours, sampler, task, rng, seeds)
     kind, options = TASKS[task]
-    given = {
+    given: dict[str, Any] = {
         **({"image": picture()} if kind else {}),
         **({"mask_image": mask_image()} if kind == "Inpaint" else {}),
         **({"eta": ETA[sampler]} if sampler in ETA else {}),
     }
-    prompts, choice = ["a cat"] * len(seeds), {"sampler": sampler, "rng": rng, "seed": list(seeds)}
-    drawn = ours(prompts, output_type="latents", **OPTIONS, **options, **given, **choice).latents
+    given |= {"sampler": sampler, "rng": rng, "seed": list(seeds), "output_type": "latents"}
+    drawn = ours(["a cat"] * len(seeds), **OPTIONS, **options, **given).latents
     norms = [np.linalg.norm(array.reshape(len(seeds), -1), axis=1) for array in (drawn - expected, expected)]
     return float(np.max(norms[0] / norms[1]))
 

@@ -157,7 +157,7 @@ def test_a_replayed_graph_walks_the_table_and_stops_at_its_end(device: Device, d
 
 
 def noise_on(device: Device, reference: StepBuffers) -> NDArray[np.float32]:
-    given = (reference.noise, reference.seeds, reference.counter, reference.draws)
+    given: list[Any] = [reference.noise, reference.seeds, reference.counter, reference.draws]
     noise, *others = (placed(device, array) for array in given)
     device.philox_normal(noise, *others)
     return np.asarray(device.download(noise), np.float32)

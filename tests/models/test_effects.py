@@ -178,7 +178,7 @@ def test_inversion_ends_where_any_sampler_begins(gallery: Gallery, pipeline: Pip
     apple = pictures(gallery, "Prompts")[0]
     task = build_request(pipeline.bundle.manifest, None, {"image": apple}).picture
     assert task is not None
-    known = pipeline._pictures.known(task).latents
+    known = pipeline._pictures.known(task).latents.mean
     options: dict[str, Any] = {"image": apple, "variation": 0.0, "guidance_scale": 1.0, "sampler": sampler}
     errors = []
     for steps in (10, 80):
