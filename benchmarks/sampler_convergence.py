@@ -56,11 +56,10 @@ def posterior_mean(x: FloatArray, sigma: float) -> FloatArray:
 
 def exact_model(table: SamplerTable) -> Callable[[FloatArray, float], FloatArray]:
     """The noise prediction for `run_table`, which calls it row by row."""
-    rows = iter(table.rows)
+    rows = zip(table.rows, table.sigmas.tolist(), strict=True)
 
     def predict(z: FloatArray, _timestep: float) -> FloatArray:
-        row = next(rows)
-        sigma = float(row[Column.NOISE] / row[Column.SIGNAL])
+        row, sigma = next(rows)
         exploding = z / (row[Column.INPUT_SCALE] * row[Column.SIGNAL])
         noise: FloatArray = (exploding - posterior_mean(exploding, sigma)) / sigma
         return noise
@@ -73,11 +72,10 @@ def consistency_model(table: SamplerTable) -> Callable[[FloatArray, float], Floa
 
     In one dimension the ODE keeps the order of its solutions: a quantile of x becomes that of the data.
     """
-    rows = iter(table.rows)
+    rows = zip(table.rows, table.sigmas.tolist(), strict=True)
 
     def predict(z: FloatArray, _timestep: float) -> FloatArray:
-        row = next(rows)
-        sigma = float(row[Column.NOISE] / row[Column.SIGNAL])
+        row, sigma = next(rows)
         exploding = z / (row[Column.INPUT_SCALE] * row[Column.SIGNAL])
         x0 = np.interp(np.interp(exploding, *mixture_shares(sigma)), *mixture_shares(0.0)[::-1])
         noise: FloatArray = (exploding - x0) / sigma
@@ -130,7 +128,7 @@ def mixture_shares(sigma: float) -> tuple[FloatArray, FloatArray]:
 
 def ode_error(table: SamplerTable, exact: Callable[[float, float], FloatArray]) -> float:
     """Root mean square error of the last row's guess of the clean latents against the exact guess."""
-    sigmas = table.rows[:, Column.NOISE] / table.rows[:, Column.SIGNAL]
+    sigmas = table.sigmas
     start = table.rows[0, Column.SIGNAL] * math.hypot(1.0, sigmas[0]) * normal_quantiles(SAMPLES)
     rows = len(table) - 1
     most = SamplerTable(table.name, table.timesteps[:rows], table.rows[:rows], table.init_noise_sigma)
@@ -142,7 +140,7 @@ def distribution_error(table: SamplerTable) -> float:
     """Wasserstein-1 distance of what is drawn to the data, the mean over ``RUNS`` runs."""
     random = np.random.default_rng(0)
     start = table.rows[0, Column.SIGNAL] * normal_quantiles(SAMPLES)
-    start *= math.hypot(1.0, table.rows[0, Column.NOISE] / table.rows[0, Column.SIGNAL])
+    start *= math.hypot(1.0, table.sigmas[0])
     distances = []
     for _ in range(RUNS):
         noise = random.standard_normal((len(table), SAMPLES))

@@ -44,7 +44,8 @@ void guidance_rescale(const GuidanceRescaleParams &params) {
 }
 
 void philox_normal(const PhiloxNormalParams &params) {
-  const unsigned long long draw = draw_number(params);
+  unsigned long long draw;
+  if (!draw_number(params, draw)) return;
   for (unsigned i = 0; i < params.elements; ++i) philox_normal_element(params, draw, i);
 }
 

@@ -5,10 +5,12 @@
 struct PhiloxNormalParams {
   float *noise;                     // [N, image_elements]
   const unsigned long long *seeds;  // [N]
-  const int *counter;               // [1], or null
+  const int *counter;               // [1], or null: draw
+  const int *draws;                 // [capacity], with a counter
   unsigned long long draw;
   unsigned elements;  // N image_elements
   unsigned image_elements;
+  int capacity;
 };
 
 struct TwoWords {
@@ -44,9 +46,14 @@ SDRT_BOTH float box_muller_sine(TwoWords words) {
   return sqrtf(-2.0f * log_u) * sin_v;
 }
 
-// Which draw of its stream each image takes: row k of a run takes number k + 1.
-SDRT_BOTH unsigned long long draw_number(const PhiloxNormalParams &params) {
-  return params.counter ? params.draw + 1 + static_cast<unsigned>(*params.counter) : params.draw;
+// Which draw of its stream each image takes; false where the row at the counter takes none.
+SDRT_BOTH bool draw_number(const PhiloxNormalParams &params, unsigned long long &draw) {
+  draw = params.draw;
+  if (!params.counter) return true;
+  const int row = *params.counter;
+  const int number = row < params.capacity ? params.draws[row] : -1;
+  draw = static_cast<unsigned long long>(number);
+  return number >= 0;
 }
 
 SDRT_BOTH void philox_normal_element(const PhiloxNormalParams &params, unsigned long long draw, unsigned i) {

@@ -12,9 +12,10 @@ class Column(IntEnum):
     """Where each number of a row is; a kernel reads the row as ``COLUMNS`` floats in this order.
 
     The last five do not enter the recurrence. ``X0_X`` and ``X0_M`` give the model's guess of the clean
-    latents, ``x0 = X0_X * x + X0_M * m``. ``SIGNAL`` and ``NOISE`` say what x is when the row begins,
-    ``x = SIGNAL * x0 + NOISE * noise``: an image is brought to that level with them before the first row and,
-    where a mask keeps it, after each. After the last row there is no such level; x is the result.
+    latents, ``x0 = X0_X * x + X0_M * m``. ``SIGNAL`` and ``NOISE`` say how much noise a given image has when
+    the row begins, ``SIGNAL * x0 + NOISE * noise``: it is brought to that level with them before the first
+    row and, where a mask keeps it, after each. That is x's own level, but between the two rows of a step.
+    After the last row there is no such level; x is the result.
     ``GUIDANCE`` is w of classifier-free guidance, ``m = u + w * (c - u)``, read where both halves are there:
     it belongs to the request, so a sampler's table leaves it 0 and the loop fills it in.
     """

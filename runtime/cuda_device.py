@@ -188,10 +188,14 @@ class CudaDevice:
         self._launch(guided_step.launch(buffers))
 
     def philox_normal(
-        self, noise: DeviceArray, seeds: DeviceArray, counter: DeviceArray | None = None
+        self,
+        noise: DeviceArray,
+        seeds: DeviceArray,
+        counter: DeviceArray | None = None,
+        draws: DeviceArray | None = None,
     ) -> None:
         """See `Device.philox_normal`."""
-        self._launch(philox_normal.launch(noise, seeds, counter))
+        self._launch(philox_normal.launch(noise, seeds, counter, draws))
 
     def check_finite(self, buffer: DeviceArray, fault: DeviceArray) -> None:
         """See `Device.check_finite`."""

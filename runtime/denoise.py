@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdrt.kernels.guided_step import NO_FAULT, StepBuffers
+from sdrt.kernels.philox_normal import NO_DRAW
 from sdrt.kernels.sampler_row import COLUMNS, Column
 from sdrt.runtime.arena import Arena
 from sdrt.runtime.devices import Buffer, Device
@@ -45,7 +46,8 @@ class StepKind:
 
     Attributes:
         guided: Whether both halves are evaluated, or the conditional half alone.
-        draws_noise: Whether it begins with fresh noise from the seeds, drawn on the device.
+        draws_noise: Whether it begins with fresh noise from the seeds, drawn on the device, if the row adds
+            any.
         rescales: Whether the guided prediction is rescaled (`sdrt.kernels.guidance_rescale`).
         blends: Whether the latents to keep are put back where the mask says so.
         keeps_denoised: Whether the model's guess of the clean latents is kept (`DenoiseLoop.denoised`).
@@ -187,6 +189,7 @@ class DenoiseLoop:
         guidance: ArrayLike,
         *,
         seeds: Sequence[int],
+        drawn: int = 1,
         latents: NDArray[np.float32] | Sequence[Buffer] | None = None,
         scale: float | None = None,
         known: NDArray[np.float32] | None = None,
@@ -203,6 +206,8 @@ class DenoiseLoop:
             table: The sampler's rows, n.
             guidance: float32 [n], w of each row in ``u + w·(c − u)``; read by guided steps.
             seeds: One per image, of the noise.
+            drawn: How many draws of each seed's stream come before the first row's; by default that of the
+                initial noise.
             latents: float32 [N, C, h, w] to start from, or N buffers [1, C, h, w] of the device; by default
                 draw 0 of the seeds, drawn on the device.
             scale: x at the first row is ``scale`` times these; by default ``table.init_noise_sigma``, for
@@ -227,7 +232,7 @@ class DenoiseLoop:
         check_array("guidance", np.asarray(guidance), (len(table),))
 
         scale = table.init_noise_sigma if scale is None else scale
-        self._upload_setup(table, guidance, seeds, scale, guidance_rescale, given)
+        self._upload_setup(table, guidance, seeds, drawn, scale, guidance_rescale, given)
         if INPAINTING in given:
             self._device.upload(given[INPAINTING], self.arena[INPAINTING])
         self._has_mask = mask is not None
@@ -252,6 +257,7 @@ class DenoiseLoop:
         table: SamplerTable,
         guidance: ArrayLike,
         seeds: Sequence[int],
+        drawn: int,
         scale: float,
         guidance_rescale: float,
         inputs: Mapping[str, NDArray[Any]],
@@ -265,6 +271,8 @@ class DenoiseLoop:
         setup["guidance_rescale"][0] = guidance_rescale
         setup["count"][0] = count
         setup["seeds"][:] = np.array(seeds, np.uint64)
+        setup["draws"][:] = NO_DRAW
+        setup["draws"][:count] = np.where(table.draws >= 0, drawn + table.draws, NO_DRAW)
         setup["one"][0] = 1
         setup["scales"][_INITIAL, Column.INPUT_SCALE] = scale
         setup["scales"][_UNIT, Column.INPUT_SCALE] = 1.0
@@ -367,7 +375,7 @@ def _work(
 ) -> Callable[[], None]:
     def work() -> None:
         if kind.draws_noise:
-            device.philox_normal(buffers.noise, buffers.seeds, buffers.counter)
+            device.philox_normal(buffers.noise, buffers.seeds, buffers.counter, buffers.draws)
         for source, target in evaluation.copies:
             device.copy(source, target)
         evaluation.evaluate()

@@ -108,13 +108,17 @@ class Device(Protocol):
         """See `sdrt.kernels.guided_step.guided_step`."""
         ...
 
-    def philox_normal(self, noise: Buffer, seeds: Buffer, counter: Buffer | None = None) -> None:
-        """Fill ``noise`` with fresh normal numbers: draw number ``counter + 1`` of each image's seed.
+    def philox_normal(
+        self, noise: Buffer, seeds: Buffer, counter: Buffer | None = None, draws: Buffer | None = None
+    ) -> None:
+        """Fill ``noise`` with fresh normal numbers: a draw of each image's seed.
 
         Args:
             noise: float32 [N, C, h, w].
             seeds: uint64 [N].
-            counter: int32 [1], the row that comes next; without it the initial noise, draw 0.
+            counter: int32 [1], the row that comes next; without it draw 0 is taken.
+            draws: int32 [n], which draw each row takes, or `sdrt.kernels.philox_normal.NO_DRAW`; with a
+                counter.
         """
         ...
 
@@ -217,9 +221,11 @@ class HostDevice:
         """See `Device.guided_step`."""
         guided_step(buffers)
 
-    def philox_normal(self, noise: Buffer, seeds: Buffer, counter: Buffer | None = None) -> None:
+    def philox_normal(
+        self, noise: Buffer, seeds: Buffer, counter: Buffer | None = None, draws: Buffer | None = None
+    ) -> None:
         """See `Device.philox_normal`."""
-        fill_philox_normal(noise, seeds, counter)
+        fill_philox_normal(noise, seeds, counter, draws)
 
     def check_finite(self, buffer: Buffer, fault: Buffer) -> None:
         """See `Device.check_finite`."""

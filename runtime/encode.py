@@ -13,15 +13,11 @@ from sdrt.runtime.errors import NumericsError
 from sdrt.runtime.executors import Executor
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.request_picture import PictureTask
-from sdrt.runtime.start import KnownPicture, known_mask
+from sdrt.runtime.start import KnownPicture, Posterior, known_mask
 
 
 class ImageEncoder:
-    """The VAE encoder with buffers for the size that was encoded last.
-
-    It gives the mean of the posterior: diffusers draws from the posterior, whose deviation is some hundredth
-    of the latents', so that the picture depends on the seed once more.
-    """
+    """The VAE encoder with buffers for the size that was encoded last."""
 
     def __init__(self, executor: Executor, device: Device, *, batch: int, factor: int) -> None:
         """Keep what `encode` needs.
@@ -35,14 +31,11 @@ class ImageEncoder:
         self._executor, self._device, self._batch, self._factor = executor, device, batch, factor
         self._bound: tuple[tuple[int, int], Arena, Callable[[], None]] | None = None
 
-    def encode(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The latents of a picture; waits.
+    def encode(self, image: NDArray[np.float32]) -> Posterior:
+        """What the latents of a picture may be; waits.
 
         Args:
             image: float32 [1, 3, H, W] in [-1, 1], of a size that the bundle admits.
-
-        Returns:
-            float32 [1, C, h, w] in the sampler's scale.
 
         Raises:
             NumericsError: The encoder gave NaN or infinity.
@@ -50,16 +43,19 @@ class ImageEncoder:
             BackendError: The engine does not admit this size.
         """
         arena, evaluate = self._bind((image.shape[2], image.shape[3]))
-        source, mean = self._executor.spec.inputs[0], self._executor.spec.outputs[0]
+        spec = self._executor.spec
+        (source,), (mean, std) = spec.inputs, spec.outputs
         self._device.upload(np.repeat(image, self._batch, axis=0), arena[source.name])
         evaluate()
-        latents = self._device.download(arena[mean.name])[:1].astype(np.float32)
-        if not np.isfinite(latents).all():
+        both = arena.span(mean.name, std.name)
+        arrays = both.arrays(self._device.download(both.buffer))
+        posterior = Posterior(*(arrays[entry.name][:1].astype(np.float32) for entry in (mean, std)))
+        if not (np.isfinite(posterior.mean).all() and np.isfinite(posterior.std).all()):
             raise NumericsError(
                 "the vae_encoder gave NaN or infinity for the image; if the bundle is fp16, export with "
                 "--dtype fp32"
             )
-        return latents
+        return posterior
 
     def _bind(self, size: tuple[int, int]) -> tuple[Arena, Callable[[], None]]:
         if self._bound is None or self._bound[0] != size:
@@ -72,11 +68,14 @@ class ImageEncoder:
                 "latent_width": size[1] // self._factor,
             }
             spec = self._executor.spec
-            (source,), mean = spec.inputs, spec.outputs[0]
+            entries = (*spec.inputs, *spec.outputs)
             arena = Arena(
-                self._device, {entry.name: (entry.concrete(axes), entry.dtype) for entry in (source, mean)}
+                self._device, {entry.name: (entry.concrete(axes), entry.dtype) for entry in entries}
             )
-            evaluate = self._executor.bind({source.name: arena[source.name]}, {mean.name: arena[mean.name]})
+            evaluate = self._executor.bind(
+                {entry.name: arena[entry.name] for entry in spec.inputs},
+                {entry.name: arena[entry.name] for entry in spec.outputs},
+            )
             self._bound = (size, arena, evaluate)
         return self._bound[1], self._bound[2]
 

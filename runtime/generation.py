@@ -149,7 +149,8 @@ class Generation:
     ) -> NDArray[np.float32]:
         """The noise that a picture would be drawn from, float32 [1, C, h, w] of about unit variance.
 
-        The loop of an unguided shape walks the table of DDIM inversion from the picture's latents.
+        The loop of an unguided shape walks the table of DDIM inversion from the mean of the posterior: what a
+        variation has of the picture does not depend on the seed.
 
         Args:
             request: The call.
@@ -168,7 +169,7 @@ class Generation:
         loop.prepare({kind})
         self._encoder.write(rows, loop, self._chunks)
         plain = replace(
-            request, latents=np.repeat(known.latents, images, axis=0), latents_scale=1.0, picture=None
+            request, latents=np.repeat(known.latents.mean, images, axis=0), latents_scale=1.0, picture=None
         )
         source = noise_source(request.rng, [request.seeds[image]] * images)
         batch = range(images)
@@ -196,11 +197,11 @@ class Generation:
         arguments = start_arguments(request, batch, len(rows), source, shape, known, self._manifest)
         loop.start(table, request.sampling.weights, **arguments)
         uploads_noise = table.uses_noise and not _drawn_on_device(request)
-        for step, kind in enumerate(self._kinds(request, hook)):
+        for step, (kind, draw) in enumerate(zip(self._kinds(request, hook), table.draws, strict=True)):
             if hook is not None:
                 hook.check()
-            if uploads_noise:
-                loop.set_noise(source.step(step, shape))
+            if uploads_noise and draw >= 0:
+                loop.set_noise(source.draw(arguments["drawn"] + int(draw), shape))
             loop.step(kind)
             if hook is not None:
                 hook(loop, table, step, lambda: self._raise_faults(request, rows))

@@ -15,7 +15,7 @@ from sdrt.runtime.prompt_chunks import Blend, Prompt
 from sdrt.runtime.request import Request, build_request, latent_shape
 from sdrt.runtime.request_checks import whole
 from sdrt.runtime.request_texts import MAX_IMAGES
-from sdrt.runtime.start import slerp
+from sdrt.runtime.start import NOISE, draws_at_start, slerp
 
 
 def interpolated_request(
@@ -55,7 +55,10 @@ def interpolated_request(
         raise UsageError("variation is given: an interpolation goes from prompt to prompt or seed to seed")
     shares = [float(share) for share in np.linspace(0.0, 1.0, count)]
     shape = latent_shape(manifest, first.height, first.width)
-    noise, to_noise = (noise_source(first.rng, request.seeds).initial(shape) for request in (first, last))
+    number = draws_at_start(first.picture, manifest).index(NOISE)
+    noise, to_noise = (
+        noise_source(first.rng, request.seeds).draw(number, shape) for request in (first, last)
+    )
     text = {
         **first.texts[0],
         "to_prompt": last.texts[0]["prompt"],

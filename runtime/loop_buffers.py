@@ -29,7 +29,7 @@ _SMALL_INPUTS: Final = (TIME_IDS, TIMESTEP_COND)  # uploaded together with the r
 # Fields of StepBuffers that are sections of the same name. Of every step:
 _STEP_BUFFERS: Final = (
     *("latents", "noise", "rows", "timesteps", "counter", "fault", "sample", "timestep"),
-    *("seeds", "ticket", "count"),
+    *("seeds", "draws", "ticket", "count"),
 )
 # … and of the kinds of steps that want them.
 BLEND: Final = ("mask", "known", "known_noise")
@@ -62,6 +62,7 @@ def loop_sections(spec: ComponentSpec, axes: Mapping[str, int], images: int, fac
         "count": ((1,), "int32"),
         "ticket": ((1,), "uint32"),
         "seeds": ((images,), "uint64"),
+        "draws": ((MAX_ROWS,), "int32"),
         "scales": ((2, COLUMNS), "float32"),
         "zero_timestep": ((1,), "float32"),
         "zero": ((1,), "int32"),

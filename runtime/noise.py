@@ -31,9 +31,10 @@ class _Stream(Protocol):
 class NoiseSource:
     """Normal noise for N images; image n's numbers depend on ``seeds[n]`` alone.
 
-    Draw 0 of a stream is the initial noise and draw 1 + k the noise of stochastic step k, whether
-    or not the others are asked for: a caller who brings latents gets the step noise of a run that
-    drew them. All draws of a stream count as having the shape that is asked for.
+    A stream's draws are numbered from 0 on in the order in which diffusers' pipelines make them
+    (`sdrt.runtime.start.draws_at_start`, then the rows that add noise), whether or not the others are asked
+    for: a caller who brings latents gets the step noise of a run that drew them. All draws of a stream count
+    as having the shape that is asked for.
 
     Make one with :func:`noise_source`.
     """
@@ -42,24 +43,17 @@ class NoiseSource:
         self.seeds = tuple(seeds)
         self._streams = tuple(streams)
 
-    def initial(self, shape_per_image: Sequence[int]) -> NDArray[np.float32]:
-        """The noise that sampling starts from: float32 ``[N, *shape_per_image]``, unit variance."""
-        return self._stack(0, shape_per_image)
+    def draw(self, number: int, shape_per_image: Sequence[int]) -> NDArray[np.float32]:
+        """Draw ``number`` ≥ 0 of each stream: float32 ``[N, *shape_per_image]``, unit variance.
 
-    def step(self, k: int, shape_per_image: Sequence[int]) -> NDArray[np.float32]:
-        """The noise of stochastic step ``k`` ≥ 0: float32 ``[N, *shape_per_image]``, unit variance.
-
-        Steps may be asked for in any order; in ascending order no number is drawn twice.
+        Draws may be asked for in any order; in ascending order nothing is drawn twice.
 
         Raises:
-            UsageError: k is negative.
+            UsageError: The number is negative.
         """
-        if k < 0:
-            raise UsageError(f"noise for step {k} was asked for; steps count from 0")
-        return self._stack(1 + k, shape_per_image)
-
-    def _stack(self, index: int, shape: Sequence[int]) -> NDArray[np.float32]:
-        return np.stack([stream.draw(index, tuple(shape)) for stream in self._streams])
+        if number < 0:
+            raise UsageError(f"draw {number} was asked for; draws count from 0")
+        return np.stack([stream.draw(number, tuple(shape_per_image)) for stream in self._streams])
 
 
 def noise_source(rng: str, seeds: Sequence[int]) -> NoiseSource:

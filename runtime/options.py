@@ -33,15 +33,16 @@ class DrawOptions(TypedDict, total=False):
     * ``rng``: ``philox`` gives the noise of PyTorch's CUDA generator, ``cpu`` of its CPU generator;
     * ``latents``: float32 [N, C, h, w] of unit variance, in place of noise drawn from the seeds: a NumPy
       array, or on a GPU an array of it (``__cuda_array_interface__`` or DLPack);
-    * ``image``: a picture to start from: a path, a Pillow image or a uint8 array [H, W, 3]. For an
-      image-variations bundle it is what is varied;
+    * ``image``: a picture to start from: a path, a Pillow image or a uint8 array [H, W, 3]. Its latents are
+      drawn from the VAE's posterior with the seed of each image, as diffusers does with a list of pictures
+      and generators. For an image-variations bundle it is what is varied;
     * ``strength``: how much of the schedule is run on the picture, above 0 (nearly all is kept) to 1; by
       default 0.8, and 1 with a mask;
     * ``mask_image``: what of ``image`` is drawn anew: white is, black is kept exactly;
     * ``expand``: pixels that the picture grows by, (left, top, right, bottom); the new area is drawn;
     * ``variation``: the picture is inverted to the noise that it would be drawn from (DDIM inversion), and
       this share of that noise, 0 to 1, comes from the seed. By default 0.3 where an image and no prompt is
-      given.
+      given. It is the posterior's mean that is inverted.
 
     How:
 
@@ -57,7 +58,7 @@ class DrawOptions(TypedDict, total=False):
       ``lower_order_final``, ``original_inference_steps``: see `sdrt.runtime.solvers_table.SamplerOptions`;
       ``karras`` is short for the ``sigma_schedule`` of that name. A sampler that adds noise draws ``philox``
       on the device, inside the step's graph; the CPU generator's numbers are made on the host, and each
-      step then begins with an upload.
+      step that adds noise then begins with an upload.
 
     And out:
 

@@ -205,9 +205,9 @@ class Pipeline:
     ) -> PipelineOutput:
         """Draw pictures on the way from one prompt or seed to another, both ends included.
 
-        Embeddings are mixed linearly, the noise spherically; a sampler's fresh noise is the same in all
-        frames. Of two prompts with different numbers of chunks the shorter is filled up with chunks of the
-        empty text, so that its end is not quite the picture of the prompt alone.
+        Embeddings are mixed linearly, the noise spherically; a sampler's fresh noise and a given image's
+        latents are the same in all frames. Of two prompts with different numbers of chunks the shorter is
+        filled up with chunks of the empty text, so that its end is not quite the picture of the prompt alone.
 
         Args:
             prompt: Of the first frame.
@@ -278,10 +278,13 @@ class Pipeline:
         *,
         rng: Rng = DEFAULT_RNG,
     ) -> NDArray[np.float32]:
-        """The unit-variance noise that a call with these seeds starts from, float32 [N, C, h, w]."""
+        """The unit-variance noise that a call with these seeds starts from, float32 [N, C, h, w].
+
+        That of a call with an image is a later draw: `sdrt.runtime.start.draws_at_start`.
+        """
         size = checked_size(self.bundle.manifest, height, width)
         given = seeds if isinstance(seeds, Sequence) else [seeds]
-        return noise_source(rng, given).initial(latent_shape(self.bundle.manifest, *size))
+        return noise_source(rng, given).draw(0, latent_shape(self.bundle.manifest, *size))
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -374,7 +377,7 @@ class Pipeline:
                 images, chunks = manifest.limits.min_batch, self._encoder.chunks(condition)
                 generation = self._generations.ready(alone, images, chunks, None, decodes=False)
                 inverted[condition] = generation.invert(alone, image, table, known, hook)
-            fresh = noise_source(request.rng, [request.seeds[image]]).initial(known.latents.shape[1:])
+            fresh = noise_source(request.rng, [request.seeds[image]]).draw(0, known.latents.mean.shape[1:])
             noise.append(slerp(inverted[condition], fresh, request.picture.variation))
         seconds["invert"] = time.perf_counter() - started
         # The inversion ends in a variance-preserving x; a sampler's may be scaled otherwise.

@@ -184,17 +184,18 @@ def lms(
 ) -> SamplerTable:
     """Adams-Bashforth over uneven sigmas, by default of order 4 (k-diffusion ``sample_lms``).
 
-    The first rows are of order 1, 2, 3. Equal to diffusers' ``LMSDiscreteScheduler`` from noise; an
-    image-to-image run (``start``) begins at order 1, too, where diffusers uses coefficients for d that it
-    does not have.
+    The first rows are of order 1, 2, 3. Equal to diffusers' ``LMSDiscreteScheduler``, which in an
+    image-to-image run (``start``) takes the order that a row would have in the whole run: d of rows that were
+    left out count as 0.
     """
     most = options.solver_order or 4
     levels = sigma_levels(schedule, num_inference_steps, options, start)
+    whole = sigma_levels(schedule, num_inference_steps, options, 0).sigmas
     rows = model_rows(schedule, levels.sigmas[:-1], predict="epsilon", variance_preserving=False)
     rows[:, Column.A] = 1.0
-    for i, row in enumerate(rows):
-        nodes = levels.sigmas[max(0, i + 1 - most) : i + 1][::-1]
-        weights = _lagrange_integrals(nodes, levels.sigmas[i], levels.sigmas[i + 1])
+    for i, row in enumerate(rows, start):
+        nodes = whole[max(0, i + 1 - most) : i + 1][::-1]
+        weights = _lagrange_integrals(nodes, whole[i], whole[i + 1])
         row[Column.B0 : Column.B0 + len(nodes)] = weights
     return SamplerTable("lms", levels.timesteps, rows, levels.init_noise_sigma)
 
@@ -227,10 +228,12 @@ def _two_row_steps(
 ) -> FloatArray:
     """Rows [2 steps - 1] of the model at ``begin`` [steps] and, in all steps but the last, at ``second``.
 
-    The first row of such a step keeps its x for the second.
+    The first row of such a step keeps its x for the second. Where a mask keeps an image, it has the noise of
+    the step's end between the two rows, as in diffusers, whatever ``second`` is.
     """
     sigmas = _interleaved(begin, second)
     rows = model_rows(schedule, sigmas, predict=predict, variance_preserving=False)
+    rows[1::2, Column.NOISE] = begin[1:]
     rows[:-1:2, Column.SAVE] = 1.0
     return rows
 

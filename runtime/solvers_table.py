@@ -68,6 +68,23 @@ class SamplerTable:
         return bool(np.any(self.rows[:, Column.C]))
 
     @property
+    def sigmas(self) -> FloatArray:
+        """The ratio of noise to signal in x when each row begins, float64 [n]; infinite for noise alone."""
+        alphas = self.rows[:, Column.INPUT_SCALE] * self.rows[:, Column.SIGNAL]
+        with np.errstate(divide="ignore"):
+            return np.sqrt((1 - alphas) * (1 + alphas)) / alphas
+
+    @property
+    def draws(self) -> IntArray:
+        """For each row that adds noise how many rows did before it, -1 for the others; int64 [n].
+
+        That is its number among the draws of a seed's stream, from the first row's on: diffusers' schedulers
+        draw in the rows that add noise, and beyond these at most in the last, whose draw nothing follows.
+        """
+        adds = self.rows[:, Column.C] != 0
+        return np.where(adds, np.cumsum(adds) - 1, -1)
+
+    @property
     def num_history(self) -> int:
         """How many earlier d must be kept: 0 (one-step samplers) to ``HISTORY - 1``."""
         earlier = np.any(self.rows[:, Column.B1 : Column.B0 + HISTORY], axis=0)

@@ -138,19 +138,18 @@ def pndm(
 ) -> SamplerTable:
     """PLMS: PNDM without its Runge-Kutta steps (Liu et al. 2022, eq. 9 and 12; latent diffusion's code).
 
-    The first step is done twice, so there is one row more than steps (but for a single one). Equal to
+    The first step is done twice, so there is one row more than steps (but for a run of one). Equal to
     diffusers' ``PNDMScheduler`` with ``skip_prk_steps``, which for a v-prediction combines the v of
-    several rows as they are. An image-to-image run (``start``) begins as one from noise does;
-    diffusers gives the model the timesteps of the following rows there.
+    several rows as they are. So does an image-to-image run (``start``): its timesteps are those of the whole
+    run's rows without the first ``start``, and its second row does the first one's step again, told its own
+    timestep, so that x is a step behind what the model is told from the third row on.
     """
-    timesteps = whole_timesteps(schedule, num_inference_steps, options)[start:]
+    timesteps = whole_timesteps(schedule, num_inference_steps, options)
     stride = _stride(schedule, num_inference_steps)
-    begin, previous = timesteps, timesteps - stride
-    if len(timesteps) > 1:
-        second = timesteps[1:2]
-        begin = np.concatenate([timesteps[:1], second + stride, timesteps[1:]])
-        previous = np.concatenate([previous[:1], second, previous[1:]])
-        timesteps = np.concatenate([timesteps[:1], second, timesteps[1:]])
+    timesteps = np.insert(timesteps, 1, timesteps[1:2])[start:]  # the second one twice
+    begin, previous = timesteps.copy(), timesteps - stride
+    begin[1:2] += stride
+    previous[1:2] += stride
     now = signal_share(schedule, begin)
     after = signal_share(schedule, previous, final=final_share(schedule))
     if np.any(now == 0):

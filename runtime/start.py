@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,32 @@ from sdrt.runtime.guidance_embedding import guidance_embedding
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import NoiseSource
 from sdrt.runtime.request import Request, is_device_array, latent_shape
+from sdrt.runtime.request_picture import PictureTask
 
 FloatArray = NDArray[np.float32]
+
+
+# What is drawn from an image's seed before the first step.
+LATENTS: Final = "latents"  # of the given picture, from the VAE's posterior
+NOISE: Final = "noise"  # that sampling starts from
+MASKED_LATENTS: Final = "masked_latents"  # of the given picture without what is to be drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """What the VAE says that a picture's latents may be: independent normal numbers.
+
+    Attributes:
+        mean: float32 [1, C, h, w] in the sampler's scale.
+        std: Standard deviation, likewise.
+    """
+
+    mean: FloatArray
+    std: FloatArray
+
+    def sample(self, noise: FloatArray) -> FloatArray:
+        """Latents of each image, float32 of noise's shape [N, C, h, w]; ``noise`` has unit variance."""
+        return self.mean + self.std * noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +49,30 @@ class KnownPicture:
     """A picture as the loop knows it.
 
     Attributes:
-        latents: float32 [1, C, h, w], of the whole picture.
+        latents: Of the whole picture.
         mask: float32 [1, 1, h, w], 1 is drawn; None where all is.
-        masked_latents: float32 [1, C, h, w], of the picture without what is drawn, for U-Nets that read it.
+        masked_latents: Of the picture without what is drawn, for U-Nets that read it.
     """
 
-    latents: FloatArray
+    latents: Posterior
     mask: FloatArray | None = None
-    masked_latents: FloatArray | None = None
+    masked_latents: Posterior | None = None
+
+
+def draws_at_start(picture: PictureTask | None, manifest: Manifest) -> tuple[str, ...]:
+    """What diffusers' pipelines draw from an image's generator before the first step, in their order.
+
+    Image to image and inpainting draw the picture's latents from the VAE's posterior, where they need them,
+    and inpainting those of the masked picture, whether the U-Net reads them or not. A variation by inversion,
+    which diffusers' pipelines do not have, takes the posterior's mean.
+    """
+    if picture is None or picture.variation is not None:
+        return (NOISE,)
+    if picture.canvas.mask is None:
+        return (LATENTS, NOISE)
+    if manifest.reads_mask and picture.starts_from_noise:
+        return (NOISE, MASKED_LATENTS)
+    return (LATENTS, NOISE, MASKED_LATENTS)
 
 
 def start_arguments(
@@ -55,24 +95,33 @@ def start_arguments(
         known: The request's picture.
         manifest: Of the bundle.
     """
+    order = draws_at_start(request.picture, manifest)
+
+    def sample(posterior: Posterior | None, name: str) -> FloatArray | None:
+        if posterior is None or name not in order:
+            return None
+        return posterior.sample(source.draw(order.index(name), shape))
+
+    kept = None if known is None else sample(known.latents, LATENTS)
+    noise = _noise(request, batch, source, order.index(NOISE), shape, on_host=known is not None)
+    masked = None if known is None else sample(known.masked_latents, MASKED_LATENTS)
     arguments: dict[str, Any] = {
         "seeds": source.seeds,
-        "latents": _noise(request, batch, source, shape, on_host=known is not None),
+        "drawn": len(order),
+        "latents": noise,
         "scale": request.latents_scale,
         "guidance_rescale": request.sampling.guidance_rescale,
-        "inputs": _inputs(request, rows, known, manifest),
+        "inputs": _inputs(request, rows, known, masked, manifest),
     }
-    if known is None:
+    if known is None or kept is None:
         return arguments
-    noise = arguments["latents"]
-    kept = np.broadcast_to(known.latents, noise.shape)
     if request.picture is None or not request.picture.starts_from_noise:
         first = request.sampling.table.rows[0]
         arguments["latents"] = (
             np.float32(first[Column.SIGNAL]) * kept + np.float32(first[Column.NOISE]) * noise
         )
         arguments["scale"] = 1.0
-    if known.mask is not None and known.masked_latents is None:
+    if known.mask is not None and masked is None:
         mask = np.broadcast_to(known.mask, (len(batch), 1, *shape[1:]))
         arguments |= {"known": kept, "known_noise": noise, "mask": mask}
     return arguments
@@ -105,20 +154,26 @@ def blends(request: Request, manifest: Manifest) -> bool:
 
 
 def _noise(
-    request: Request, batch: Sequence[int], source: NoiseSource, shape: tuple[int, ...], *, on_host: bool
+    request: Request,
+    batch: Sequence[int],
+    source: NoiseSource,
+    number: int,
+    shape: tuple[int, ...],
+    *,
+    on_host: bool,
 ) -> Any:
-    """Unit-variance noise: given, made on the host, or None for noise of the device."""
+    """Unit-variance noise: given, draw ``number`` made on the host, or None for draw 0 on the device."""
     if isinstance(request.latents, np.ndarray):
         return request.latents[list(batch)]
     if request.latents is not None:
         return [request.latents[image] for image in batch]
-    return None if request.rng == "philox" and not on_host else source.initial(shape)
+    return None if request.rng == "philox" and not on_host else source.draw(number, shape)
 
 
 def _inputs(
-    request: Request, rows: int, known: KnownPicture | None, manifest: Manifest
+    request: Request, rows: int, known: KnownPicture | None, masked: FloatArray | None, manifest: Manifest
 ) -> dict[str, NDArray[np.float32]]:
-    """The U-Net's inputs that are numbers of the request or of the picture."""
+    """The U-Net's inputs that are numbers of the request or of the picture (``masked``: its latents)."""
     inputs = {}
     if request.sizes:
         one = [entry for pair in request.sizes.values() for entry in pair]
@@ -129,9 +184,10 @@ def _inputs(
         assert isinstance(width, int)  # in every manifest that was read
         one_row = guidance_embedding(request.sampling.embedded_guidance - 1.0, width)  # as in diffusers
         inputs["timestep_cond"] = np.broadcast_to(one_row, (rows, width))
-    if known is not None and known.masked_latents is not None and known.mask is not None:
-        both = np.concatenate([known.mask, known.masked_latents], axis=1)
-        inputs["inpainting"] = np.broadcast_to(both, (rows, *both.shape[1:]))
+    if known is not None and known.mask is not None and masked is not None:
+        mask = np.broadcast_to(known.mask, (len(masked), *known.mask.shape[1:]))
+        both = np.concatenate([mask, masked], axis=1)
+        inputs["inpainting"] = np.concatenate([both] * (rows // len(both)))  # of each half
     return inputs
 
 

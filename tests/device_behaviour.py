@@ -12,6 +12,7 @@ import pytest
 from device_steps import assert_same, host_buffers, on_device
 from numpy.typing import NDArray
 
+from sdrt.kernels.philox_normal import NO_DRAW
 from sdrt.runtime.cuda_arrays import DeviceArray
 from sdrt.runtime.cuda_device import CudaDevice
 from sdrt.runtime.cuda_staging import DOWNLOAD_BYTES, RING_BYTES
@@ -198,15 +199,15 @@ class DeviceBehaviour:
 
     def test_noise_is_that_of_the_host(self, device: CudaDevice) -> None:
         shape = (2, 4, 8, 8)
-        seeds, counter = np.array([3, 2**40 + 1], np.uint64), np.array([6], np.int32)
-        noise, device_seeds = device.zeros(shape, "float32"), device.zeros((2,), "uint64")
-        device_counter = device.zeros((1,), "int32")
-        device.upload(seeds, device_seeds)
-        device.upload(counter, device_counter)
-        expected = np.empty(shape, np.float32)
-        for given, host_counter in ((None, None), (device_counter, counter)):
-            device.philox_normal(noise, device_seeds, given)
-            HostDevice().philox_normal(expected, seeds, host_counter)
+        seeds, row = np.array([3, 2**40 + 1], np.uint64), np.array([2], np.int32)
+        noise, expected = device.zeros(shape, "float32"), np.empty(shape, np.float32)
+        for of_row in ((), (row, np.array([1, NO_DRAW, 7], np.int32)), (row, np.full(3, NO_DRAW, np.int32))):
+            given = []
+            for array in (seeds, *of_row):
+                given.append(device.zeros(array.shape, array.dtype))
+                device.upload(array, given[-1])
+            device.philox_normal(noise, *given)
+            HostDevice().philox_normal(expected, seeds, *of_row)
             np.testing.assert_allclose(device.download(noise), expected, rtol=0, atol=PHILOX_ON_GPU)
 
     @pytest.mark.parametrize("dtype", ["float16", "float32"])

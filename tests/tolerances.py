@@ -234,3 +234,9 @@ TASK_RUN = 390 * EPS32
 # A tiny component in fp16 whose arithmetic is float32 (OpenVINO) against fp16 arithmetic (ONNX Runtime),
 # relative L2: the latter errs by some 3 EPS16 (FRACTIONAL_TIMESTEP_FP16), the output's rounding adds 1.
 FP16_IN_FLOAT32 = 4 * EPS16
+
+# A whole run of any task and sampler on ONNX Runtime against diffusers' pipeline with a generator of its own,
+# relative L2: as TASK_RUN, and the generators' numbers may differ by TORCH_CPU_NORMAL_OTHER_BUILD. What the
+# project promises is 2e-3. Seen: 17 EPS32. A draw too many or too few makes 6,000,000, the posterior's mean
+# in place of its draw 1,400,000.
+SAME_SEED = TASK_RUN + TORCH_CPU_NORMAL_OTHER_BUILD

@@ -138,13 +138,17 @@ def test_faults_of_one_thread_and_of_all(emulation: Emulation, place: slice | in
     assert buffers.counter[0] == 4
 
 
+@pytest.mark.parametrize("row", [0, 1, 2], ids=["a draw", "none", "after the last row"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_noise(emulation: Emulation, grid: tuple[int, int]) -> None:
+def test_noise(emulation: Emulation, grid: tuple[int, int], row: int) -> None:
     noise = np.full((3, 4, 3, 5), np.nan, np.float32)
-    wanted, seeds, counter = noise.copy(), np.array([0, 7, 2**64 - 1], np.uint64), np.array([5], np.int32)
-    emulation.run(philox_normal.launch(HostArray(noise), HostArray(seeds), HostArray(counter)), grid)
-    philox_normal.fill_philox_normal(wanted, seeds, counter)
+    wanted, seeds = noise.copy(), np.array([0, 7, 2**64 - 1], np.uint64)
+    counter, draws = np.array([row], np.int32), np.array([5, philox_normal.NO_DRAW], np.int32)
+    arrays = [HostArray(array) for array in (noise, seeds, counter, draws)]
+    emulation.run(philox_normal.launch(*arrays), grid)
+    philox_normal.fill_philox_normal(wanted, seeds, counter, draws)
     assert same_bits(noise, wanted)
+    assert bool(np.isnan(noise).all()) == (row > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -319,19 +319,20 @@ def test_a_prediction_that_is_not_finite_is_still_a_fault_after_rescaling(dtype:
 @given(
     seeds=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3),
     shape=st.tuples(*[st.integers(1, 9)] * 3),
-    counter=st.none() | st.integers(0, 1000),
+    row=st.none() | st.integers(0, 3),
+    draws=st.lists(st.just(philox_normal.NO_DRAW) | st.integers(0, 2**31 - 1), min_size=1, max_size=3),
     draw=st.sampled_from([0, 1, 7, 2**32 - 1, 2**63 - 1]),
 )
 def test_noise_of_any_seed_and_draw(
-    seeds: list[int], shape: tuple[int, ...], counter: int | None, draw: int
+    seeds: list[int], shape: tuple[int, ...], row: int | None, draws: list[int], draw: int
 ) -> None:
     noise = np.full((len(seeds), *shape), np.nan, np.float32)
     wanted = noise.copy()
-    counters = None if counter is None else np.array([counter], np.int32)
     words = np.array(seeds, np.uint64)
-    host_counter = None if counters is None else HostArray(counters)
-    run_on_host(philox_normal.launch(HostArray(noise), HostArray(words), host_counter, draw=draw))
-    philox_normal.fill_philox_normal(wanted, words, counters, draw=draw)
+    of_row = () if row is None else (np.array([row], np.int32), np.array(draws, np.int32))
+    given = [HostArray(array) for array in (noise, words, *of_row)]
+    run_on_host(philox_normal.launch(*given, draw=draw))
+    philox_normal.fill_philox_normal(wanted, words, *of_row, draw=draw)
     assert same_bits(noise, wanted)
 
 

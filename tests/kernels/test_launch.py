@@ -186,12 +186,17 @@ def test_more_elements_than_an_index_can_count_are_refused() -> None:
 
 def test_other_kernels_refuse_wrong_arrays() -> None:
     noise, seeds, counter = array((2, 4, 8, 8)), array((2,), "uint64"), array((1,), "int32")
+    draws = array((9,), "int32")
     for arguments, message in (
-        ((array((2, 4), "float16"), seeds, counter), "noise is float16"),
-        ((array(()), seeds, counter), "noise has no axis"),
-        ((noise, array((3,), "uint64"), counter), r"seeds has shape \(3,\): it must be \(2,\)"),
-        ((noise, array((2,), "int64"), counter), "seeds is int64"),
-        ((noise, seeds, array((1,), "uint32")), "counter is uint32"),
+        ((array((2, 4), "float16"), seeds, counter, draws), "noise is float16"),
+        ((array(()), seeds, counter, draws), "noise has no axis"),
+        ((noise, array((3,), "uint64"), counter, draws), r"seeds has shape \(3,\): it must be \(2,\)"),
+        ((noise, array((2,), "int64"), counter, draws), "seeds is int64"),
+        ((noise, seeds, array((1,), "uint32"), draws), "counter is uint32"),
+        ((noise, seeds, counter, array((9,))), "draws is float32"),
+        ((noise, seeds, counter, array((9, 1), "int32")), r"draws has shape \(9, 1\): it must be \(9,\)"),
+        ((noise, seeds, counter), "counter and draws belong together"),
+        ((noise, seeds, None, draws), "counter and draws belong together"),
     ):
         with pytest.raises(ValueError, match=message):
             philox_normal.launch(*arguments)

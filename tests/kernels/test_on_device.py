@@ -30,7 +30,7 @@ from sdrt.kernels.guidance_rescale import guidance_rescale
 from sdrt.kernels.guided_step import NO_FAULT, StepBuffers, guided_step, prepare_input
 from sdrt.kernels.image_to_uint8 import image_to_uint8
 from sdrt.kernels.launch import BLOCK, MAX_GRID
-from sdrt.kernels.philox_normal import fill_philox_normal
+from sdrt.kernels.philox_normal import NO_DRAW, fill_philox_normal
 from sdrt.runtime.cuda_device import CudaDevice
 from sdrt.runtime.devices import Device
 from sdrt.runtime.solvers import SamplerTable
@@ -132,16 +132,17 @@ def test_a_replayed_graph_walks_the_table_and_stops_at_its_end(device: Device, d
     run = make_run(artificial_table(), guided=True, dtype=dtype, shape=SD15)
     reference = make_buffers(run)
     reference.seeds = np.array([2**40 + 3], np.uint64)
+    reference.draws = np.array([2, NO_DRAW, *range(3, STEPS + 1)], np.int32)
     reference.noise_pred[...] = run.predictions[0]
     buffers = step_on(device, reference)
     start = copied(reference)
 
     def step() -> None:
-        device.philox_normal(buffers.noise, buffers.seeds, buffers.counter)
+        device.philox_normal(buffers.noise, buffers.seeds, buffers.counter, buffers.draws)
         device.guided_step(buffers)
 
     step()
-    for name in ("latents", "history", "saved", "counter", "sample", "timestep"):
+    for name in ("latents", "history", "saved", "noise", "counter", "sample", "timestep"):
         device.upload(getattr(start, name), getattr(buffers, name))
     replay = device.capture(step)
     for _ in range(STEPS + 2):
@@ -150,16 +151,15 @@ def test_a_replayed_graph_walks_the_table_and_stops_at_its_end(device: Device, d
         # The device's own noise, whose last bits are its mathematics' (see below), goes into the reference.
         reference.noise[...] = noise_on(device, reference)
         guided_step(reference)
-    reference.noise[...] = device.download(buffers.noise)  # replays after the end drew on, for no row
     assert_same(device, buffers, reference)
     assert device.download(buffers.counter)[0] == STEPS
     assert device.download(buffers.ticket)[0] == 0
 
 
 def noise_on(device: Device, reference: StepBuffers) -> NDArray[np.float32]:
-    noise = placed(device, np.zeros_like(reference.noise))
-    assert reference.seeds is not None
-    device.philox_normal(noise, placed(device, reference.seeds), placed(device, reference.counter))
+    given: list[Any] = [reference.noise, reference.seeds, reference.counter, reference.draws]
+    noise, *others = (placed(device, array) for array in given)
+    device.philox_normal(noise, *others)
     return np.asarray(device.download(noise), np.float32)
 
 
@@ -182,15 +182,15 @@ def test_the_first_faulty_row_is_kept(device: Device, dtype: str, place: int, va
     assert faults == [NO_FAULT, 1, 1, 1]
 
 
-@pytest.mark.parametrize("counter", [None, 0, 999])
-def test_noise_of_each_seed(device: Device, counter: int | None) -> None:
+@pytest.mark.parametrize("draw", [0, 1, 999])
+def test_noise_of_each_seed(device: Device, draw: int) -> None:
     """Equal, but for the few numbers where two mathematical libraries round to neighbours."""
     wanted = np.zeros((16, 4, 128, 128), np.float32)
     seeds = np.array([0, 1, 2**32, 2**64 - 1] * 4, np.uint64) ^ np.arange(16, dtype=np.uint64)
-    counters = None if counter is None else np.array([counter], np.int32)
+    row = () if draw == 0 else (np.array([1], np.int32), np.array([NO_DRAW, draw], np.int32))
     noise = placed(device, wanted)
-    device.philox_normal(noise, placed(device, seeds), None if counters is None else placed(device, counters))
-    fill_philox_normal(wanted, seeds, counters)
+    device.philox_normal(noise, placed(device, seeds), *(placed(device, array) for array in row))
+    fill_philox_normal(wanted, seeds, *row)
     got = device.download(noise)
     assert np.count_nonzero(got != wanted) <= tolerances.PHILOX_KERNEL_UNEQUAL
     np.testing.assert_allclose(got, wanted, rtol=tolerances.PHILOX_KERNEL, atol=0)

@@ -19,6 +19,7 @@ from loop_runs import (
 )
 
 import tolerances
+from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.denoise import StepKind
 from sdrt.runtime.errors import NumericsError, UsageError
 from sdrt.runtime.noise import noise_source
@@ -69,20 +70,25 @@ def test_steps_allocate_nothing_and_wait_for_nothing() -> None:
     assert (device.calls["zeros"], device.calls["download"]) == (1, 1)
 
 
-def test_noise_on_the_device_is_that_of_the_seeds() -> None:
-    """The initial noise is draw 0, and row k adds draw 1 + k: as `NoiseSource` has it."""
-    table = make_table("ddim", NoiseSchedule(), 6, eta=1.0)
+@pytest.mark.parametrize("drawn", [1, 3])
+@pytest.mark.parametrize("name", ["euler_a", "dpm2_a"])
+def test_noise_on_the_device_is_that_of_the_seeds(name: str, drawn: int) -> None:
+    """The initial noise is draw 0, and each row that adds noise takes the next, as `NoiseSource` has it."""
+    table = make_table(name, NoiseSchedule(), 6)
     seeds = [2**64 - 1, 7]
     source = noise_source("philox", seeds)
     loop = new_loop(guided=False)
     given = new_loop(guided=False)
     for kind, one in ((NOISY, loop), (PLAIN, given)):
         one.prepare([kind])
-    loop.start(table, np.zeros(len(table)), seeds=seeds)
-    given.start(table, np.zeros(len(table)), seeds=[0, 0], latents=source.initial(STATE[1:]))
-    assert np.array_equal(loop.latents(), source.initial(STATE[1:]))
-    for step in range(len(table.timesteps)):
-        given.set_noise(source.step(step, STATE[1:]))
+    initial, number = source.draw(0, STATE[1:]), drawn
+    loop.start(table, np.zeros(len(table)), seeds=seeds, drawn=drawn)
+    given.start(table, np.zeros(len(table)), seeds=[0, 0], latents=initial)
+    assert np.array_equal(loop.latents(), initial * np.float32(table.init_noise_sigma))
+    for row in table.rows:
+        if row[Column.C]:
+            given.set_noise(source.draw(number, STATE[1:]))
+            number += 1
         given.step(PLAIN)
         loop.step(NOISY)
         assert np.array_equal(loop.latents(), given.latents())

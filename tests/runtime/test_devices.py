@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sdrt.kernels.philox import philox_normal
+from sdrt.kernels.philox_normal import NO_DRAW
 from sdrt.runtime.cuda_device import CudaDevice
 from sdrt.runtime.devices import Device, HostDevice
 from sdrt.runtime.errors import UsageError
@@ -78,10 +79,13 @@ def test_a_view_of_numbers_is_refused() -> None:
         device.view(device.zeros((16,), "float32"), 0, (4,), "float32")
 
 
-def test_noise_is_the_draw_after_the_counter_of_each_seed() -> None:
+def test_noise_is_the_rows_draw_of_each_seed() -> None:
     device = HostDevice()
     noise, seeds = device.zeros((2, 3, 4), "float32"), np.array([5, 2**63 + 1], np.uint64)
-    device.philox_normal(noise, seeds, np.array([6], np.int32))
+    draws = np.array([0, NO_DRAW, 7], np.int32)
+    device.philox_normal(noise, seeds, np.array([2], np.int32), draws)
+    for none in (1, 3):  # a row without noise, and after the last
+        device.philox_normal(noise, seeds, np.array([none], np.int32), draws)
     for image, seed in zip(noise, seeds, strict=True):
         np.testing.assert_array_equal(image, philox_normal((3, 4), int(seed), offset=7))
     device.philox_normal(noise, seeds)

@@ -138,12 +138,16 @@ def test_one_upload_and_one_download_for_a_picture(recorded: Recorded) -> None:
     assert added["executor_calls"] == 0
 
 
-def test_noise_of_the_cpu_generator_is_uploaded_each_step(host: Pipeline, recorded: Recorded) -> None:
+@pytest.mark.parametrize("options", [{"sampler": "ddim", "eta": 1.0}, {"sampler": "dpm2_a"}], ids=str)
+def test_noise_of_the_cpu_generator_is_uploaded_where_a_row_adds_it(
+    host: Pipeline, recorded: Recorded, options: dict[str, Any]
+) -> None:
     """Only the host can draw it; the step itself is the same graph, and nothing waits."""
-    options = {"sampler": "ddim", "eta": 1.0, "rng": "cpu"}
-    output, steps = counted(recorded, **options)
-    assert steps == [{"graph_launches": 1, "uploads": 1, "event_records": 1}] * (STEPS - 1)
-    assert_equal(output, host("a red apple", **{**SHORT, **options}))
+    output, steps = counted(recorded, rng="cpu", **options)
+    upload = {"uploads": 1, "event_records": 1}
+    draws = table_of(recorded, **options).draws[1:]
+    assert steps == [{"graph_launches": 1, **(upload if draw >= 0 else {})} for draw in draws]
+    assert_equal(output, host("a red apple", rng="cpu", **{**SHORT, **options}))
 
 
 def test_executor_that_cannot_be_captured(host: Pipeline) -> None:

@@ -32,7 +32,7 @@ def test_the_kinds_are_philox_and_cpu() -> None:
 def test_noise_is_one_float32_array_per_image(rng: noise.Rng, shape: tuple[int, ...]) -> None:
     source = noise.noise_source(rng, [1, 2, 3])
     assert source.seeds == (1, 2, 3)
-    for drawn in (source.initial(list(shape)), source.step(0, shape)):
+    for drawn in (source.draw(0, list(shape)), source.draw(1, shape)):
         assert drawn.shape == (3, *shape)
         assert drawn.dtype == np.float32
         assert drawn.flags.c_contiguous
@@ -41,15 +41,15 @@ def test_noise_is_one_float32_array_per_image(rng: noise.Rng, shape: tuple[int, 
 def test_philox_noise_is_that_of_torch_cuda_draw_by_draw() -> None:
     source = noise.noise_source("philox", [5, 2**63])
     for n, seed in enumerate(source.seeds):
-        np.testing.assert_array_equal(source.initial(SHAPE)[n], philox_normal(SHAPE, seed, 0))
-        np.testing.assert_array_equal(source.step(0, SHAPE)[n], philox_normal(SHAPE, seed, 1))
-        np.testing.assert_array_equal(source.step(6, SHAPE)[n], philox_normal(SHAPE, seed, 7))
+        for number in (0, 1, 7):
+            drawn = source.draw(number, SHAPE)[n]
+            np.testing.assert_array_equal(drawn, philox_normal(SHAPE, seed, number))
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (3, 5, 7), (3,)])  # 3 leaves a cached value behind
 def test_cpu_noise_is_that_of_successive_draws(shape: tuple[int, ...]) -> None:
     source = noise.noise_source("cpu", [5, 9])
-    drawn = [source.initial(shape), *(source.step(k, shape) for k in range(3))]
+    drawn = [source.draw(number, shape) for number in range(4)]
     for n, seed in enumerate(source.seeds):
         generator = TorchCPUGenerator(seed)
         for array in drawn:
@@ -60,7 +60,7 @@ def test_cpu_noise_is_that_of_a_diffusers_list_of_generators() -> None:
     seeds = [0, 2**32 + 5]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     source = noise.noise_source("cpu", seeds)
-    for array in (source.initial(SHAPE), source.step(0, SHAPE)):
+    for array in (source.draw(0, SHAPE), source.draw(1, SHAPE)):
         want = torch.cat([torch.randn((1, *SHAPE), generator=g) for g in generators]).numpy()
         exact_angle = torch.backends.cpu.get_cpu_capability() == "AVX2"
         atol = 0.0 if exact_angle else tolerances.TORCH_CPU_NORMAL_OTHER_BUILD
@@ -71,12 +71,11 @@ def test_cpu_noise_is_that_of_a_diffusers_list_of_generators() -> None:
 def test_an_image_is_the_same_in_any_batch(rng: noise.Rng) -> None:
     batch = noise.noise_source(rng, [10, 11, 12, 10])
     alone = noise.noise_source(rng, [11])
-    np.testing.assert_array_equal(batch.initial(SHAPE)[1], alone.initial(SHAPE)[0])
-    for k in range(3):
-        step = batch.step(k, SHAPE)
-        np.testing.assert_array_equal(step[1], alone.step(k, SHAPE)[0])
-        np.testing.assert_array_equal(step[0], step[3])
-        assert not np.array_equal(step[0], step[1])
+    for number in range(4):
+        drawn = batch.draw(number, SHAPE)
+        np.testing.assert_array_equal(drawn[1], alone.draw(number, SHAPE)[0])
+        np.testing.assert_array_equal(drawn[0], drawn[3])
+        assert not np.array_equal(drawn[0], drawn[1])
 
 
 @both
@@ -88,17 +87,13 @@ def test_a_draw_depends_on_its_number_and_shape_alone(
     used = noise.noise_source(rng, [77])
     for number, shape in draws:
         fresh = noise.noise_source(rng, [77])
-        if number == 0:
-            np.testing.assert_array_equal(used.initial(shape), fresh.initial(shape))
-        else:
-            k = number - 1
-            np.testing.assert_array_equal(used.step(k, shape), fresh.step(k, shape))
+        np.testing.assert_array_equal(used.draw(number, shape), fresh.draw(number, shape))
 
 
 @both
 def test_no_two_draws_are_alike(rng: noise.Rng) -> None:
     source = noise.noise_source(rng, [0, 1])
-    drawn = np.concatenate([source.initial(SHAPE), *(source.step(k, SHAPE) for k in range(4))])
+    drawn = np.concatenate([source.draw(number, SHAPE) for number in range(5)])
     correlation = np.corrcoef(drawn.reshape(len(drawn), -1))
     assert np.abs(correlation - np.eye(len(drawn))).max() < 6 / np.prod(SHAPE) ** 0.5
 
@@ -106,10 +101,10 @@ def test_no_two_draws_are_alike(rng: noise.Rng) -> None:
 @both
 def test_a_drawn_array_is_the_callers_own(rng: noise.Rng) -> None:
     source = noise.noise_source(rng, [3])
-    first = source.initial(SHAPE)
+    first = source.draw(0, SHAPE)
     kept = first.copy()
     first[:] = 0
-    np.testing.assert_array_equal(source.initial(SHAPE), kept)
+    np.testing.assert_array_equal(source.draw(0, SHAPE), kept)
 
 
 @pytest.mark.parametrize("rng", ["gpu", "", "Philox"])
@@ -132,9 +127,9 @@ def test_a_bad_seed_is_refused_wherever_it_stands(rng: noise.Rng, seed: Any) -> 
 
 
 @both
-def test_a_negative_step_is_refused(rng: noise.Rng) -> None:
-    with pytest.raises(UsageError, match="step -1"):
-        noise.noise_source(rng, [0]).step(-1, SHAPE)
+def test_a_negative_draw_is_refused(rng: noise.Rng) -> None:
+    with pytest.raises(UsageError, match="draw -1"):
+        noise.noise_source(rng, [0]).draw(-1, SHAPE)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1, np.int64(7), np.uint64(2**64 - 1)])

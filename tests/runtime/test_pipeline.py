@@ -152,7 +152,7 @@ def test_given_latents_take_the_place_of_the_seeds(pipeline: Pipeline, rng: Any)
     seeds = [4, 9]
     expected = pipeline(["a", "b"], seed=seeds, rng=rng, **SHORT)
     initial = pipeline.initial_latents(seeds, 16, 16, rng=rng)
-    assert np.array_equal(initial, noise_source(rng, seeds).initial((4, 8, 8)))
+    assert np.array_equal(initial, noise_source(rng, seeds).draw(0, (4, 8, 8)))
     kept = initial.copy()
     assert_equal(pipeline(["a", "b"], latents=initial, **SHORT), expected)
     assert np.array_equal(initial, kept)

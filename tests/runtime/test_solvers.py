@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from solver_reference import (
     REFERENCES,
     SHAPE,
-    Model,
     diffusers_run,
     diffusers_scheduler,
     fake_model,
@@ -330,38 +328,28 @@ def image_to_image(
     steps: int,
     start: int,
     options: SamplerOptions | None = None,
-    theirs: Callable[[Any], int] | None = None,
-    model: Model = fake_model,
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """(Our x where the run begins, diffusers', our result, diffusers') of a run on an image.
-
-    ``theirs`` changes the scheduler and says at which of its rows to begin, by default as diffusers'
-    image-to-image pipelines do.
-    """
+    """(Our x where the run begins, diffusers', our result, diffusers') of a run on an image."""
     options, schedule = options or SamplerOptions(), replace(schedule)
     scheduler = diffusers_scheduler(name, schedule, options)
     image, noise = normal(*SHAPE, seed=2), normal(*SHAPE, seed=3)
     with widened(scheduler, schedule):
         set_timesteps(scheduler, steps, options)
-        first = start * scheduler.order if theirs is None else theirs(scheduler)
+        first = start * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
         table = make_table(name, schedule, steps, options, start=start)
         at = scheduler.timesteps[first : first + 1]
         begin = scheduler.add_noise(torch.from_numpy(image), torch.from_numpy(noise), at).numpy()
         step_noise, more = row_noise(name, table), step_options(name, options)
-        told = table.timesteps if name not in ANEW else None
-        run = diffusers_run(name, scheduler, model, begin, step_noise, first=first, told=told, **more)
+        options_of_run = {"first": first, "told": table.timesteps, **more}
+        run = diffusers_run(name, scheduler, fake_model, begin, step_noise, **options_of_run)
     x = table.rows[0, Column.SIGNAL] * image + table.rows[0, Column.NOISE] * noise
-    return x, begin, run_table(table, model, x, step_noise), run.last
-
-
-# diffusers starts pndm and lms in the middle with what it does not have; see below.
-ANEW = ("pndm", "lms")
+    return x, begin, run_table(table, fake_model, x, step_noise), run.last
 
 
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
-@pytest.mark.parametrize(("name", "prediction_type"), [pair for pair in KNOWN if pair[0] not in ANEW])
+@pytest.mark.parametrize(("name", "prediction_type"), KNOWN)
 def test_start_equals_image_to_image_of_diffusers(name: str, prediction_type: str, spacing: str) -> None:
     schedule = NoiseSchedule(prediction_type=prediction_type, timestep_spacing=spacing)
     for steps, strength in ((5, 0.2), (5, 0.8), (20, 0.65), (50, 0.3)):
@@ -372,43 +360,9 @@ def test_start_equals_image_to_image_of_diffusers(name: str, prediction_type: st
 
 
 @pytest.mark.parametrize("sigma_schedule", SIGMA_SCHEDULES)
-@pytest.mark.parametrize("name", [name for name in WITH_SIGMA_SCHEDULES if name not in ANEW])
+@pytest.mark.parametrize("name", WITH_SIGMA_SCHEDULES)
 def test_start_with_sigma_schedules(name: str, sigma_schedule: str) -> None:
     options = SamplerOptions(sigma_schedule=sigma_schedule)
     x, begin, result, expected = image_to_image(name, NoiseSchedule(), 20, 7, options)
     assert relative_error(x, begin) <= tolerances.SAMPLER_FORMULAS
     assert relative_error(result, expected) <= tolerances.SAMPLER_FORMULAS
-
-
-@pytest.mark.parametrize("steps", [5, 20, 50])
-@pytest.mark.parametrize(("name", "prediction_type"), [pair for pair in KNOWN if pair[0] in ANEW])
-def test_start_begins_anew(name: str, prediction_type: str, steps: int) -> None:
-    """As diffusers does from noise, with a scheduler whose first timestep is that one."""
-    start = first_step(steps, 0.6)
-
-    def shortened(scheduler: Any) -> int:
-        if name == "lms":
-            scheduler.sigmas, scheduler.timesteps = scheduler.sigmas[start:], scheduler.timesteps[start:]
-        else:  # the second timestep twice, as its set_timesteps has it
-            left = torch.cat([scheduler.timesteps[:1], scheduler.timesteps[2:]])[start:]
-            scheduler.timesteps = torch.cat([left[:2], left[1:]])
-        return 0
-
-    schedule = NoiseSchedule(prediction_type=prediction_type)
-    x, begin, result, expected = image_to_image(name, schedule, steps, start, theirs=shortened)
-    assert relative_error(x, begin) <= tolerances.SAMPLER_FORMULAS
-    assert relative_error(result, expected) <= tolerances.SAMPLER_FORMULAS
-
-
-@pytest.mark.parametrize("name", ANEW)
-def test_start_of_diffusers_does_not_give_the_image_back(name: str) -> None:
-    """Why ours is not the same: with the noise that was added for the model's, the image must come back."""
-
-    def true_noise(_x: FloatArray, _timestep: float) -> FloatArray:
-        return normal(*SHAPE, seed=3)
-
-    schedule = NoiseSchedule(set_alpha_to_one=True)
-    image = normal(*SHAPE, seed=2)
-    *_, result, expected = image_to_image(name, schedule, 20, 7, model=true_noise)
-    assert relative_error(result, image) <= tolerances.SAMPLER_FORMULAS
-    assert relative_error(expected, image) > 0.01

@@ -35,7 +35,7 @@ class Gaussian:
     def __init__(self, table: SamplerTable, prediction_type: str, mean: float, std: float) -> None:
         self.mean, self.std, self.prediction_type = mean, std, prediction_type
         self.signal = table.rows[:, Column.SIGNAL]
-        self.sigmas = table.rows[:, Column.NOISE] / self.signal
+        self.sigmas = table.sigmas
         self.alphas = table.rows[:, Column.INPUT_SCALE] * self.signal
 
     def output(self, row: int, x: FloatArray) -> FloatArray:
@@ -256,13 +256,14 @@ def test_tcd_without_noise_is_ddim() -> None:
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_x0_columns_find_the_clean_latents(name: str, prediction_type: str) -> None:
-    """From SIGNAL, NOISE and an exact model output, X0_X and X0_M give x0 back at every row."""
+    """From SIGNAL, sigma and an exact model output, X0_X and X0_M give x0 back at every row."""
     schedule = NoiseSchedule(prediction_type=prediction_type)
     x0, noise = normal(*SHAPE, seed=4), normal(*SHAPE, seed=5)
-    for row in make_table(name, schedule, 20).rows:
-        x = row[Column.SIGNAL] * x0 + row[Column.NOISE] * noise
-        scale = row[Column.INPUT_SCALE]
-        alpha, sigma = scale * row[Column.SIGNAL], scale * row[Column.NOISE]
+    table = make_table(name, schedule, 20)
+    for row, level in zip(table.rows, table.sigmas, strict=True):
+        x = row[Column.SIGNAL] * (x0 + level * noise)
+        alpha = row[Column.INPUT_SCALE] * row[Column.SIGNAL]
+        sigma = alpha * level
         assert alpha**2 + sigma**2 == pytest.approx(1.0)
         m = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}[prediction_type]
         np.testing.assert_allclose(row[Column.X0_X] * x + row[Column.X0_M] * m, x0, atol=1e-11)
@@ -270,11 +271,11 @@ def test_x0_columns_find_the_clean_latents(name: str, prediction_type: str) -> N
 
 def in_terms_of_noise(table: SamplerTable, prediction_type: str) -> Callable[[FloatArray, float], FloatArray]:
     """`fake_model`, which predicts the noise, as a model that predicts something else; for run_table."""
-    rows = iter(table.rows)
+    signals = table.rows[:, Column.SIGNAL] * table.rows[:, Column.INPUT_SCALE]
+    levels = zip(signals, signals * table.sigmas, strict=True)
 
     def predict(z: FloatArray, timestep: float) -> FloatArray:
-        row = next(rows)
-        signal, sigma = (row[column] * row[Column.INPUT_SCALE] for column in (Column.SIGNAL, Column.NOISE))
+        signal, sigma = next(levels)
         noise = fake_model(z, timestep)
         x0 = (z - sigma * noise) / signal
         return x0 if prediction_type == "sample" else np.asarray(signal * noise - sigma * x0)
