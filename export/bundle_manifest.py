@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import sdrt
-from sdrt.export.checkpoint import Checkpoint, fingerprint
+from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.checkpoint_scheduler import DISTILLED
 from sdrt.export.graph import AxisRange
 from sdrt.export.parity import LARGE_PARAMETERS, ParityReport, is_large, large_side
@@ -27,6 +28,7 @@ from sdrt.runtime.manifest import (
     TokenizerFacts,
 )
 from sdrt.runtime.manifest_json import from_json, to_json
+from sdrt.runtime.untrusted import read_limited
 
 if TYPE_CHECKING:
     from sdrt.export.bundle_writer import ExportOptions
@@ -37,6 +39,7 @@ DEFAULT_GUIDANCE: Final = {"sd": 7.5, "sdxl": 5.0, "image-variations": 7.5}  # o
 TOLD_GUIDANCE: Final = 8.5  # LatentConsistencyModelPipeline's, whose U-Net is told it
 TEXT_OUTPUTS: Final = {"sd": "last_hidden_state", "sdxl": "penultimate_hidden_state"}
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_2.json")
+MAX_CARD_BYTES: Final = 1 << 20
 TOOLS: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -221,10 +224,11 @@ def _source(checkpoint: Checkpoint) -> str:
 
 def _licence(checkpoint: Checkpoint) -> str:
     """The licence that the model card's front matter names, or ``unknown``."""
-    card = checkpoint.path / "README.md"
-    if not card.is_file():
+    try:
+        card = read_limited(checkpoint.path / "README.md", MAX_CARD_BYTES).decode("utf-8", errors="replace")
+    except (OSError, ValueError):
         return "unknown"
-    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]:
+    for line in card.splitlines()[:40]:
         key, _, value = line.partition(":")
         if key.strip().lower() in ("license", "licence") and value.strip():
             return value.strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.checkpoint_files import tensor_shapes
 from sdrt.export.random_weights import fill_with_random_weights, network_from_config
 from sdrt.runtime.errors import CheckpointError
 
@@ -21,22 +23,64 @@ SPARE: Final = re.compile(
 )
 SPARE_OF_IMAGES: Final = re.compile(r"(.*\.)?position_ids|text_projection\.weight|logit_scale|text_model\..*")
 SPARE_POSITIONS: Final = re.compile(r"(.*\.)?position_ids")  # of the one with a projection of its own
+SPARE_OF: Final = {"text_encoder": SPARE, "text_encoder_2": SPARE_POSITIONS, "image_encoder": SPARE_OF_IMAGES}
+_PREFIX: Final = re.compile(r"^(text_model|vision_model)\.")
+_OLD_ATTENTION: Final = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)")
+_NEW_ATTENTION: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Errors whose text alone says what is wrong; of the others ('foo', "division by zero") the type is told.
 _SPEAKING: Final = (OSError, ValueError, RuntimeError)
 
 
 def check_architectures(checkpoint: Checkpoint) -> None:
-    """Build every network without memory for its weights: what its configuration forbids is found at once.
+    """Build every network without memory for its weights, and compare it with the headers of its files.
+
+    What a configuration forbids, and a tensor that is missing, not known or of a wrong shape, is found before
+    anything is loaded.
 
     Raises:
-        CheckpointError: A configuration describes no network.
+        CheckpointError: A configuration describes no network, or another one than the files hold.
     """
     for name in checkpoint.configs:
+        folder = checkpoint.path / name
         try:
-            meta_module(checkpoint, name)
+            module = meta_module(checkpoint, name)
         except Exception as error:  # whatever a wrong value leads to, deep inside of the libraries
-            file = checkpoint.path / name / "config.json"
-            raise CheckpointError(f"{file} describes no network: {_words(error)}") from error
+            raise CheckpointError(
+                f"{folder / 'config.json'} describes no network: {_words(error)}"
+            ) from error
+        if checkpoint.random_seed is None:
+            _check_headers(folder, module)
+
+
+def _check_headers(folder: Path, module: torch.nn.Module) -> None:
+    given = {_known_name(key): (key, *tensor) for key, tensor in tensor_shapes(folder).items()}
+    wanted = {_known_name(key): (key, tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
+    both = given.keys() & wanted.keys()
+    wrong = [(given[key][0], given[key][2], wanted[key][1]) for key in both]
+    _refuse_tensors(
+        folder,
+        mismatched=[entry for entry in wrong if entry[1] != entry[2]],
+        missing=[wanted[key][0] for key in wanted.keys() - given.keys()],
+        unexpected=[given[key][0] for key in given.keys() - wanted.keys()],
+    )
+    whole = sorted(given[key][:2] for key in both if not given[key][1].startswith(("F", "BF")))
+    if whole:
+        key, dtype = whole[0]
+        raise CheckpointError(
+            f"{folder}: the tensor {key} is {dtype}, whole numbers: quantised weights are not supported, "
+            "give the checkpoint that they were made from"
+        )
+
+
+def _known_name(key: str) -> str:
+    """A tensor's name as all versions of the libraries agree on it.
+
+    transformers 5 saves a text model without ``text_model.``, and its loaders take both; diffusers renamed
+    the parts of a VAE's attention.
+    """
+    key = _PREFIX.sub("", key)
+    old = _OLD_ATTENTION.fullmatch(key)
+    return key if old is None else f"{old[1]}{_NEW_ATTENTION[old[2]]}{old[3]}"
 
 
 def meta_module(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
@@ -124,20 +168,32 @@ def _words(error: Exception) -> str:
 
 def _check_report(folder: Path, report: dict[str, Any]) -> None:
     """Turn a loader's silent re-initialisations and omissions into errors."""
-    if mismatched := sorted(report.get("mismatched_keys") or ()):
-        key, given, wanted = mismatched[0]
+    _refuse_tensors(
+        folder,
+        mismatched=report.get("mismatched_keys") or (),
+        missing=report.get("missing_keys") or (),
+        unexpected=report.get("unexpected_keys") or (),
+    )
+
+
+def _refuse_tensors(
+    folder: Path,
+    *,
+    mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+) -> None:
+    """Refuse tensors that are not the network's; ``mismatched`` is (name, shape, shape by config.json)."""
+    if wrong := sorted(mismatched):
+        key, given, wanted = wrong[0]
         raise CheckpointError(
             f"{folder}: {key} has the shape {list(given)}, by config.json it is {list(wanted)} "
-            f"({len(mismatched)} of wrong shape in all)"
+            f"({len(wrong)} of wrong shape in all)"
         )
-    missing = sorted(key for key in report.get("missing_keys") or () if not str(key).endswith("position_ids"))
-    if missing:
-        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing ({len(missing)} missing in all)")
-    spare = {"text_encoder": SPARE, "text_encoder_2": SPARE_POSITIONS, "image_encoder": SPARE_OF_IMAGES}.get(
-        folder.name
-    )
-    extra = sorted(key for key in report.get("unexpected_keys") or () if not (spare and spare.fullmatch(key)))
-    if extra:
+    if absent := sorted(key for key in missing if not str(key).endswith("position_ids")):
+        raise CheckpointError(f"{folder}: the tensor {absent[0]} is missing ({len(absent)} missing in all)")
+    spare = SPARE_OF.get(folder.name)
+    if extra := sorted(key for key in unexpected if not (spare and spare.fullmatch(key))):
         raise CheckpointError(
             f"{folder}: the tensor {extra[0]} has no place in the network that config.json describes "
             f"({len(extra)} such in all): the two are not of one model"
