@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -46,7 +47,7 @@ def check_architectures(checkpoint: Checkpoint) -> None:
             module = meta_module(checkpoint, name)
         except Exception as error:  # whatever a wrong value leads to, deep inside of the libraries
             raise CheckpointError(
-                f"{folder / 'config.json'} describes no network: {_words(error)}"
+                f"{folder / 'config.json'} describes no network: {error_words(error)}"
             ) from error
         if checkpoint.random_seed is None:
             _check_headers(folder, module)
@@ -115,17 +116,18 @@ def load_module(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.fl
         return module.eval().requires_grad_(False)
     folder = checkpoint.path / name
     try:
-        module, report = _loader(name).from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            ignore_mismatched_sizes=True,  # reported, and refused by name below
-            output_loading_info=True,
-        )
+        with offline():
+            module, report = _loader(name).from_pretrained(
+                folder,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                ignore_mismatched_sizes=True,  # reported, and refused by name below
+                output_loading_info=True,
+            )
     except Exception as error:  # as in `check_architectures`
-        raise CheckpointError(f"{folder} cannot be loaded: {_words(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {error_words(error)}") from error
     _check_report(folder, report)
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -138,6 +140,18 @@ def release_weights(module: torch.nn.Module) -> None:
     """Free a network's weights, whoever still holds the network: the tracer keeps what it has traced."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside, no library of Hugging Face asks the network, whatever a configuration names."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _loader(name: str) -> Any:
@@ -159,7 +173,7 @@ def _loader(name: str) -> Any:
     return UNet2DConditionModel if name == "unet" else AutoencoderKL
 
 
-def _words(error: Exception) -> str:
+def error_words(error: Exception) -> str:
     """One line about a library's error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines else "no reason given"
