@@ -115,7 +115,7 @@ def write_bundle(
     check_architectures(checkpoint)
     with new_folder(out, replace=overwrite) as folder, _runnable(folder, options) as runnable:
         job = _Job(checkpoint, options, out, folder, runnable, report, progress)
-        job.tokenizers += _write_tokenizers(job)
+        job.tokenizers.extend(_write_tokenizers(job))
         components = {name: _write_component(job, name) for name in components_of(checkpoint.family)}
         manifest = replace(
             manifest_of(checkpoint, options, components, job.tokenizers),
