@@ -147,8 +147,8 @@ def check_reading(
         if not report.figures[-1].passed:
             raise ParityError(
                 f"diffusers' {kind}, as it loads {checkpoint.path}, draws another picture: the {name} differ "
-                f"by {l2:.2e} (allowed {tolerance:.0e}) after {label}. Something that the checkpoint says is not "
-                "done as diffusers does it: nothing was written; please report it"
+                f"by {l2:.2e} (allowed {tolerance:.0e}) after {label}. Something that the checkpoint says is "
+                "not done as diffusers does it: nothing was written; please report it"
             )
 
 

@@ -131,10 +131,8 @@ def test_an_export_with_a_reader_that_forgets_a_field_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    read = reader.schedule_from_config
-    monkeypatch.setattr(
-        reader, "schedule_from_config", lambda *given: replace(read(*given), timestep_spacing="trailing")
-    )
+    crippled = scheduled(timestep_spacing="trailing")(open_checkpoint(str(tiny_checkpoint)))
+    monkeypatch.setattr(reader, "open_checkpoint", lambda *_args, **_named: crippled)
     assert cli.main([str(tiny_checkpoint), str(tmp_path / "out"), "--quiet", *traced_before]) == 5
     message = capsys.readouterr().err
     assert message.count("\n") == 1
