@@ -247,7 +247,7 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
     if task.mask is not None and task.noise is not None:
         given |= {"mask_image": Image.fromarray(task.mask), "strength": 1.0}
         given["latents"] = torch.from_numpy(task.noise.copy())
-        _take_means(pipeline.vae)
+        certain_of_latents(pipeline.vae)
     drawn = pipeline(
         **given,
         height=task.side,
@@ -260,7 +260,7 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
     return Drawn(latents[-1].numpy(), np.asarray(drawn.images[0]))
 
 
-def _take_means(vae: Any) -> None:
+def certain_of_latents(vae: Any) -> None:
     """Let a VAE be certain of its latents: samples of its posterior are its mean."""
     encode = vae.encode
 
@@ -313,7 +313,7 @@ def _module(checkpoint: Checkpoint, name: str, unet: torch.nn.Module) -> torch.n
 
 
 class _Means(torch.nn.Module):
-    """A VAE's encoder that is certain of its latents, as `_take_means`."""
+    """A VAE's encoder that is certain of its latents, as `certain_of_latents`."""
 
     def __init__(self, encoder: torch.nn.Module) -> None:
         super().__init__()

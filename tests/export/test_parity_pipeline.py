@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_damage import UNET_CONFIG, VAE_CONFIG, configure
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
 from reading import compare_reading, is_equal
 
+import tolerances
 from sdrt.export import checkpoint as reader
 from sdrt.export import cli
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint
 from sdrt.export.checkpoint_fields import LatentScaling
-from sdrt.export.parity import ParityReport
-from sdrt.export.parity_pipeline import check_reading
+from sdrt.export.modules import wrapped
+from sdrt.export.parity import ParityReport, compare
+from sdrt.export.parity_pipeline import certain_of_latents, check_reading
+from sdrt.export.weights import load_module
 from sdrt.runtime.errors import ParityError
 
 KINDS = {
@@ -122,6 +127,37 @@ def test_latents_mean_and_std_are_read_and_their_loss_is_seen(
     monkeypatch.setattr(reader, "latent_scaling", lambda *_: LatentScaling(0.5))
     with pytest.raises(ParityError, match="the image differ"):
         compare_reading(folder)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_picture_is_encoded_as_sdxls_pipelines_encode_it(
+    copy_of: Callable[[str], Path], channels: int
+) -> None:
+    """Image to image takes mean and deviation into account, the inpainting pipeline does not."""
+    folder = copy_of("sdxl_checkpoint")
+    configure(VAE_CONFIG, **PLAYGROUND)(folder)
+    configure(UNET_CONFIG, in_channels=channels)(folder)
+    checkpoint = open_checkpoint(str(folder))
+    pixels = 2 * torch.rand((1, 3, 16, 16), generator=torch.Generator().manual_seed(1)) - 1
+    parts: dict[str, Any] = dict.fromkeys(
+        ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    )
+    vae = load_module(checkpoint, "vae")
+    pipeline = (StableDiffusionXLImg2ImgPipeline if channels == 4 else StableDiffusionXLInpaintPipeline)(
+        vae=vae, **parts
+    )
+    certain_of_latents(vae)
+    expected = (
+        pipeline.prepare_latents(pixels, None, 1, 1, torch.float32, "cpu", add_noise=False)
+        if channels == 4
+        else pipeline._encode_vae_image(pixels, torch.Generator())
+    )
+    with torch.no_grad():
+        mean, deviation = wrapped(checkpoint, "vae_encoder")(pixels)
+    assert compare(mean.numpy(), expected.detach().numpy())[0] < tolerances.GRAPH_FP32
+    spread = torch.tensor(PLAYGROUND["latents_std"]).view(1, -1, 1, 1) if channels == 4 else 1.0
+    plain = 0.5 * load_module(checkpoint, "vae").encode(pixels).latent_dist.std / spread
+    assert compare(deviation.numpy(), plain.detach().numpy())[0] < tolerances.GRAPH_FP32
 
 
 def test_an_export_with_a_reader_that_forgets_a_field_writes_nothing(
