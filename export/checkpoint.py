@@ -225,7 +225,7 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         image_processor=_read_image_processor(path) if "image_encoder" in configs else None,
         # StableDiffusionXLPipeline's default is true; the pipelines of the other family have no such thing.
         force_zeros_for_empty_prompt=family == "sdxl"
-        and index.get("force_zeros_for_empty_prompt", True) is not False,
+        and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_seed=random_seed,
         remarks=(*left_out(path, index, subfolders), *unread_fields(family, configs)),
     )

@@ -152,7 +152,10 @@ def check_components(path: Path, index: Mapping[str, Any], subfolders: tuple[str
             continue
         library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
         if library is None and name is None:
-            continue  # [null, null]: the folder is then missing too, or belongs to another family
+            raise CheckpointError(
+                f"{file}: {key} is null, the pipeline was saved without it (an SDXL refiner, or a part): "
+                "give a checkpoint that has all parts"
+            )
         if library not in LIBRARIES or name not in allowed:
             raise CheckpointError(
                 f"{file}: {key} is {_shown(entry)}{_what_network(name)}; supported is {' or '.join(allowed)}"

@@ -237,5 +237,5 @@ def described_files(folder: Path, *, weights: bool = True) -> Iterator[Path]:
     loaded = weight_files(folder) if weights and folder.name in WEIGHT_NAMES else ()
     for file in sorted(folder.iterdir()):
         text = file.suffix in (".json", ".txt") and not file.name.endswith(".index.json")
-        if file in loaded or (text and not file.name.startswith("._")):
+        if file in loaded or (text and file.is_file() and not file.name.startswith("._")):
             yield file

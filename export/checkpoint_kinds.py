@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,8 +114,8 @@ def snapshot_of(folder: Path) -> Path:
         return folder
     found = sorted(entry for entry in snapshots.iterdir() if entry.is_dir())
     main = folder / "refs" / "main"
-    if main.is_file():
-        commit = read_limited(main, 1000).decode("utf-8", errors="replace").strip()
+    with contextlib.suppress(OSError, ValueError):
+        commit = read_limited(main, MAX_CONFIG_BYTES).decode("utf-8", errors="replace").strip()
         found = [entry for entry in found if entry.name == commit] or found
     if len(found) == 1:
         return found[0]

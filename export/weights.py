@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from sdrt.export.checkpoint import Checkpoint
-from sdrt.export.checkpoint_files import tensor_shapes
+from sdrt.export.checkpoint_files import WEIGHT_NAMES, tensor_shapes
 from sdrt.export.random_weights import fill_with_random_weights, network_from_config
 from sdrt.runtime.errors import CheckpointError
 
@@ -28,6 +28,8 @@ SPARE_OF: Final = {"text_encoder": SPARE, "text_encoder_2": SPARE_POSITIONS, "im
 _PREFIX: Final = re.compile(r"^(text_model|vision_model)\.")
 _OLD_ATTENTION: Final = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)")
 _NEW_ATTENTION: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Of transformers' networks, whatever their configuration says: the one that is exported as one operator.
+ATTENTION: Final = {"model": {"attn_implementation": "sdpa"}}
 # Errors whose text alone says what is wrong; of the others ('foo', "division by zero") the type is told.
 _SPEAKING: Final = (OSError, ValueError, RuntimeError)
 
@@ -123,6 +125,7 @@ def load_module(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.fl
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=False,
+                **ATTENTION.get(WEIGHT_NAMES[name], {}),
                 ignore_mismatched_sizes=True,  # reported, and refused by name below
                 output_loading_info=True,
             )

@@ -107,6 +107,7 @@ OTHERS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "ChatGLM": (configure(TEXT_CONFIG, architectures=["ChatGLMModel"]), ("of the class ChatGLMModel",)),
     "whole CLIP": (configure(TEXT_CONFIG, model_type="clip"), ("model_type is clip", "save the part")),
     "own U-Net": (configure(INDEX, unet=["mine", "MyUNet"]), ("unet is ['mine', 'MyUNet']",)),
+    "no text encoder": (configure(INDEX, text_encoder=[None, None]), ("text_encoder is null", "refiner")),
     "own scheduler": (configure(INDEX, scheduler=["mine", "MyScheduler"]), ("scheduler is ['mine',",)),
     "LCM without guidance": (
         configure(INDEX, _class_name="LatentConsistencyModelPipeline"),
