@@ -20,10 +20,12 @@ from sdrt.export import checkpoint as reader
 from sdrt.export import cli
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint
 from sdrt.export.checkpoint_fields import LatentScaling
+from sdrt.export.graph import AxisRange, onnx_from_module, save_graph
 from sdrt.export.modules import wrapped
-from sdrt.export.parity import ParityReport, compare
+from sdrt.export.parity import ParityReport, check_component, compare, reference_probes
 from sdrt.export.parity_pipeline import certain_of_latents, check_reading
 from sdrt.export.weights import load_module
+from sdrt.runtime.components import components_of
 from sdrt.runtime.errors import ParityError
 
 KINDS = {
@@ -158,6 +160,24 @@ def test_a_picture_is_encoded_as_sdxls_pipelines_encode_it(
     spread = torch.tensor(PLAYGROUND["latents_std"]).view(1, -1, 1, 1) if channels == 4 else 1.0
     plain = 0.5 * load_module(checkpoint, "vae").encode(pixels).latent_dist.std / spread
     assert compare(deviation.numpy(), plain.detach().numpy())[0] < tolerances.GRAPH_FP32
+
+
+def test_the_graph_of_a_decoder_holds_mean_and_deviation(
+    copy_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As constants: they are no weights of the checkpoint."""
+    folder = copy_of("sdxl_checkpoint")
+    configure(VAE_CONFIG, **PLAYGROUND)(folder)
+    checkpoint, report = open_checkpoint(str(folder)), ParityReport()
+    module, spec = wrapped(checkpoint, "vae_decoder"), components_of("sdxl")["vae_decoder"]
+    spec = spec.resolve(checkpoint.sizes(), "fp32")
+    sizes = {"batch": 1, "latent_height": 8, "latent_width": 8, "height": 16, "width": 16}
+    axes = {axis: AxisRange(size, size) for axis, size in sizes.items()}
+    probes = reference_probes(checkpoint, "vae_decoder", module, axes)
+    model = onnx_from_module(module, (torch.zeros(1, 4, 8, 8),), spec, axes, 23)
+    (file, *_) = save_graph(model, tmp_path / "model.onnx")
+    check_component(checkpoint, "vae_decoder", probes, file, "fp32", report)
+    assert report.figures
 
 
 def test_an_export_with_a_reader_that_forgets_a_field_writes_nothing(
