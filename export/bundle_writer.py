@@ -206,7 +206,7 @@ def _write_component(job: _Job, name: str) -> Component:
     probes = reference_probes(checkpoint, name, module, axes, small=small)
     if name == "unet":
         job.sampling.append(_sample(job, module, embeddings))
-        job.progress("diffusers' own pipeline: compare")
+        job.progress(f"{name}: compare with diffusers' own pipeline")
         manifest = small_manifest(checkpoint, compared_side(checkpoint), job.tokenizers)
         check_reading(checkpoint, job.folder, manifest, module, job.report)
     release_weights(module)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.frugal_executor import give_memory_back
 from sdrt.export.modules import wrapped
 from sdrt.export.parity import ParityFigure, ParityReport, compare, is_large, large_side
 from sdrt.export.parity_sampling import SAMPLING_FACTOR, SAMPLING_GUIDANCE, SAMPLING_STEPS
@@ -139,6 +140,7 @@ def check_reading(
     kind = type(pipeline).__name__
     _check_default_size(checkpoint, pipeline)
     del pipeline  # its text encoders and VAE, before ours are loaded
+    give_memory_back()
     drawn, latents, image = _drawn_by_runtime(checkpoint, folder, manifest, unet, task)
     label = f"{SAMPLING_STEPS} {task.sampler} steps of {'x'.join(map(str, expected.latents.shape))}"
     for name, tolerance in (("latents", latents), ("image", image)):
