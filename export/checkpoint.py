@@ -206,7 +206,14 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         if name in TOKENIZERS
     )
     scheduler = read_json(path / "scheduler" / "scheduler_config.json", limit=MAX_CONFIG_BYTES)
+    written_by = scheduler.get("_class_name")
     scheduler["_class_name"] = scheduler_class(path, index, scheduler)
+    remarks = [*left_out(path, index, subfolders), *unread_fields(family, configs)]
+    if written_by not in (None, scheduler["_class_name"]):
+        remarks.append(
+            f"model_index.json says that {scheduler['_class_name']} reads scheduler_config.json, which "
+            f"{str(written_by)[:60]} wrote: drawn with the former, as diffusers does"
+        )
     try:
         schedule = schedule_from_config(scheduler, family)
     except UsageError as error:
@@ -227,7 +234,7 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         force_zeros_for_empty_prompt=family == "sdxl"
         and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_seed=random_seed,
-        remarks=(*left_out(path, index, subfolders), *unread_fields(family, configs)),
+        remarks=tuple(remarks),
     )
 
 

@@ -60,6 +60,13 @@ COMPONENTS: Final = {
     "image_encoder": ("CLIPVisionModelWithProjection",),
     "tokenizer": _CLIP_TOKENIZERS,
     "tokenizer_2": _CLIP_TOKENIZERS,
+    "feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor"),
+}
+# Of the last one only where it prepares what is drawn from, not what a safety checker looks at.
+_BESIDE: Final = {
+    "tokenizer": "text_encoder",
+    "tokenizer_2": "text_encoder_2",
+    "feature_extractor": "image_encoder",
 }
 LIBRARIES: Final = ("diffusers", "transformers")
 # Component → what its config.json may call itself (`_class_name`, or each of `architectures`).
@@ -97,6 +104,8 @@ _SETTINGS: Final = frozenset(
         "requires_safety_checker",
     }
 )
+# Folders that change the picture where a program loads them.
+_STEERING: Final = re.compile(r".*(controlnet|adapter|lora|prior).*|image_encoder")
 # Keys of any configuration by which a library would fetch or import what the file names, or rewrite weights.
 _CODE: Final = {
     "auto_map": "code of its own, which is never run",
@@ -148,7 +157,7 @@ def check_components(path: Path, index: Mapping[str, Any], subfolders: tuple[str
     file = path / "model_index.json"
     for key, allowed in COMPONENTS.items():
         entry = index.get(key)
-        if entry is None or (key not in subfolders and not key.startswith("tokenizer")):
+        if entry is None or _BESIDE.get(key, key) not in subfolders:
             continue
         library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
         if library is None and name is None:
@@ -214,7 +223,7 @@ def check_config_classes(file: Path, name: str, config: Mapping[str, Any]) -> No
 
 def left_out(path: Path, index: Mapping[str, Any], subfolders: tuple[str, ...]) -> Iterator[str]:
     """One line for each part and setting of a checkpoint that an export leaves out."""
-    known = {*subfolders, *_SILENT, "tokenizer", "tokenizer_2"}
+    known = {*subfolders, *_SILENT, *(part for part, beside in _BESIDE.items() if beside in subfolders)}
     for key, entry in index.items():
         if key.startswith("_") or key in known or key in _SETTINGS:
             continue
@@ -225,7 +234,7 @@ def left_out(path: Path, index: Mapping[str, Any], subfolders: tuple[str, ...]) 
     if index.get("add_watermarker"):
         yield "add_watermarker is set in model_index.json; pictures are drawn without a watermark"
     for folder in sorted(path.iterdir()):
-        if folder.name not in index and re.fullmatch(r".*(controlnet|adapter|lora|prior).*", folder.name):
+        if folder.name not in {*index, *subfolders} and _STEERING.fullmatch(folder.name):
             yield f"{folder.name}/, which model_index.json does not name, is left out"
 
 

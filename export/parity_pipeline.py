@@ -36,7 +36,7 @@ from sdrt.export.weights import error_words, offline
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import ComponentSpec, components_of
 from sdrt.runtime.devices import HostDevice
-from sdrt.runtime.errors import ParityError
+from sdrt.runtime.errors import ParityError, SdrtError
 from sdrt.runtime.executors import check_buffers
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.pipeline import Pipeline
@@ -134,6 +134,8 @@ def check_reading(
         task = _task(checkpoint, pipeline, report)
         with offline(), _silent():
             expected = _drawn_by_diffusers(checkpoint, pipeline, task)
+    except SdrtError:
+        raise
     except Exception as error:  # diffusers and transformers raise whatever they meet
         report.left_out.append(f"diffusers' own pipeline, which fails on this folder: {error_words(error)}")
         return

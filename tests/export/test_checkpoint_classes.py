@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -338,7 +339,19 @@ def test_remarks_are_warnings_of_the_command(
 def test_the_index_says_which_class_reads_the_scheduler(checkpoint_copy: Path) -> None:
     """As in diffusers, whatever class wrote the file."""
     configure(INDEX, scheduler=["diffusers", "EulerDiscreteScheduler"])(checkpoint_copy)
-    assert open_checkpoint(str(checkpoint_copy)).sampler == "euler"
+    checkpoint = open_checkpoint(str(checkpoint_copy))
+    assert checkpoint.sampler == "euler"
+    assert "EulerDiscreteScheduler reads scheduler_config.json, which PNDMScheduler wrote" in "".join(
+        checkpoint.remarks
+    )
+
+
+def test_a_library_that_the_index_names_is_never_imported(
+    variations_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(variations_checkpoint, tmp_path / "copy"))
+    configure(INDEX, feature_extractor=["antigravity", "CLIPImageProcessor"])(folder)
+    assert "feature_extractor is ['antigravity', 'CLIPImageProcessor']" in early_message(folder)
 
 
 # --- what is no pipeline
