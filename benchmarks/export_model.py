@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = commands.parse_args(argv)
     from sdrt.export import cli
     from sdrt.export.architectures import open_architecture
-    from sdrt.export.checkpoint import fingerprint, open_checkpoint
+    from sdrt.export.checkpoint import open_checkpoint
+    from sdrt.export.checkpoint_fingerprint import fingerprint
     from sdrt.export.cli_options import ARCHITECTURES
     from sdrt.runtime.command import say
 

@@ -27,8 +27,9 @@ from sdrt.benchmarks import peer_environments, peers
 from sdrt.benchmarks.peer_environments import OFFLINE, Progress, locked, run_logged
 from sdrt.benchmarks.safetensors_file import copy_renamed, tensor_names, write_float32
 from sdrt.export.architectures import ARCHITECTURES, open_architecture
-from sdrt.export.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from sdrt.export.checkpoint import Checkpoint, open_checkpoint
 from sdrt.export.checkpoint_files import WEIGHT_NAMES, read_json, weight_files
+from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.random_weights import random_tensors
 from sdrt.export.tokenizer_json import write_tokenizer_folder
 from sdrt.export.weights import meta_module

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import sdrt
-from sdrt.export.checkpoint import Checkpoint, fingerprint
+from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.checkpoint_scheduler import DISTILLED
 from sdrt.export.graph import AxisRange
 from sdrt.export.parity import LARGE_PARAMETERS, ParityReport, is_large, large_side
-from sdrt.runtime.components import components_of
+from sdrt.runtime.components import Precision, components_of
 from sdrt.runtime.errors import BundleError, CheckpointError
 from sdrt.runtime.manifest import (
     Component,
@@ -27,6 +28,7 @@ from sdrt.runtime.manifest import (
     TokenizerFacts,
 )
 from sdrt.runtime.manifest_json import from_json, to_json
+from sdrt.runtime.untrusted import read_limited
 
 if TYPE_CHECKING:
     from sdrt.export.bundle_writer import ExportOptions
@@ -37,6 +39,7 @@ DEFAULT_GUIDANCE: Final = {"sd": 7.5, "sdxl": 5.0, "image-variations": 7.5}  # o
 TOLD_GUIDANCE: Final = 8.5  # LatentConsistencyModelPipeline's, whose U-Net is told it
 TEXT_OUTPUTS: Final = {"sd": "last_hidden_state", "sdxl": "penultimate_hidden_state"}
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_2.json")
+MAX_CARD_BYTES: Final = 1 << 20
 TOOLS: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -46,13 +49,7 @@ def check_manifest(checkpoint: Checkpoint, options: ExportOptions) -> None:
     Raises:
         CheckpointError: A rule of the manifest is broken.
     """
-    sizes, precision = checkpoint.sizes(), options.precision
-    components = {
-        name: Component(f"{name}/model.onnx", (_placeholder(f"{name}/model.onnx"),), precision, spec)
-        for name, spec in (
-            (name, row.resolve(sizes, precision)) for name, row in components_of(checkpoint.family).items()
-        )
-    }
+    components = _placeholders(checkpoint, options.precision)
     tokenizers = [
         TokenizerFacts(file=_placeholder(name), **tokenizer.ids)
         for name, tokenizer in zip(TOKENIZER_FILES, checkpoint.tokenizers, strict=False)
@@ -61,6 +58,29 @@ def check_manifest(checkpoint: Checkpoint, options: ExportOptions) -> None:
         from_json(to_json(manifest_of(checkpoint, options, components, tokenizers)))
     except BundleError as error:
         raise CheckpointError(f"{checkpoint.path} cannot be made a bundle: {error}") from error
+
+
+def small_manifest(checkpoint: Checkpoint, side: int, tokenizers: Sequence[TokenizerFacts]) -> Manifest:
+    """The manifest of a float32 bundle that draws one square picture at a time; its graphs are not there."""
+    from sdrt.export.bundle_writer import ExportOptions  # which imports this file
+
+    one, pixels = AxisRange(1, 1), AxisRange(side, side)
+    options = ExportOptions("fp32", False, one, pixels, pixels, chunks=1, opset=0)
+    return manifest_of(checkpoint, options, _placeholders(checkpoint, "fp32"), tokenizers)
+
+
+def _placeholders(checkpoint: Checkpoint, precision: Precision) -> dict[str, Component]:
+    """Components as the manifest has them, before their graphs are there."""
+    sizes = checkpoint.sizes()
+    return {
+        name: Component(
+            f"{name}/model.onnx",
+            (_placeholder(f"{name}/model.onnx"),),
+            precision,
+            row.resolve(sizes, precision),
+        )
+        for name, row in components_of(checkpoint.family).items()
+    }
 
 
 def _placeholder(path: str) -> FileEntry:
@@ -221,10 +241,11 @@ def _source(checkpoint: Checkpoint) -> str:
 
 def _licence(checkpoint: Checkpoint) -> str:
     """The licence that the model card's front matter names, or ``unknown``."""
-    card = checkpoint.path / "README.md"
-    if not card.is_file():
+    try:
+        card = read_limited(checkpoint.path / "README.md", MAX_CARD_BYTES).decode("utf-8", errors="replace")
+    except (OSError, ValueError):
         return "unknown"
-    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:40]:
+    for line in card.splitlines()[:40]:
         key, _, value = line.partition(":")
         if key.strip().lower() in ("license", "licence") and value.strip():
             return value.strip()

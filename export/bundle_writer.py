@@ -21,6 +21,7 @@ from sdrt.export.bundle_manifest import (
     graph_axes,
     manifest_of,
     of_small_pictures,
+    small_manifest,
     with_figures,
 )
 from sdrt.export.checkpoint import Checkpoint
@@ -36,6 +37,7 @@ from sdrt.export.parity import (
     is_large,
     reference_probes,
 )
+from sdrt.export.parity_pipeline import check_reading, compared_side
 from sdrt.export.parity_sampling import SamplingProbe, check_sampling, reference_embeddings, sampling_probe
 from sdrt.export.pass_weight_storage import store_weights_in_fp16
 from sdrt.export.pass_widen import widen_bfloat16
@@ -113,10 +115,10 @@ def write_bundle(
     check_architectures(checkpoint)
     with new_folder(out, replace=overwrite) as folder, _runnable(folder, options) as runnable:
         job = _Job(checkpoint, options, out, folder, runnable, report, progress)
-        tokenizers = _write_tokenizers(job)
+        job.tokenizers.extend(_write_tokenizers(job))
         components = {name: _write_component(job, name) for name in components_of(checkpoint.family)}
         manifest = replace(
-            manifest_of(checkpoint, options, components, tokenizers),
+            manifest_of(checkpoint, options, components, job.tokenizers),
             ranges=job.ranges,
             preview=fit_preview(checkpoint),
         )
@@ -137,7 +139,7 @@ class _Job:
     """One export while it runs. ``runnable`` is where the parity gate finds graphs that can run here.
 
     ``ranges`` collects the range audit of each component of an fp16 bundle, ``sampling`` the reference's
-    sampling run.
+    sampling run, ``tokenizers`` what was written of them.
     """
 
     checkpoint: Checkpoint
@@ -149,6 +151,7 @@ class _Job:
     progress: Progress
     ranges: dict[str, Any] = field(default_factory=dict)
     sampling: list[SamplingProbe] = field(default_factory=list)
+    tokenizers: list[TokenizerFacts] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -203,6 +206,9 @@ def _write_component(job: _Job, name: str) -> Component:
     probes = reference_probes(checkpoint, name, module, axes, small=small)
     if name == "unet":
         job.sampling.append(_sample(job, module, embeddings))
+        job.progress(f"{name}: compare with diffusers' own pipeline")
+        manifest = small_manifest(checkpoint, compared_side(checkpoint), job.tokenizers)
+        check_reading(checkpoint, job.folder, manifest, module, job.report)
     release_weights(module)
     give_memory_back()
     check_component(checkpoint, name, probes, runs, options.precision, job.report)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sdrt.export.checkpoint_classes import (
+    check_components,
+    check_config_classes,
+    left_out,
+    pipeline_family,
+    scheduler_class,
+)
+from sdrt.export.checkpoint_fields import (
+    LatentScaling,
+    check_vae,
+    latent_scaling,
+    unread_fields,
+    with_default_size,
+)
 from sdrt.export.checkpoint_files import (
     IMAGE_PROCESSOR,
     TOKENIZERS,
     check_weights,
-    described_files,
     find_checkpoint,
     read_json,
     reading,
 )
 from sdrt.export.checkpoint_fit import check_fit
+from sdrt.export.checkpoint_kinds import refuse_folder
+from sdrt.export.checkpoint_limits import MAX_CONFIG_BYTES, check_limits
 from sdrt.export.checkpoint_scheduler import sampler_from_config, schedule_from_config
 from sdrt.export.image_processor import image_processor_from_config
-from sdrt.export.random_weights import SCHEME
 from sdrt.export.tokenizer_json import ClipTokenizer, open_tokenizer, vocabulary_from_clip
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.manifest import ImageProcessorFacts
@@ -53,6 +65,7 @@ class Checkpoint:
         path: The folder.
         source: What the user named: the folder, the hub id, or the architecture.
         family: ``sd``, ``sdxl`` or ``image-variations``.
+        pipeline: diffusers' class that the checkpoint names.
         configs: ``config.json`` of each network, in the order of `SUBFOLDERS_OF`.
         schedule: The scheduler's configuration as a noise schedule.
         sampler: Our sampler that is the scheduler's equal, or the nearest one.
@@ -60,11 +73,13 @@ class Checkpoint:
         image_processor: Of the image encoder; None where there is none.
         force_zeros_for_empty_prompt: See `sdrt.runtime.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
+        remarks: What the checkpoint asks for and an export leaves out, one line each.
     """
 
     path: Path
     source: str
     family: str
+    pipeline: str
     configs: dict[str, dict[str, Any]]
     schedule: NoiseSchedule
     sampler: str
@@ -72,6 +87,7 @@ class Checkpoint:
     image_processor: ImageProcessorFacts | None = None
     force_zeros_for_empty_prompt: bool = False
     random_seed: int | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> ClipTokenizer:
@@ -106,6 +122,20 @@ class Checkpoint:
     def distilled_guidance(self) -> bool:
         """Whether the U-Net is told the guidance scale, as that of a latent consistency model is."""
         return self.configs["unet"].get("time_cond_proj_dim") is not None
+
+    @property
+    def decoded(self) -> LatentScaling:
+        """What the VAE's decoder is given for a sampler's latents."""
+        return latent_scaling(self.family, self.configs["vae"])
+
+    @property
+    def encoded(self) -> LatentScaling:
+        """What a sampler is given for the latents of the VAE's encoder.
+
+        StableDiffusionXLInpaintPipeline reads ``latents_mean`` and ``latents_std`` only to decode, and its
+        U-Net has learned from that.
+        """
+        return LatentScaling(self.decoded.factor) if "inpainting_channels" in self.sizes() else self.decoded
 
     def sizes(self) -> dict[str, int]:
         """The checkpoint's entries for the axes that `sdrt.runtime.components` leaves open."""
@@ -157,24 +187,33 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
     Raises:
         CheckpointError: As for `open_checkpoint`.
     """
-    index = read_json(path / "model_index.json")
-    family = _family(path, index)
+    if not (path / "model_index.json").exists():
+        refuse_folder(path)
+    index = read_json(path / "model_index.json", limit=MAX_CONFIG_BYTES)
+    family = pipeline_family(path, index)
     subfolders = SUBFOLDERS_OF[family]
+    check_components(path, index, subfolders)
     _check_folders(path, subfolders)
-    configs = {name: read_json(path / name / "config.json") for name in subfolders}
-    for name in subfolders:
-        _check_config(path / name / "config.json", configs[name], CONFIG_KEYS[name])
-        if random_seed is None:
+    configs = {name: _read_config(path / name / "config.json", name) for name in subfolders}
+    if random_seed is None:
+        for name in subfolders:
             check_weights(path / name)
-    _check_scaling(path / "vae" / "config.json", configs["vae"])
-    if configs["unet"].get("time_cond_proj_dim") is not None:
-        _check_config(path / "unet" / "config.json", configs["unet"], ("time_cond_proj_dim",))
+    check_vae(path / "vae" / "config.json", configs["vae"])
+    configs["unet"] = with_default_size(family, index["_class_name"], configs["unet"])
     tokenizers = tuple(
         _read_tokenizer(path / TOKENIZERS[name], configs[name], ships_with_weights=random_seed is None)
         for name in subfolders
         if name in TOKENIZERS
     )
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json", limit=MAX_CONFIG_BYTES)
+    written_by = scheduler.get("_class_name")
+    scheduler["_class_name"] = scheduler_class(path, index, scheduler)
+    remarks = [*left_out(path, index, subfolders), *unread_fields(family, configs)]
+    if written_by not in (None, scheduler["_class_name"]):
+        remarks.append(
+            f"model_index.json says that {scheduler['_class_name']} reads scheduler_config.json, which "
+            f"{str(written_by)[:60]} wrote: drawn with the former, as diffusers does"
+        )
     try:
         schedule = schedule_from_config(scheduler, family)
     except UsageError as error:
@@ -183,6 +222,7 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         path=path,
         source=source,
         family=family,
+        pipeline=index["_class_name"],
         configs=configs,
         schedule=schedule,
         sampler=sampler_from_config(
@@ -192,9 +232,21 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         image_processor=_read_image_processor(path) if "image_encoder" in configs else None,
         # StableDiffusionXLPipeline's default is true; the pipelines of the other family have no such thing.
         force_zeros_for_empty_prompt=family == "sdxl"
-        and index.get("force_zeros_for_empty_prompt", True) is not False,
+        and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_seed=random_seed,
+        remarks=tuple(remarks),
     )
+
+
+def _read_config(file: Path, name: str) -> dict[str, Any]:
+    """One network's ``config.json``: of a class that is supported, within the limits, with what is read."""
+    config = read_json(file, limit=MAX_CONFIG_BYTES)
+    check_config_classes(file, name, config)
+    check_limits(file, config)
+    _check_config(file, config, CONFIG_KEYS[name])
+    if name == "unet" and config.get("time_cond_proj_dim") is not None:
+        _check_config(file, config, ("time_cond_proj_dim",))
+    return config
 
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weights: bool) -> ClipTokenizer:
@@ -207,16 +259,6 @@ def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weigh
 def _read_image_processor(path: Path) -> ImageProcessorFacts:
     file = path / IMAGE_PROCESSOR
     return image_processor_from_config(file, read_json(file))
-
-
-def _family(path: Path, index: dict[str, Any]) -> str:
-    if "transformer" in index:
-        raise CheckpointError(f"{path} has a transformer in place of a U-Net: not supported")
-    named = "StableDiffusionXL" in str(index.get("_class_name"))
-    if "ImageVariation" in str(index.get("_class_name")):
-        return "image-variations"
-    second = "text_encoder_2" in index or (path / "text_encoder_2").is_dir()
-    return "sdxl" if named or second else "sd"
 
 
 def _check_folders(path: Path, subfolders: Sequence[str]) -> None:
@@ -239,34 +281,3 @@ def _check_config(file: Path, config: Mapping[str, Any], keys: Sequence[str]) ->
             raise CheckpointError(
                 f"{file}: {given}; it must be a whole number (or a list of them for blocks)"
             )
-
-
-def _check_scaling(file: Path, config: Mapping[str, Any]) -> None:
-    """The two numbers between the VAE's latents and the sampler's; a VAE need not name them."""
-    factor, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
-    if not _is_finite(factor) or factor <= 0:
-        raise CheckpointError(f"{file}: scaling_factor is {factor!r}; it must be a number above 0")
-    if shift is not None and not _is_finite(shift):
-        raise CheckpointError(f"{file}: shift_factor is {shift!r}; it must be a finite number or null")
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the names and contents of the files that an export reads, in hex.
-
-    Random weights are known by their seed and the scheme that makes them.
-    """
-    digest = hashlib.sha256()
-    if checkpoint.random_seed is not None:
-        digest.update(f"random weights, scheme {SCHEME}, seed {checkpoint.random_seed}\0".encode())
-    tokenizers = [TOKENIZERS[name] for name in checkpoint.configs if name in TOKENIZERS]
-    images = () if checkpoint.image_processor is None else (Path(IMAGE_PROCESSOR).parent.name,)
-    for folder in (*checkpoint.configs, *tokenizers, *images, "scheduler"):
-        for file in described_files(checkpoint.path / folder, weights=checkpoint.random_seed is None):
-            digest.update(f"{folder}/{file.name}\0".encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

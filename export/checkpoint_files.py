@@ -7,7 +7,6 @@ refused with the way to convert it.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,12 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
+from sdrt.export.checkpoint_kinds import PICKLE_SUFFIXES, is_lfs_pointer, refuse_file, snapshot_of
+from sdrt.export.checkpoint_limits import MAX_HEADER_BYTES
 from sdrt.runtime.errors import CheckpointError
+from sdrt.runtime.untrusted import MAX_JSON_BYTES, open_regular
+from sdrt.runtime.untrusted import read_json as read_untrusted_json
 
-PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Subfolder → the name of its weights without ``.safetensors``.
 WEIGHT_NAMES: Final = {
     "text_encoder": "model",
@@ -72,22 +74,9 @@ def find_checkpoint(model: str, revision: str | None) -> Path:
     if not model.strip():
         raise CheckpointError("MODEL is empty: give a folder in the diffusers format or a hub id owner/name")
     path = Path(model)
-    if path.is_file():
-        _refuse_file(path)
-    return path if path.is_dir() else _download(model, revision)
-
-
-def _refuse_file(path: Path) -> None:
-    if path.suffix in PICKLE_SUFFIXES:
-        raise CheckpointError(
-            f"{path} is a pickle, which can run code when loaded: refused; convert it on a machine you "
-            "can lose: StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER), then "
-            "give FOLDER"
-        )
-    raise CheckpointError(
-        f"{path} is a single file; give a folder in the diffusers format "
-        "(StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER) makes one)"
-    )
+    if path.exists() and not path.is_dir():
+        refuse_file(path)
+    return snapshot_of(path) if path.is_dir() else _download(model, revision)
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -105,17 +94,18 @@ def _download(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_json(file: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object of at most ``limit`` bytes.
 
     Raises:
-        CheckpointError: Missing, unreadable, or something else than an object.
+        CheckpointError: Missing, unreadable, no regular file, too large or deep, or something else than an
+            object.
     """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_untrusted_json(file, limit=limit)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing: the checkpoint is incomplete") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{file} does not hold a JSON object")
@@ -157,6 +147,17 @@ def _shards(index: Path) -> Iterator[Path]:
 def _no_weights(folder: Path, name: str) -> str:
     files = sorted(file.name for file in folder.iterdir() if not file.name.startswith("._"))
     stem = WEIGHT_NAMES[folder.name]
+    if any(re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", file) for file in files):
+        return (
+            f"{folder} has shards of its weights but no {name}.index.json, which says what is in which: "
+            "download it too (it is a small file beside them)"
+        )
+    other = [file for file in files if file.endswith((".msgpack", ".onnx", ".gguf"))]
+    if other:
+        return (
+            f"{folder} has no {name} but {other[0]}: weights of Flax, ONNX and GGUF are not read; give the "
+            "checkpoint in PyTorch's format with safetensors"
+        )
     variants = [file for file in files if file.startswith(stem) and file.endswith(".safetensors")]
     if variants:
         return (
@@ -180,18 +181,55 @@ def check_weights(folder: Path) -> None:
     """Find missing and damaged weights before minutes are spent on the other networks.
 
     Raises:
-        CheckpointError: As for `weight_files`, or a file is truncated.
+        CheckpointError: As for `weight_files` and `tensor_shapes`, or a PEFT adapter lies beside them, which
+            transformers would load in their place.
     """
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds a PEFT adapter (adapter_config.json), not a network: merge it into the "
+            "checkpoint that it is for and save that one"
+        )
+    tensor_shapes(folder)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → dtype as safetensors writes it, and shape, of one network's tensors, from the files' headers.
+
+    Raises:
+        CheckpointError: As for `weight_files`, or a file is truncated, no safetensors file, or has a header
+            above the limit.
+    """
+    tensors = {}
     for file in weight_files(folder):
-        if file.suffix != ".safetensors":
-            continue
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or damaged ({error}): download or save it again"
-            ) from error
+        if file.suffix == ".safetensors":
+            tensors.update(_shapes_in(file))
+    return tensors
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    try:
+        with open_regular(file) as stream:
+            start = stream.read(64)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if is_lfs_pointer(start):
+        raise CheckpointError(
+            f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned"
+        )
+    length = int.from_bytes(start[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file} is truncated or damaged: its header would have {length} bytes, more than the limit of "
+            f"{MAX_HEADER_BYTES}"
+        )
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  no mapping
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or damaged ({error}): download or save it again"
+        ) from error
 
 
 def described_files(folder: Path, *, weights: bool = True) -> Iterator[Path]:
@@ -199,5 +237,5 @@ def described_files(folder: Path, *, weights: bool = True) -> Iterator[Path]:
     loaded = weight_files(folder) if weights and folder.name in WEIGHT_NAMES else ()
     for file in sorted(folder.iterdir()):
         text = file.suffix in (".json", ".txt") and not file.name.endswith(".index.json")
-        if file in loaded or (text and not file.name.startswith("._")):
+        if file in loaded or (text and file.is_file() and not file.name.startswith("._")):
             yield file

@@ -43,6 +43,17 @@ def check_fit(checkpoint: Checkpoint) -> None:
         _check_text_fit(checkpoint, sizes)
     if checkpoint.family == "sdxl":
         _check_sdxl_fit(checkpoint, sizes)
+    elif (added := checkpoint.configs["unet"].get("addition_embed_type")) is not None:
+        raise CheckpointError(
+            f"the U-Net's addition_embed_type is {added!r}, and a {checkpoint.pipeline} gives it nothing for "
+            "that: model_index.json and unet are not of one model"
+        )
+    if checkpoint.pipeline.startswith("Latent") and not checkpoint.distilled_guidance:
+        raise CheckpointError(
+            f"the U-Net has no time_cond_proj_dim, through which a {checkpoint.pipeline} tells it the "
+            "guidance scale: model_index.json and unet are not of one model (with a merged LCM-LoRA it is a "
+            "StableDiffusionPipeline with an LCMScheduler)"
+        )
 
 
 def _check_kind(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:

@@ -59,12 +59,15 @@ def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     try:
+        checkpoint = _checkpoint(arguments)
         from sdrt.export.bundle_writer import ExportOptions, write_bundle
         from sdrt.export.graph import AxisRange
     except ImportError as error:
         raise SdrtError(f"{error}: pip install 'sdrt[export]'") from error
 
-    checkpoint = _checkpoint(arguments)
+    if not arguments.quiet:
+        for remark in checkpoint.remarks:
+            say("sd-export", f"warning: {remark}")
     batch = arguments.sizes.get("batch") or parse_extent("--batch", DEFAULT_BATCH)
     options = ExportOptions(
         precision=arguments.dtype,

@@ -6,7 +6,7 @@ names of `sdrt.runtime.components.components_of`; arguments and results stand in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.checkpoint_fields import LatentScaling
 from sdrt.export.weights import load_module
 from sdrt.runtime.components import TensorSpec, components_of
 from sdrt.runtime.guidance_embedding import guidance_embedding
@@ -170,18 +171,22 @@ class UNet(nn.Module):
 class VaeDecoder(nn.Module):
     """Latents in the sampler's scale → image in [-1, 1].
 
-    The division by ``scaling_factor`` lives in the graph, so that no backend needs a kernel for it.
+    What `LatentScaling` says lives in the graph, so that no backend needs a kernel for it.
     Shapes: [batch, latent_channels, h, w] → [batch, 3, factor·h, factor·w].
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, scaling: LatentScaling) -> None:
         super().__init__()
         self.model = model
-        self.scale = float(model.config.scaling_factor)
-        self.shift = float(model.config.shift_factor or 0.0)
+        self.factor = scaling.factor
+        self.mean, self.std = _per_channel(scaling.mean), _per_channel(scaling.std)
 
     def forward(self, latents: Tensor) -> Tensor:
-        image: Tensor = self.model.decode(latents / self.scale + self.shift, return_dict=False)[0]
+        if self.mean is None or self.std is None:
+            latents = latents / self.factor
+        else:
+            latents = latents * self.std.to(latents) / self.factor + self.mean.to(latents)
+        image: Tensor = self.model.decode(latents, return_dict=False)[0]
         return image
 
 
@@ -191,19 +196,27 @@ class VaeEncoder(nn.Module):
     Shapes: [batch, 3, height, width] → twice [batch, latent_channels, h, w].
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, scaling: LatentScaling) -> None:
         super().__init__()
         self.model = model
-        self.scale = float(model.config.scaling_factor)
-        self.shift = float(model.config.shift_factor or 0.0)
+        self.factor = scaling.factor
+        self.mean, self.std = _per_channel(scaling.mean), _per_channel(scaling.std)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.model.encode(image, return_dict=False)[0]
-        return (posterior.mean - self.shift) * self.scale, posterior.std * self.scale
+        if self.mean is None or self.std is None:
+            return posterior.mean * self.factor, posterior.std * self.factor
+        mean, std = self.mean.to(image), self.std.to(image)
+        return (posterior.mean - mean) * self.factor / std, posterior.std * self.factor / std
+
+
+def _per_channel(numbers: tuple[float, ...] | None) -> Tensor | None:
+    """One number for each channel of [batch, channels, h, w]; a constant of the graph, no weight."""
+    return None if numbers is None else torch.tensor(numbers).view(1, -1, 1, 1)
 
 
 # Component → the subfolder it is loaded from and the wrapper around it.
-WRAPPERS: dict[str, tuple[str, type[nn.Module]]] = {
+WRAPPERS: Final[dict[str, tuple[str, Callable[..., nn.Module]]]] = {
     "text_encoder": ("text_encoder", TextEncoder),
     "text_encoder_2": ("text_encoder_2", TextEncoder2),
     "image_encoder": ("image_encoder", ImageEncoder),
@@ -219,8 +232,15 @@ def wrapped(checkpoint: Checkpoint, component: str, dtype: torch.dtype = torch.f
     Raises:
         CheckpointError: As for `sdrt.export.weights.load_module`.
     """
-    subfolder, wrapper = WRAPPERS[component]
-    return wrapper(load_module(checkpoint, subfolder, dtype)).eval()
+    subfolder, _ = WRAPPERS[component]
+    return wrap(checkpoint, component, load_module(checkpoint, subfolder, dtype))
+
+
+def wrap(checkpoint: Checkpoint, component: str, model: nn.Module) -> nn.Module:
+    """Wrap a network of a component that is loaded already."""
+    _, wrapper = WRAPPERS[component]
+    scaling = {"vae_decoder": checkpoint.decoded, "vae_encoder": checkpoint.encoded}.get(component)
+    return (wrapper(model) if scaling is None else wrapper(model, scaling)).eval()
 
 
 def example_inputs(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from sdrt.export.checkpoint import Checkpoint
-from sdrt.export.modules import VaeDecoder, VaeEncoder
+from sdrt.export.modules import wrap
 from sdrt.export.weights import load_module
 from sdrt.runtime.errors import NumericsError
 from sdrt.runtime.manifest import Preview
@@ -36,12 +36,13 @@ def fit_preview(checkpoint: Checkpoint) -> Preview:
         NumericsError: It gives NaN or infinity.
     """
     vae = load_module(checkpoint, "vae")
+    encoder, decoder = wrap(checkpoint, "vae_encoder", vae), wrap(checkpoint, "vae_decoder", vae)
     pictures = torch.from_numpy(sample_pictures(PICTURES, LATENTS * checkpoint.factor))
     pairs = []
     with torch.no_grad():
         for picture in pictures:
-            latents, _ = VaeEncoder(vae)(picture[None])
-            pairs.append((latents, small_picture(VaeDecoder(vae)(latents), checkpoint.factor)))
+            latents, _ = encoder(picture[None])
+            pairs.append((latents, small_picture(decoder(latents), checkpoint.factor)))
     x, y = (
         torch.cat(tensors).movedim(1, -1).flatten(0, -2).double().numpy()
         for tensors in zip(*pairs, strict=True)

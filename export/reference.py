@@ -41,12 +41,16 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
         }
     else:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = _pipeline_class(checkpoint)(**parts)
+    pipeline = reference_kind(checkpoint)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _pipeline_class(checkpoint: Checkpoint) -> Any:
+def reference_kind(checkpoint: Checkpoint) -> Any:
+    """diffusers' class that draws with a checkpoint's networks, from text if they do not read a picture.
+
+    It is the one that the checkpoint names, but for those that start from a picture.
+    """
     import diffusers
 
     if checkpoint.family == "image-variations":
@@ -56,6 +60,8 @@ def _pipeline_class(checkpoint: Checkpoint) -> Any:
         return (
             diffusers.StableDiffusionXLInpaintPipeline if inpainting else diffusers.StableDiffusionXLPipeline
         )
+    if checkpoint.pipeline.startswith("LatentConsistency"):
+        return diffusers.LatentConsistencyModelPipeline
     return diffusers.StableDiffusionInpaintPipeline if inpainting else diffusers.StableDiffusionPipeline
 
 

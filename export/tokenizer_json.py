@@ -18,6 +18,7 @@ from typing import Any, Final, TypedDict
 import tokenizers
 
 from sdrt.runtime.errors import CheckpointError, UsageError
+from sdrt.runtime.untrusted import MAX_JSON_BYTES, parse_json, read_limited
 
 BOS: Final = "<|startoftext|>"
 EOS: Final = "<|endoftext|>"
@@ -405,7 +406,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(_text(path))
+        document = parse_json(_text(path))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(document, dict):
@@ -415,8 +416,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_limited(path, MAX_JSON_BYTES).decode("utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError:
         raise CheckpointError(f"{path} is not UTF-8 text") from None
+    except ValueError as error:
+        raise CheckpointError(f"cannot read: {error}") from None

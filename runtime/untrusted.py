@@ -11,8 +11,9 @@ import json
 import math
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 MAX_JSON_BYTES: Final = 64 << 20  # CLIP's vocabulary as tokenizer.json has 4 MB; a manifest some 100 kB
 MAX_JSON_DEPTH: Final = 64  # what we write nests 8 deep
@@ -26,7 +27,7 @@ _KINDS: Final = (
 )
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading, links followed; never waits for a pipe's other end.
 
     Raises:

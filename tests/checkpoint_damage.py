@@ -69,9 +69,11 @@ def cut(path: str, share: float) -> Break:
 
 
 def configure(path: str, **changes: Any) -> Break:
-    """Set keys of a JSON file; None removes one."""
+    """Set keys of a JSON file; None removes one. A scheduler's class is set in the index, too."""
 
     def apply(folder: Path) -> None:
+        if path == SCHEDULER and (name := changes.get("_class_name")):
+            configure("model_index.json", scheduler=["diffusers", name])(folder)
         document = json.loads((folder / path).read_text()) | changes
         kept = {key: value for key, value in document.items() if value is not None}
         (folder / path).write_text(json.dumps(kept))

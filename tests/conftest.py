@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from browsers import find_browser
 from tiny_variants import (
+    write_model_index,
     write_tiny_image_variations_checkpoint,
     write_tiny_inpainting_checkpoint,
     write_tiny_lcm_checkpoint,
@@ -98,8 +98,7 @@ def write_tiny_checkpoint(folder: Path) -> None:
     ).save_pretrained(folder / "scheduler")
     (folder / "tokenizer").mkdir()
     write_tokenizer_folder(folder / "tokenizer", TINY_MERGES)
-    index = {"_class_name": "StableDiffusionPipeline"}
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_model_index(folder, "StableDiffusionPipeline", scheduler="PNDMScheduler")
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from tiny_variants import TWO_TEXTS, write_model_index
 
 MERGES = 200
 SIZE = 16  # pixels: 8 latents at a VAE factor of 2
@@ -81,5 +82,10 @@ def write_tiny_sdxl_checkpoint(folder: Path) -> None:
     ).save_pretrained(folder / "scheduler")
     write_tokenizer_folder(folder / "tokenizer", MERGES)
     write_tokenizer_folder(folder / "tokenizer_2", MERGES, pad="!")
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_model_index(
+        folder,
+        "StableDiffusionXLPipeline",
+        scheduler="EulerDiscreteScheduler",
+        encoders=TWO_TEXTS,
+        force_zeros_for_empty_prompt=True,
+    )

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 GUIDANCE_WIDTH = 8
 ENCODER_SIZE = 32  # pixels a side of what the image encoder reads
 CROSS_WIDTH = 16  # of the tiny U-Net
+TEXT = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
+TWO_TEXTS = {
+    **TEXT,
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "tokenizer_2": "CLIPTokenizer",
+}
+VARIATIONS = {
+    "image_encoder": "CLIPVisionModelWithProjection",
+    "feature_extractor": "CLIPImageProcessor",
+}
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 
@@ -29,6 +40,7 @@ def write_tiny_lcm_checkpoint(folder: Path, tiny: Path) -> None:
 
     _copy_with_unet(folder, tiny, "LatentConsistencyModelPipeline", time_cond_proj_dim=GUIDANCE_WIDTH)
     LCMScheduler().save_pretrained(folder / "scheduler")
+    write_model_index(folder, "LatentConsistencyModelPipeline", scheduler="LCMScheduler")
 
 
 def write_tiny_image_variations_checkpoint(folder: Path, tiny: Path) -> None:
@@ -39,6 +51,9 @@ def write_tiny_image_variations_checkpoint(folder: Path, tiny: Path) -> None:
     _copy_with_unet(folder, tiny, "StableDiffusionImageVariationPipeline")
     for text in ("text_encoder", "tokenizer"):
         shutil.rmtree(folder / text)
+    write_model_index(
+        folder, "StableDiffusionImageVariationPipeline", scheduler="PNDMScheduler", encoders=VARIATIONS
+    )
     torch.manual_seed(1)
     encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -72,6 +87,19 @@ def write_tiny_image_variations_checkpoint(folder: Path, tiny: Path) -> None:
     )
 
 
+def write_model_index(
+    folder: Path, pipeline: str, *, scheduler: str, encoders: Mapping[str, str] = TEXT, **more: Any
+) -> None:
+    """``model_index.json`` as diffusers saves it: a library and a class for each part."""
+    parts = {**encoders, "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": scheduler}
+    entries = {
+        name: ["transformers" if kind.startswith("CLIP") else "diffusers", kind]
+        for name, kind in parts.items()
+    }
+    index = {"_class_name": pipeline, "_diffusers_version": "0.42.1", **entries, **more}
+    write_json(folder / "model_index.json", index)
+
+
 def write_json(file: Path, document: dict[str, Any]) -> None:
     file.write_text(json.dumps(document), encoding="utf-8")
 
@@ -82,7 +110,7 @@ def _copy_with_unet(folder: Path, tiny: Path, pipeline: str, **changes: Any) -> 
     from diffusers import UNet2DConditionModel
 
     shutil.copytree(tiny, folder)
-    write_json(folder / "model_index.json", {"_class_name": pipeline})
+    write_model_index(folder, pipeline, scheduler="PNDMScheduler")
     if changes:
         torch.manual_seed(2)
         config = UNet2DConditionModel.load_config(tiny / "unet")

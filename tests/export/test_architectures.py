@@ -12,7 +12,8 @@ import torch
 
 from sdrt.export import architectures
 from sdrt.export.architectures import ARCHITECTURES, open_architecture
-from sdrt.export.checkpoint import Checkpoint, fingerprint
+from sdrt.export.checkpoint import Checkpoint
+from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.modules import example_inputs, wrapped
 from sdrt.export.parity import is_large
 from sdrt.export.random_weights import SCHEME, fill_with_random_weights
@@ -108,7 +109,7 @@ def test_the_fingerprint_is_of_configurations_and_seed(
     before = fingerprint(opened)
     assert fingerprint(open_architecture("sd15", seed=3)) == before
     assert fingerprint(open_architecture("sd15", seed=4)) != before
-    monkeypatch.setattr("sdrt.export.checkpoint.SCHEME", SCHEME + 1)
+    monkeypatch.setattr("sdrt.export.checkpoint_fingerprint.SCHEME", SCHEME + 1)
     assert fingerprint(opened) != before
 
 

@@ -72,15 +72,21 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
         ("conv_in.weight has the shape [",),
     ),
     "widths": (configure(UNET_CONFIG, cross_attention_dim=24), ("gives 16 features", "takes 24")),
-    "SDXL": (configure("model_index.json", text_encoder_2=["a", "b"]), ("no folder text_encoder_2/",)),
-    "transformer": (configure("model_index.json", transformer=["a", "b"]), ("transformer", "not supported")),
+    "SDXL": (
+        configure("model_index.json", _class_name="StableDiffusionXLPipeline"),
+        ("no folder text_encoder_2/",),
+    ),
+    "transformer": (
+        configure("model_index.json", _class_name="StableDiffusion3Pipeline", transformer=["a", "b"]),
+        ("a StableDiffusion3Pipeline with a transformer", "not supported"),
+    ),
     "layers that the configuration forgets": (
         configure(TEXT_CONFIG, num_hidden_layers=1),
         ("text_encoder: the tensor ", "layers.1.", "has no place in the network"),
     ),
     "scaling factor null": (null(VAE_CONFIG, "scaling_factor"), ("scaling_factor is None", "above 0")),
     "scaling factor 0": (configure(VAE_CONFIG, scaling_factor=0), ("scaling_factor is 0", "above 0")),
-    "scaling factor NaN": (configure(VAE_CONFIG, scaling_factor=float("nan")), ("scaling_factor is nan",)),
+    "scaling factor NaN": (configure(VAE_CONFIG, scaling_factor=float("nan")), ("NaN is no finite number",)),
     "shift factor": (
         configure(VAE_CONFIG, shift_factor="x"),
         ("shift_factor is 'x'", "finite number or null"),

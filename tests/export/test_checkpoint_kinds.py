@@ -24,8 +24,9 @@ from checkpoint_damage import (
 from tiny_variants import CROSS_WIDTH, ENCODER_SIZE, GUIDANCE_WIDTH, MEAN, STD
 
 from sdrt.export.bundle_manifest import default_guidance, default_steps
-from sdrt.export.checkpoint import fingerprint, open_checkpoint
+from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.checkpoint_files import IMAGE_PROCESSOR
+from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.image_processor import CLIP_MEAN, CLIP_SIZE, CLIP_STD, image_processor_from_config
 from sdrt.runtime.errors import CheckpointError
 from sdrt.runtime.manifest import ImageProcessorFacts
@@ -192,7 +193,7 @@ BAD_VARIATIONS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "mean of texts": (configure(IMAGE_PROCESSOR, image_mean=["a"] * 3), ("image_mean is ['a'", "three")),
     "std NaN": (
         configure(IMAGE_PROCESSOR, image_std=[float("nan")] * 3),
-        ("image_std is [nan", "three numbers"),
+        ("preprocessor_config.json cannot be read", "NaN is no finite number"),
     ),
     "std 0": (configure(IMAGE_PROCESSOR, image_std=[1, 1, 0]), ("image_std is [1.0, 1.0, 0.0]", "above 0")),
 }

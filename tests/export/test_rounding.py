@@ -14,10 +14,9 @@ from onnx import TensorProto, helper
 
 import tolerances
 from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.modules import VaeDecoder
+from sdrt.export.modules import wrapped
 from sdrt.export.parity import compare
 from sdrt.export.rounding import CountSums, Sums, norm_error, rounding_tolerance
-from sdrt.export.weights import load_module
 
 
 def test_the_tolerance_grows_with_the_sums_and_with_the_precision() -> None:
@@ -34,7 +33,7 @@ def test_the_tolerance_grows_with_the_sums_and_with_the_precision() -> None:
 
 def test_only_layers_that_run_count(tiny_checkpoint: Path) -> None:
     """The decoder's wrapper holds the whole VAE; its encoder must not widen the tolerance."""
-    decoder = VaeDecoder(load_module(open_checkpoint(str(tiny_checkpoint)), "vae"))
+    decoder = wrapped(open_checkpoint(str(tiny_checkpoint)), "vae_decoder")
     with torch.no_grad(), CountSums() as count:
         decoder(torch.zeros(1, 4, 4, 4))
     every = [part for part in decoder.modules() if isinstance(part, torch.nn.Conv2d | torch.nn.Linear)]

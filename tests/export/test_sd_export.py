@@ -178,6 +178,7 @@ def test_source_and_licence_follow_the_checkpoint(
     assert printed.err == ""
     stages = re.findall(r"\[ *\d+\.\d s\] (.*)", printed.out)
     works = [f"{name}: {work}" for name in COMPONENTS for work in ("load", "export", "compare")]
+    works.insert(works.index("unet: compare") + 1, "unet: compare with diffusers' own pipeline")
     assert stages == [*works, "sampling run"]
     # The table shows every figure in full, also in the 80 columns of a pipe.
     table = printed.out[printed.out.index("ONNX Runtime (fp32)") :]

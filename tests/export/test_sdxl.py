@@ -135,7 +135,9 @@ def test_every_output_and_a_sampling_run_were_compared(sdxl_bundle: Path) -> Non
     compared = {(entry["component"], entry["output"]) for entry in parity["figures"]}
     table = components_of("sdxl")
     assert compared == {(name, out.name) for name, spec in table.items() for out in spec.outputs} | {
-        ("sampling", "latents")
+        ("sampling", "latents"),
+        ("pipeline", "latents"),
+        ("pipeline", "image"),
     }
     for entry in parity["figures"]:
         assert entry["relative_l2"] <= entry["tolerance"]

@@ -142,10 +142,10 @@ def test_image_variations_are_those_of_diffusers(variations_checkpoint: Path) ->
 
 
 def manifest_of(bundle: Path) -> Manifest:
-    """Of a bundle whose comparisons all passed, the sampling run among them."""
+    """Of a bundle whose comparisons all passed, sampling run and diffusers' own pipeline among them."""
     manifest = Bundle.open(bundle).manifest
     figures = manifest.parity["figures"]
-    assert {figure["component"] for figure in figures} == {*manifest.components, "sampling"}
+    assert {figure["component"] for figure in figures} == {*manifest.components, "sampling", "pipeline"}
     assert all(figure["relative_l2"] <= figure["tolerance"] for figure in figures)
     assert manifest.preview is not None
     return manifest

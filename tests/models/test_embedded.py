@@ -9,7 +9,8 @@ import pytest
 
 import tolerances
 from sdrt.benchmarks.measure_fidelity import psnr
-from sdrt.export.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from sdrt.export.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.reference import reference_pipeline
 from sdrt.runtime import Bundle, Pipeline
 from sdrt.runtime.bundle import EMBEDDED

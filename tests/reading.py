@@ -1,0 +1,38 @@
+"""The parity gate's comparison with diffusers' own pipeline, without an export around it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from sdrt.export.bundle_manifest import TOKENIZER_FILES, small_manifest
+from sdrt.export.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.modules import wrapped
+from sdrt.export.parity import ParityReport
+from sdrt.export.parity_pipeline import check_reading, compared_side
+from sdrt.runtime.bundle import sha256
+from sdrt.runtime.manifest import FileEntry, TokenizerFacts
+
+
+def compare_reading(
+    folder: Path, change: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint
+) -> ParityReport:
+    """The report of `check_reading` on a checkpoint, read and then changed by ``change``."""
+    checkpoint, report = change(open_checkpoint(str(folder))), ParityReport()
+    with tempfile.TemporaryDirectory() as temporary:
+        facts = []
+        for name, tokenizer in zip(TOKENIZER_FILES, checkpoint.tokenizers, strict=False):
+            file = Path(temporary, name)
+            file.write_bytes(tokenizer.to_json())
+            entry = FileEntry(name, file.stat().st_size, sha256(file))
+            facts.append(TokenizerFacts(file=entry, **tokenizer.ids))
+        manifest = small_manifest(checkpoint, compared_side(checkpoint), facts)
+        check_reading(checkpoint, Path(temporary), manifest, wrapped(checkpoint, "unet"), report)
+    return report
+
+
+def is_equal(report: ParityReport) -> bool:
+    """Whether latents and picture were compared, and are the same."""
+    outputs = [figure.output for figure in report.figures if figure.passed]
+    return outputs == ["latents", "image"]
