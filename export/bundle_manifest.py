@@ -15,7 +15,7 @@ from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.checkpoint_scheduler import DISTILLED
 from sdrt.export.graph import AxisRange
 from sdrt.export.parity import LARGE_PARAMETERS, ParityReport, is_large, large_side
-from sdrt.runtime.components import Precision, components_of
+from sdrt.runtime.components import components_of
 from sdrt.runtime.errors import BundleError, CheckpointError
 from sdrt.runtime.manifest import (
     Component,
@@ -49,30 +49,22 @@ def check_manifest(checkpoint: Checkpoint, options: ExportOptions) -> None:
     Raises:
         CheckpointError: A rule of the manifest is broken.
     """
-    components = _placeholders(checkpoint, options.precision)
     tokenizers = [
         TokenizerFacts(file=_placeholder(name), **tokenizer.ids)
         for name, tokenizer in zip(TOKENIZER_FILES, checkpoint.tokenizers, strict=False)
     ]
     try:
-        from_json(to_json(manifest_of(checkpoint, options, components, tokenizers)))
+        from_json(to_json(draft_manifest(checkpoint, options, tokenizers)))
     except BundleError as error:
         raise CheckpointError(f"{checkpoint.path} cannot be made a bundle: {error}") from error
 
 
-def small_manifest(checkpoint: Checkpoint, side: int, tokenizers: Sequence[TokenizerFacts]) -> Manifest:
-    """The manifest of a float32 bundle that draws one square picture at a time; its graphs are not there."""
-    from sdrt.export.bundle_writer import ExportOptions  # which imports this file
-
-    one, pixels = AxisRange(1, 1), AxisRange(side, side)
-    options = ExportOptions("fp32", False, one, pixels, pixels, chunks=1, opset=0)
-    return manifest_of(checkpoint, options, _placeholders(checkpoint, "fp32"), tokenizers)
-
-
-def _placeholders(checkpoint: Checkpoint, precision: Precision) -> dict[str, Component]:
-    """Components as the manifest has them, before their graphs are there."""
-    sizes = checkpoint.sizes()
-    return {
+def draft_manifest(
+    checkpoint: Checkpoint, options: ExportOptions, tokenizers: Sequence[TokenizerFacts]
+) -> Manifest:
+    """The manifest as it will be, with placeholders for the files of the graphs."""
+    sizes, precision = checkpoint.sizes(), options.precision
+    components = {
         name: Component(
             f"{name}/model.onnx",
             (_placeholder(f"{name}/model.onnx"),),
@@ -81,6 +73,7 @@ def _placeholders(checkpoint: Checkpoint, precision: Precision) -> dict[str, Com
         )
         for name, row in components_of(checkpoint.family).items()
     }
+    return manifest_of(checkpoint, options, components, tokenizers)
 
 
 def _placeholder(path: str) -> FileEntry:

@@ -17,11 +17,11 @@ from sdrt.export.bundle_manifest import (
     TOKENIZER_FILES,
     check_manifest,
     compared_small,
+    draft_manifest,
     gate_size,
     graph_axes,
     manifest_of,
     of_small_pictures,
-    small_manifest,
     with_figures,
 )
 from sdrt.export.checkpoint import Checkpoint
@@ -207,8 +207,8 @@ def _write_component(job: _Job, name: str) -> Component:
     if name == "unet":
         job.sampling.append(_sample(job, module, embeddings))
         job.progress(f"{name}: compare with diffusers' own pipeline")
-        manifest = small_manifest(checkpoint, compared_side(checkpoint), job.tokenizers)
-        check_reading(checkpoint, job.folder, manifest, module, job.report)
+        drafted = draft_manifest(checkpoint, reading_options(checkpoint, options), job.tokenizers)
+        check_reading(checkpoint, job.folder, drafted, module, job.report)
     release_weights(module)
     give_memory_back()
     check_component(checkpoint, name, probes, runs, options.precision, job.report)
@@ -221,6 +221,13 @@ def _write_component(job: _Job, name: str) -> Component:
         precision=options.precision,
         spec=spec,
     )
+
+
+def reading_options(checkpoint: Checkpoint, options: ExportOptions) -> ExportOptions:
+    """Of the float32 bundle of one small picture that `check_reading` draws with."""
+    side, one = compared_side(checkpoint), AxisRange(1, 1)
+    pixels = AxisRange(side, side)
+    return replace(options, precision="fp32", batch=one, height=pixels, width=pixels, chunks=1)
 
 
 def _sample(job: _Job, unet: torch.nn.Module, embeddings: Mapping[str, torch.Tensor]) -> SamplingProbe:

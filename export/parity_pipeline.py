@@ -169,7 +169,7 @@ def load_as_diffusers(checkpoint: Checkpoint, unet: torch.nn.Module) -> Any:
     A checkpoint of another task is loaded as text to image, which its networks draw as well. What checks
     pictures for their contents is left out. Nothing is fetched, and no code of the folder is run.
     """
-    kind = reference_kind(checkpoint)
+    kind = _kind(checkpoint)
     unused = {"safety_checker", "feature_extractor", "image_encoder"} - set(checkpoint.configs)
     if checkpoint.image_processor is not None:
         unused.remove("feature_extractor")
@@ -188,6 +188,13 @@ def load_as_diffusers(checkpoint: Checkpoint, unet: torch.nn.Module) -> Any:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _kind(checkpoint: Checkpoint) -> Any:
+    from diffusers import LatentConsistencyModelPipeline
+
+    own = checkpoint.pipeline.startswith("LatentConsistency")
+    return LatentConsistencyModelPipeline if own else reference_kind(checkpoint)
 
 
 @contextlib.contextmanager

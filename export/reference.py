@@ -49,7 +49,7 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
 def reference_kind(checkpoint: Checkpoint) -> Any:
     """diffusers' class that draws with a checkpoint's networks, from text if they do not read a picture.
 
-    It is the one that the checkpoint names, but for those that start from a picture.
+    A latent consistency model is drawn by Stable Diffusion's, which takes any scheduler.
     """
     import diffusers
 
@@ -60,8 +60,6 @@ def reference_kind(checkpoint: Checkpoint) -> Any:
         return (
             diffusers.StableDiffusionXLInpaintPipeline if inpainting else diffusers.StableDiffusionXLPipeline
         )
-    if checkpoint.pipeline.startswith("LatentConsistency"):
-        return diffusers.LatentConsistencyModelPipeline
     return diffusers.StableDiffusionInpaintPipeline if inpainting else diffusers.StableDiffusionPipeline
 
 

@@ -40,6 +40,15 @@ def message_of(folder: Path | str) -> str:
     return message
 
 
+def early_message(folder: Path) -> str:
+    """Of what is said before torch is imported."""
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
 def remove(path: str) -> Break:
     def apply(folder: Path) -> None:
         target = folder / path

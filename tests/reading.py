@@ -6,13 +6,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sdrt.export.bundle_manifest import TOKENIZER_FILES, small_manifest
+from sdrt.export.bundle_manifest import TOKENIZER_FILES, draft_manifest
+from sdrt.export.bundle_writer import ExportOptions, reading_options
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.graph import AxisRange
 from sdrt.export.modules import wrapped
 from sdrt.export.parity import ParityReport
-from sdrt.export.parity_pipeline import check_reading, compared_side
+from sdrt.export.parity_pipeline import check_reading
 from sdrt.runtime.bundle import sha256
 from sdrt.runtime.manifest import FileEntry, TokenizerFacts
+
+_ONE = AxisRange(1, 1)
+ANY = ExportOptions("fp32", False, _ONE, _ONE, _ONE, chunks=1, opset=23)
 
 
 def compare_reading(
@@ -27,7 +32,7 @@ def compare_reading(
             file.write_bytes(tokenizer.to_json())
             entry = FileEntry(name, file.stat().st_size, sha256(file))
             facts.append(TokenizerFacts(file=entry, **tokenizer.ids))
-        manifest = small_manifest(checkpoint, compared_side(checkpoint), facts)
+        manifest = draft_manifest(checkpoint, reading_options(checkpoint, ANY), facts)
         check_reading(checkpoint, Path(temporary), manifest, wrapped(checkpoint, "unet"), report)
     return report
 

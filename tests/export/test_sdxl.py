@@ -55,11 +55,19 @@ def test_an_sdxl_checkpoint_is_opened(sdxl_checkpoint: Path) -> None:
     assert [tokenizer.ids["pad"] for tokenizer in checkpoint.tokenizers] == [713, 0]
 
 
-@pytest.mark.parametrize(("said", "expected"), [({}, True), ({"force_zeros_for_empty_prompt": False}, False)])
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, True),
+        ({"force_zeros_for_empty_prompt": False}, False),
+        ({"force_zeros_for_empty_prompt": None}, False),
+    ],
+)
 def test_empty_prompts_are_zeros_unless_the_checkpoint_says_otherwise(
     sdxl_copy: Path, said: dict[str, Any], expected: bool
 ) -> None:
-    (sdxl_copy / "model_index.json").write_text(json.dumps({"text_encoder_2": ["a", "b"], **said}))
+    index = {"_class_name": "StableDiffusionXLPipeline", **said}
+    (sdxl_copy / "model_index.json").write_text(json.dumps(index))
     assert open_checkpoint(str(sdxl_copy)).force_zeros_for_empty_prompt is expected
 
 
