@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,13 +19,14 @@ from sdrt.export.checkpoint_files import (
     reading,
 )
 from sdrt.export.checkpoint_fit import check_fit
-from sdrt.export.checkpoint_scheduler import sampler_from_config, schedule_from_config
+from sdrt.export.checkpoint_scheduler import CheckpointScheduler, read_scheduler
 from sdrt.export.image_processor import image_processor_from_config
 from sdrt.export.random_weights import SCHEME
 from sdrt.export.tokenizer_json import ClipTokenizer, open_tokenizer, vocabulary_from_clip
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.manifest import ImageProcessorFacts
 from sdrt.runtime.schedule import NoiseSchedule
+from sdrt.runtime.solvers_table import NO_OPTIONS, SamplerOptions
 
 SUBFOLDERS: Final = ("text_encoder", "unet", "vae")  # of Stable Diffusion 1.x and 2.x
 SUBFOLDERS_OF: Final = {
@@ -56,6 +57,8 @@ class Checkpoint:
         configs: ``config.json`` of each network, in the order of `SUBFOLDERS_OF`.
         schedule: The scheduler's configuration as a noise schedule.
         sampler: Our sampler that is the scheduler's equal, or the nearest one.
+        sampler_options: What the scheduler's configuration says for this sampler, or for others.
+        remarks: What whoever exports must know, each a line.
         tokenizers: One for each text encoder: vocabulary, length and special ids.
         image_processor: Of the image encoder; None where there is none.
         force_zeros_for_empty_prompt: See `sdrt.runtime.manifest.Manifest`.
@@ -72,6 +75,8 @@ class Checkpoint:
     image_processor: ImageProcessorFacts | None = None
     force_zeros_for_empty_prompt: bool = False
     random_seed: int | None = None
+    sampler_options: SamplerOptions = NO_OPTIONS
+    remarks: tuple[str, ...] = ()
 
     @property
     def tokenizer(self) -> ClipTokenizer:
@@ -174,27 +179,44 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         for name in subfolders
         if name in TOKENIZERS
     )
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    try:
-        schedule = schedule_from_config(scheduler, family)
-    except UsageError as error:
-        raise CheckpointError(f"{path}/scheduler: {error}") from error
+    scheduler = _read_scheduler(path, index, family, configs)
     return Checkpoint(
         path=path,
         source=source,
         family=family,
         configs=configs,
-        schedule=schedule,
-        sampler=sampler_from_config(
-            scheduler, distilled=configs["unet"].get("time_cond_proj_dim") is not None
-        ),
+        schedule=scheduler.schedule,
+        sampler=scheduler.sampler,
         tokenizers=tokenizers,
         image_processor=_read_image_processor(path) if "image_encoder" in configs else None,
         # StableDiffusionXLPipeline's default is true; the pipelines of the other family have no such thing.
         force_zeros_for_empty_prompt=family == "sdxl"
         and index.get("force_zeros_for_empty_prompt", True) is not False,
         random_seed=random_seed,
+        sampler_options=scheduler.options,
+        remarks=scheduler.remarks,
     )
+
+
+def _read_scheduler(
+    path: Path, index: Mapping[str, Any], family: str, configs: Mapping[str, Mapping[str, Any]]
+) -> CheckpointScheduler:
+    config = read_json(path / "scheduler" / "scheduler_config.json")
+    unet, vae = configs["unet"], configs["vae"]
+    try:
+        scheduler = read_scheduler(
+            config,
+            family,
+            inpainting=unet["in_channels"] == 2 * vae["latent_channels"] + 1,
+            distilled=unet.get("time_cond_proj_dim") is not None,
+        )
+    except UsageError as error:
+        raise CheckpointError(f"{path}/scheduler: {error}") from error
+    named, own = index.get("scheduler"), config["_class_name"]
+    if isinstance(named, list) and named[1:] not in ([], [None], [own]):
+        remark = f"model_index.json names {named[1]!r} for the scheduler, its own file {own}, which is taken"
+        return replace(scheduler, remarks=(remark, *scheduler.remarks))
+    return scheduler
 
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weights: bool) -> ClipTokenizer:
