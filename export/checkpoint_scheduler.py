@@ -27,7 +27,12 @@ CORRECTIONS: Final[dict[tuple[str, bool], dict[str, Any]]] = {
 }
 IN_PLACE: Final = "DPMSolverMultistepScheduler"  # of a class that we have no equal of, or do not prefer
 SDE: Final = "sde-dpmsolver++"
+# Of DPM-Solver; some classes know less of it.
 ALGORITHMS: Final = ("dpmsolver++", "dpmsolver", SDE, "deis")
+KNOWN_ALGORITHMS: Final = {
+    "DEISMultistepScheduler": ("dpmsolver++", "dpmsolver", "deis"),
+    "EDMDPMSolverMultistepScheduler": ("dpmsolver++", SDE, "deis"),
+}
 SOLVER_TYPES: Final = ("midpoint", "heun", "logrho", "bh1", "bh2")
 # Each class takes those of the others for its own default; these are left. DEIS has one only.
 OWN_SOLVER_TYPES: Final = {"dpmpp_2m": ("heun",), "unipc": ("bh1",), "deis": ()}
@@ -83,7 +88,7 @@ def read_scheduler(
         _check_values(IN_PLACE, CLASSES[IN_PLACE], read)
     remarks += _remarks(name, kind, given)
     return CheckpointScheduler(
-        _schedule(name, kind, given), _sampler(kind, given), _options(kind, given), tuple(remarks)
+        _schedule(name, kind, given), _sampler(kind, given), _options(name, kind, given), tuple(remarks)
     )
 
 
@@ -187,7 +192,7 @@ def _sampler(kind: SchedulerClass, given: Mapping[str, Any]) -> str:
     return orders[order]
 
 
-def _options(kind: SchedulerClass, given: Mapping[str, Any]) -> SamplerOptions:
+def _options(name: str, kind: SchedulerClass, given: Mapping[str, Any]) -> SamplerOptions:
     options = {
         field: given[field]
         for field in ("lower_order_final", "original_inference_steps", "final_sigmas_type", "euler_at_final")
@@ -203,18 +208,18 @@ def _options(kind: SchedulerClass, given: Mapping[str, Any]) -> SamplerOptions:
         options["solver_order"] = order
         if isinstance(order, bool) or order not in (1, 2, 3):
             raise UsageError(f"solver_order is {order!r}: allowed are 1 to 3; set it so in {FILE}")
-    options |= _solver(kind, given)
+    options |= _solver(name, kind, given)
     try:
         return SamplerOptions(**options)
     except UsageError as error:
         raise UsageError(f"{error}; correct {FILE}") from error
 
 
-def _solver(kind: SchedulerClass, given: Mapping[str, Any]) -> dict[str, Any]:
+def _solver(name: str, kind: SchedulerClass, given: Mapping[str, Any]) -> dict[str, Any]:
     """The two fields that say which solver of a family it is."""
     algorithm, solver = given.get("algorithm_type", "dpmsolver++"), given.get("solver_type", "midpoint")
     for field, value, allowed in (
-        ("algorithm_type", algorithm, ALGORITHMS),
+        ("algorithm_type", algorithm, KNOWN_ALGORITHMS.get(name, ALGORITHMS)),
         ("solver_type", solver, SOLVER_TYPES),
     ):
         if value not in allowed:

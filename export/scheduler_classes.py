@@ -76,7 +76,7 @@ FIELDS: Final[dict[str, Use | Only]] = {
     "timestep_scaling": Only((10.0,), "another scaling is not supported"),
     "variance_type": Only(
         (None, "fixed_small", "fixed_small_log"),
-        "the U-Net's output would hold a variance, or the noise more",
+        "the U-Net predicts a variance, or the noise has another: not supported",
     ),
     "predict_x0": Only((True,), "UniPC of predicted noise is not supported"),
     "disable_corrector": Only(([],), "UniPC without its corrector is not supported"),

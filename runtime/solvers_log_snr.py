@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class LogSnrLevels:
     few: bool
     init_noise_sigma: float
 
-    @property
+    @cached_property
     def lambdas(self) -> FloatArray:
         """-log sigma, float64 [steps + 1]; the last may be infinite."""
         with np.errstate(divide="ignore"):

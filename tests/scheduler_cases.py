@@ -172,6 +172,10 @@ REFUSED: dict[str, tuple[Config, str]] = {
     "two schedules": (of(DPM, use_beta_sigmas=True, **KARRAS), "use_karras_sigmas, use_beta_sigmas are all"),
     "dpm to zero": (of(DPM, algorithm_type="dpmsolver"), "algorithm_type is 'dpmsolver' with final_sigmas"),
     "old sde": (of(DPM, algorithm_type="sde-dpmsolver"), "algorithm_type is 'sde-dpmsolver'"),
+    "edm dpm": (
+        alone(EDM, **PLAYGROUND, algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
+        "algorithm_type is 'dpmsolver': .* dpmsolver\\+\\+, sde-dpmsolver\\+\\+, deis",
+    ),
     "sde order 1": (of(DPM, algorithm_type="sde-dpmsolver++", solver_order=1), "solver_order is 1: with"),
     "edm sde order 3": (
         alone(EDM, **PLAYGROUND, algorithm_type="sde-dpmsolver++", solver_order=3),

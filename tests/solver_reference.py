@@ -123,7 +123,7 @@ def diffusers_scheduler(
     reference, options = REFERENCES[name], options or SamplerOptions()
     config = {**schedule.to_dict(), **reference.options, **more}
     if name not in ("ddim", "lcm", "tcd", "pndm"):
-        del config["set_alpha_to_one"]
+        config.pop("set_alpha_to_one", None)
     if options.spacing is not None:
         config["timestep_spacing"] = options.spacing
     if options.sigma_schedule is not None:
