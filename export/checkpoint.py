@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -201,10 +201,14 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
 def _read_scheduler(
     path: Path, index: Mapping[str, Any], family: str, configs: Mapping[str, Mapping[str, Any]]
 ) -> CheckpointScheduler:
+    """The file in ``scheduler/``, of the class that model_index.json names, as diffusers takes it."""
     config = read_json(path / "scheduler" / "scheduler_config.json")
+    named = index.get("scheduler")
+    if isinstance(named, list) and named[-1]:
+        config = {**config, "_class_name": named[-1]}
     unet, vae = configs["unet"], configs["vae"]
     try:
-        scheduler = read_scheduler(
+        return read_scheduler(
             config,
             family,
             inpainting=unet["in_channels"] == 2 * vae["latent_channels"] + 1,
@@ -212,11 +216,6 @@ def _read_scheduler(
         )
     except UsageError as error:
         raise CheckpointError(f"{path}/scheduler: {error}") from error
-    named, own = index.get("scheduler"), config["_class_name"]
-    if isinstance(named, list) and named[1:] not in ([], [None], [own]):
-        remark = f"model_index.json names {named[1]!r} for the scheduler, its own file {own}, which is taken"
-        return replace(scheduler, remarks=(remark, *scheduler.remarks))
-    return scheduler
 
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weights: bool) -> ClipTokenizer:
