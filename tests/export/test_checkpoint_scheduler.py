@@ -263,7 +263,7 @@ def test_the_scheduler_is_read_from_the_folder(checkpoint_copy: Path) -> None:
     assert checkpoint.remarks == ()
     configure("model_index.json", scheduler=["diffusers", "DDIMScheduler"])(checkpoint_copy)
     assert open_checkpoint(str(checkpoint_copy)).sampler == "ddim"
-    configure("model_index.json", scheduler=[None, None])(checkpoint_copy)
+    configure("model_index.json", scheduler=["diffusers", "UniPCMultistepScheduler"])(checkpoint_copy)
     configure(SCHEDULER, use_flow_sigmas=True)(checkpoint_copy)
     with pytest.raises(CheckpointError, match=r"/scheduler: use_flow_sigmas is True: .* set it to False"):
         open_checkpoint(str(checkpoint_copy))
