@@ -128,8 +128,8 @@ def _remarks(name: str, kind: SchedulerClass, given: Mapping[str, Any]) -> Itera
     """What does not stop an export, but whoever exports must know."""
     if kind.preference:
         whole = name != "PNDMScheduler" or given.get("skip_prk_steps", False)
-        why = kind.preference if whole else "its Runge-Kutta steps (skip_prk_steps false) are not supported"
-        yield f"{name} is the checkpoint's scheduler, the default sampler is {kind.sampler}: {why}"
+        why = kind.preference if whole else "for its Runge-Kutta steps (skip_prk_steps) are not supported"
+        yield f"{name} is the checkpoint's scheduler, the default sampler is {kind.sampler}, {why}"
     if given.get("noise_sampler_seed") is not None and "noise_sampler_seed" in kind.defaults:
         yield f"noise_sampler_seed is {given['noise_sampler_seed']!r}: not kept, --seed decides the noise"
     if missing := [field for field in _TRAINED if field in kind.defaults and field not in given]:

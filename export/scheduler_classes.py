@@ -193,7 +193,7 @@ CLASSES: Final[dict[str, SchedulerClass]] = {
             **{**_TRAINED, **_THRESHOLD, **_DPM, **_SIGMAS, **_SHIFT, **_LAMBDAS},
             "lower_order_final": False,
         },
-        preference="sdrt has no single-step solver; dpmpp_2m is the multistep one of the same equation",
+        preference="the multistep solver of the same equation; there is no single-step one",
     ),
     "EDMDPMSolverMultistepScheduler": SchedulerClass(
         "dpmpp_2m", {**_EDM, **_THRESHOLD, **_DPM, "euler_at_final": False}, _EDM_ENDS

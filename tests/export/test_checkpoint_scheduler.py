@@ -214,10 +214,10 @@ def test_the_offset_is_the_files_own_but_for_the_first_family(family: str, offse
 REMARKS = {
     "pndm": (
         PUBLISHED["sd-1.4"],
-        "the default sampler is dpmpp_2m: .* --sampler pndm draws as the checkpoint's",
+        "the default sampler is dpmpp_2m, .* --sampler pndm draws as the checkpoint's",
     ),
-    "prk": (of("PNDM"), r"Runge-Kutta steps \(skip_prk_steps false\) are not supported"),
-    "single-step": (of("DPMSolverSinglestep"), "DPMSolverSinglestepScheduler .* no single-step solver"),
+    "prk": (of("PNDM"), r"Runge-Kutta steps \(skip_prk_steps\) are not supported"),
+    "single-step": (of("DPMSolverSinglestep"), "DPMSolverSinglestepScheduler .* no single-step one"),
     "seed": (of("DPMSolverSDE", noise_sampler_seed=3), "noise_sampler_seed is 3: not kept"),
     "betas": (alone("HeunDiscrete", beta_end=0.02), "beta_start is 0.00085, beta_schedule is 'linear'"),
     "unknown": (of("EulerDiscrete", sharpness=2), "'sharpness': no scheduler of diffusers reads that"),
