@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdrt.export.weights import load_module
+from sdrt.runtime.solvers import SAMPLERS
 
 if TYPE_CHECKING:
     from sdrt.export.checkpoint import Checkpoint
@@ -113,7 +114,7 @@ class DiffusersPeer:
     def _pipeline(self, checkpoint: Checkpoint) -> Any:
         from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-        schedule = checkpoint.schedule
+        schedule = SAMPLERS["ddim"].reads(checkpoint.schedule)
         scheduler = DDIMScheduler(
             num_train_timesteps=schedule.num_train_timesteps,
             beta_start=schedule.beta_start,

@@ -166,7 +166,12 @@ def manifest_of(
         image_processor=checkpoint.image_processor,
         text_output=TEXT_OUTPUTS.get(checkpoint.family, ""),
         defaults=Defaults(
-            height, width, default_steps(checkpoint), default_guidance(checkpoint), checkpoint.sampler
+            height,
+            width,
+            default_steps(checkpoint),
+            default_guidance(checkpoint),
+            checkpoint.sampler,
+            checkpoint.sampler_options,
         ),
         limits=Limits(
             options.batch.minimum,

@@ -32,12 +32,13 @@ from sdrt.export.checkpoint_files import (
 from sdrt.export.checkpoint_fit import check_fit
 from sdrt.export.checkpoint_kinds import refuse_folder
 from sdrt.export.checkpoint_limits import MAX_CONFIG_BYTES, check_limits
-from sdrt.export.checkpoint_scheduler import sampler_from_config, schedule_from_config
+from sdrt.export.checkpoint_scheduler import CheckpointScheduler, read_scheduler
 from sdrt.export.image_processor import image_processor_from_config
 from sdrt.export.tokenizer_json import ClipTokenizer, open_tokenizer, vocabulary_from_clip
 from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.manifest import ImageProcessorFacts
 from sdrt.runtime.schedule import NoiseSchedule
+from sdrt.runtime.solvers_table import NO_OPTIONS, SamplerOptions
 
 SUBFOLDERS: Final = ("text_encoder", "unet", "vae")  # of Stable Diffusion 1.x and 2.x
 SUBFOLDERS_OF: Final = {
@@ -69,6 +70,8 @@ class Checkpoint:
         configs: ``config.json`` of each network, in the order of `SUBFOLDERS_OF`.
         schedule: The scheduler's configuration as a noise schedule.
         sampler: Our sampler that is the scheduler's equal, or the nearest one.
+        sampler_options: What the scheduler's configuration says for this sampler, or for others.
+        remarks: What whoever exports must know, each a line.
         tokenizers: One for each text encoder: vocabulary, length and special ids.
         image_processor: Of the image encoder; None where there is none.
         force_zeros_for_empty_prompt: See `sdrt.runtime.manifest.Manifest`.
@@ -87,6 +90,7 @@ class Checkpoint:
     image_processor: ImageProcessorFacts | None = None
     force_zeros_for_empty_prompt: bool = False
     random_seed: int | None = None
+    sampler_options: SamplerOptions = NO_OPTIONS
     remarks: tuple[str, ...] = ()
 
     @property
@@ -205,36 +209,28 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         for name in subfolders
         if name in TOKENIZERS
     )
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json", limit=MAX_CONFIG_BYTES)
-    written_by = scheduler.get("_class_name")
-    scheduler["_class_name"] = scheduler_class(path, index, scheduler)
-    remarks = [*left_out(path, index, subfolders), *unread_fields(family, configs)]
-    if written_by not in (None, scheduler["_class_name"]):
-        remarks.append(
-            f"model_index.json says that {scheduler['_class_name']} reads scheduler_config.json, which "
-            f"{str(written_by)[:60]} wrote: drawn with the former, as diffusers does"
-        )
-    try:
-        schedule = schedule_from_config(scheduler, family)
-    except UsageError as error:
-        raise CheckpointError(f"{path}/scheduler: {error}") from error
+    scheduler, written = _read_scheduler(path, index, family, configs)
     return Checkpoint(
         path=path,
         source=source,
         family=family,
         pipeline=index["_class_name"],
         configs=configs,
-        schedule=schedule,
-        sampler=sampler_from_config(
-            scheduler, distilled=configs["unet"].get("time_cond_proj_dim") is not None
-        ),
+        schedule=scheduler.schedule,
+        sampler=scheduler.sampler,
         tokenizers=tokenizers,
         image_processor=_read_image_processor(path) if "image_encoder" in configs else None,
         # StableDiffusionXLPipeline's default is true; the pipelines of the other family have no such thing.
         force_zeros_for_empty_prompt=family == "sdxl"
         and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_seed=random_seed,
-        remarks=tuple(remarks),
+        sampler_options=scheduler.options,
+        remarks=(
+            *left_out(path, index, subfolders),
+            *unread_fields(family, configs),
+            *written,
+            *scheduler.remarks,
+        ),
     )
 
 
@@ -247,6 +243,31 @@ def _read_config(file: Path, name: str) -> dict[str, Any]:
     if name == "unet" and config.get("time_cond_proj_dim") is not None:
         _check_config(file, config, ("time_cond_proj_dim",))
     return config
+
+
+def _read_scheduler(
+    path: Path, index: Mapping[str, Any], family: str, configs: Mapping[str, Mapping[str, Any]]
+) -> tuple[CheckpointScheduler, list[str]]:
+    """The file in ``scheduler/``, read as the class that model_index.json names, and what to remark on."""
+    config = read_json(path / "scheduler" / "scheduler_config.json", limit=MAX_CONFIG_BYTES)
+    written_by, name = config.get("_class_name"), scheduler_class(path, index, config)
+    remarks = []
+    if written_by not in (None, name):
+        remarks.append(
+            f"model_index.json says that {name} reads scheduler_config.json, which "
+            f"{str(written_by)[:60]} wrote: drawn with the former, as diffusers does"
+        )
+    unet, vae = configs["unet"], configs["vae"]
+    try:
+        scheduler = read_scheduler(
+            {**config, "_class_name": name},
+            family,
+            inpainting=unet["in_channels"] == 2 * vae["latent_channels"] + 1,
+            distilled=unet.get("time_cond_proj_dim") is not None,
+        )
+    except UsageError as error:
+        raise CheckpointError(f"{path}/scheduler: {error}") from error
+    return scheduler, remarks
 
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weights: bool) -> ClipTokenizer:

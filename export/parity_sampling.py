@@ -1,4 +1,4 @@
-"""The parity gate's sampling run: a few steps of DDIM through the bundle and through diffusers.
+"""The parity gate's sampling run: a few steps through the bundle and through diffusers.
 
 Text-to-image checkpoints run whole pipelines, from the prompt to the latents. Those whose U-Net takes more
 (a mask, a guidance embedding) or other things than text run the U-Net alone, on the same inputs.
@@ -20,7 +20,12 @@ from numpy.typing import NDArray
 from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.frugal_executor import FrugalExecutor, OneSession
 from sdrt.export.parity import ParityFigure, ParityReport, arithmetic, compare, is_large
-from sdrt.export.reference import reference_pipeline, reference_prompt_embeddings
+from sdrt.export.reference import (
+    gate_sampler,
+    reference_pipeline,
+    reference_prompt_embeddings,
+    reference_scheduler,
+)
 from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import Precision
@@ -102,7 +107,7 @@ def check_sampling(
 ) -> None:
     """Draw the picture of the reference through the bundle.
 
-    DDIM, a few steps, guidance on, the same initial noise; the final latents are compared. The size is the
+    A few steps, guidance on, the same initial noise; the final latents are compared. The size is the
     default one of the manifest in ``folder``.
     """
     drawn = (
@@ -111,7 +116,8 @@ def check_sampling(
         else _drawn(checkpoint, folder, probe.latents)
     )
     l2, largest = compare(drawn, probe.expected)
-    label = f"{SAMPLING_STEPS} ddim steps of {'x'.join(str(size) for size in probe.latents.shape)}"
+    shape = "x".join(str(size) for size in probe.latents.shape)
+    label = f"{SAMPLING_STEPS} {gate_sampler(checkpoint)} steps of {shape}"
     tolerance = SAMPLING_FACTOR * max(f.tolerance for f in report.figures if f.component == "unet")
     report.figures.append(
         ParityFigure("sampling", "latents", label, l2, largest, tolerance, arithmetic(precision))
@@ -127,7 +133,7 @@ def _drawn(checkpoint: Checkpoint, folder: Path, latents: Array) -> NDArray[Any]
             SAMPLING_PROMPT,
             num_inference_steps=SAMPLING_STEPS,
             guidance_scale=SAMPLING_GUIDANCE,
-            sampler="ddim",
+            sampler=gate_sampler(checkpoint),
             latents=latents,
             output_type="latents",
         ).latents
@@ -217,15 +223,8 @@ def unet_latents(
     unet: torch.nn.Module,
     guidance_scale: float = SAMPLING_GUIDANCE,
 ) -> Array:
-    """The latents that a loop with diffusers' DDIMScheduler and the reference U-Net ends with."""
-    from diffusers import DDIMScheduler
-
-    offset = (
-        checkpoint.schedule.steps_offset
-    )  # which is that of diffusers' pipelines, see `schedule_from_config`
-    scheduler = DDIMScheduler.from_pretrained(
-        checkpoint.path / "scheduler", clip_sample=False, steps_offset=offset
-    )
+    """The latents that a loop with `reference_scheduler` and the reference U-Net ends with."""
+    scheduler = reference_scheduler(checkpoint)
     scheduler.set_timesteps(SAMPLING_STEPS)
     given = {name: torch.from_numpy(rows) for name, rows in inputs.items()}
 
@@ -234,9 +233,10 @@ def unet_latents(
             result: Array = unet(torch.from_numpy(x), torch.tensor([timestep]), **given).numpy()
         return result
 
-    x = latents
-    for timestep in scheduler.timesteps.tolist():
-        noise_pred = _guided(evaluate, x, float(timestep), inputs, guidance_scale)
+    x = latents * np.float32(scheduler.init_noise_sigma)
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(torch.from_numpy(x), timestep).numpy()
+        noise_pred = _guided(evaluate, scaled, float(timestep), inputs, guidance_scale)
         x = scheduler.step(torch.from_numpy(noise_pred), timestep, torch.from_numpy(x)).prev_sample.numpy()
     return x
 
@@ -264,8 +264,8 @@ def _drawn_by_unet(checkpoint: Checkpoint, folder: Path, probe: SamplingProbe) -
         noise_pred = _guided(evaluate, x.astype(np.float32), timestep, probe.inputs, SAMPLING_GUIDANCE)
         return noise_pred.astype(np.float64)
 
-    table = make_table("ddim", checkpoint.schedule, SAMPLING_STEPS)
-    return run_table(table, model_of, probe.latents.astype(np.float64))
+    table = make_table(gate_sampler(checkpoint), checkpoint.schedule, SAMPLING_STEPS)
+    return run_table(table, model_of, probe.latents.astype(np.float64) * table.init_noise_sigma)
 
 
 def _guided(

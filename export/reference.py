@@ -16,7 +16,7 @@ from sdrt.export.weights import load_module
 
 
 def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.Module] | None = None) -> Any:
-    """diffusers' pipeline for the checkpoint's family and kind, in float32 with DDIM.
+    """diffusers' pipeline for the checkpoint's family and kind, in float32 with `reference_scheduler`.
 
     That of image variations has no feature extractor: it is given pictures as tensors.
 
@@ -24,13 +24,10 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
         checkpoint: A checked checkpoint.
         networks: Those that it shall have; the others are None. By default all are loaded.
     """
-    from diffusers import DDIMScheduler
-
     if networks is None:
         networks = {name: load_module(checkpoint, name) for name in checkpoint.configs}
     parts: dict[str, Any] = {name: networks.get(name) for name in checkpoint.configs}
-    # Only models that draw pixels want their predictions clipped; StableDiffusionPipeline corrects it too.
-    parts["scheduler"] = DDIMScheduler.from_pretrained(checkpoint.path / "scheduler", clip_sample=False)
+    parts["scheduler"] = reference_scheduler(checkpoint)
     parts |= {
         TOKENIZERS[name]: _reference_tokenizer(checkpoint, name) for name in parts if name in TOKENIZERS
     }
@@ -44,6 +41,31 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
     pipeline = reference_kind(checkpoint)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def reference_scheduler(checkpoint: Checkpoint) -> Any:
+    """diffusers' scheduler for the parity gate, as it reads the checkpoint's file: that of `gate_sampler`."""
+    from diffusers import DDIMScheduler, EDMEulerScheduler
+
+    schedule, folder = checkpoint.schedule, checkpoint.path / "scheduler"
+    if schedule.edm is not None:
+        return EDMEulerScheduler.from_pretrained(folder)
+    # The betas are those of the file's own class where it does not give them. Only models that draw pixels
+    # want their predictions clipped; StableDiffusionPipeline corrects it too.
+    return DDIMScheduler.from_pretrained(
+        folder,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule=schedule.beta_schedule,
+        steps_offset=schedule.steps_offset,
+        clip_sample=False,
+        thresholding=False,
+    )
+
+
+def gate_sampler(checkpoint: Checkpoint) -> str:
+    """Our sampler for the parity gate: ddim, or euler with an EDM model, which has no training timesteps."""
+    return "ddim" if checkpoint.schedule.edm is None else "euler"
 
 
 def reference_kind(checkpoint: Checkpoint) -> Any:

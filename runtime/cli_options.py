@@ -200,7 +200,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
         help="such as ddim, dpmpp_2m or euler; an unknown name lists all (default: the bundle's)",
     )
     add("--karras", action="store_true", default=None, help="short for --sigma-schedule karras")
-    add("--sigma-schedule", metavar="NAME", help="noise levels: karras, exponential or beta")
+    add("--sigma-schedule", metavar="NAME", help="noise levels: karras, exponential, beta, or normal")
     add("--spacing", metavar="NAME", help="of timesteps: leading, trailing (sgm_uniform) or linspace")
     add("--timesteps", type=_numbers, metavar="T,T…", help="the timesteps themselves, falling")
     add("--sigmas", type=_numbers, metavar="S,S…", help="the noise levels themselves, falling to 0")

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from sdrt.runtime.components import ComponentSpec, Precision, required_components
 from sdrt.runtime.schedule import NoiseSchedule
+from sdrt.runtime.solvers_table import NO_OPTIONS, SamplerOptions
 
 FORMAT: Final = "sdrt-bundle"
 # Version 2 added the family sdxl with `tokenizer_2` and `force_zeros_for_empty_prompt`, and `ranges`.
@@ -119,13 +120,18 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What `sd-run` uses for an option that was not given."""
+    """What `sd-run` uses for an option that was not given.
+
+    ``sampler_options`` are those of the checkpoint's scheduler; a sampler takes the ones that it has, see
+    `sdrt.runtime.solvers.Sampler.inherited`.
+    """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
     sampler: str
+    sampler_options: SamplerOptions = NO_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, is_dataclass
+from dataclasses import MISSING, asdict, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from functools import cache
 from pathlib import PurePosixPath
@@ -41,6 +41,7 @@ from sdrt.runtime.manifest import (
 )
 from sdrt.runtime.manifest_rules import check_rules
 from sdrt.runtime.schedule import NoiseSchedule
+from sdrt.runtime.solvers_table import SamplerOptions
 
 _Record = TypeVar("_Record")
 
@@ -71,7 +72,11 @@ def to_json(manifest: Manifest) -> str:
         document["image_processor"] = asdict(manifest.image_processor)
     if manifest.preview is not None:
         document["preview"] = asdict(manifest.preview)
-    document["defaults"] = asdict(manifest.defaults)
+    document["defaults"] = asdict(manifest.defaults) | {
+        "sampler_options": manifest.defaults.sampler_options.to_dict()
+    }
+    if not document["defaults"]["sampler_options"]:
+        del document["defaults"]["sampler_options"]
     document["limits"] = asdict(manifest.limits)
     document["provenance"] = dict(manifest.provenance)
     document["parity"] = dict(manifest.parity)
@@ -125,7 +130,7 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
         schedule=NoiseSchedule.from_dict(_value(dict, document["schedule"], "schedule")),
         tokenizer=_value(TokenizerFacts, document["tokenizer"], "tokenizer") if reads_text else None,
         text_output=_value(str, document["text_output"], "text_output") if reads_text else "",
-        defaults=_value(Defaults, document["defaults"], "defaults"),
+        defaults=_defaults(_value(dict, document["defaults"], "defaults")),
         limits=_value(Limits, document["limits"], "limits"),
         provenance=_value(dict, document.get("provenance", {}), "provenance"),
         parity=_value(dict, document.get("parity", {}), "parity"),
@@ -151,6 +156,13 @@ def _family(document: Mapping[str, Any]) -> str:
             f"the bundle is of the family {family!r}, this sdrt draws {', '.join(FAMILIES)}: upgrade sdrt"
         )
     return family
+
+
+def _defaults(given: Mapping[str, Any]) -> Defaults:
+    """Defaults, whose sampler options check themselves."""
+    numbers = {name: value for name, value in given.items() if name != "sampler_options"}
+    options = SamplerOptions.from_dict(given.get("sampler_options", {}))
+    return replace(_value(Defaults, numbers, "defaults"), sampler_options=options)
 
 
 def _flag(document: Mapping[str, Any], name: str) -> bool:

@@ -43,7 +43,9 @@ def _number_rules(manifest: Manifest) -> dict[str, bool]:
             1 <= defaults.num_inference_steps <= manifest.schedule.num_train_timesteps
         ),
         "defaults: guidance_scale is not negative": defaults.guidance_scale >= 0,
-        "defaults: a known sampler": defaults.sampler in SAMPLERS,
+        "defaults: a known sampler, and for EDM models one that can draw with them": (
+            defaults.sampler in SAMPLERS and (manifest.schedule.edm is None or SAMPLERS[defaults.sampler].edm)
+        ),
     }
 
 

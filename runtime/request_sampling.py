@@ -13,6 +13,7 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.guidance import guidance_weights
 from sdrt.runtime.loop_buffers import MAX_ROWS
 from sdrt.runtime.manifest import Manifest
+from sdrt.runtime.options import OPTIONS
 from sdrt.runtime.request_checks import flag, number, share, whole
 from sdrt.runtime.schedule import NoiseSchedule
 from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, first_step, make_table
@@ -63,7 +64,8 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     karras = flag("karras", options.get("karras", False))
     eta = options.get("eta")
     eta = None if eta is None else number("eta", eta)
-    chosen = _sampler_options(sampler, options, karras=karras, eta=eta)
+    inherited = SAMPLERS[sampler].inherited(defaults.sampler_options) if sampler in SAMPLERS else {}
+    chosen = _sampler_options(sampler, options, inherited, karras=karras, eta=eta)
     steps = _steps(manifest, chosen, options.get("num_inference_steps"))
     start = 0 if strength is None else first_step(steps, strength)
     table = make_table(sampler, manifest.schedule, steps, chosen, start=start, karras=karras)
@@ -84,7 +86,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         "sampler": table.name,
         "karras": karras,
         "eta": eta,
-        **_beyond_usual(chosen),
+        **_beyond_usual(chosen, inherited),
         **({} if interval is None else {"guidance_interval": _plain(interval)}),
         **({"guidance_rescale": rescale} if rescale else {}),
     }
@@ -122,8 +124,14 @@ def _embedded(table: SamplerTable, scale: float | list[float], interval: object,
 
 
 def _sampler_options(
-    sampler: str, options: Mapping[str, Any], *, karras: bool, eta: float | None
+    sampler: str,
+    options: Mapping[str, Any],
+    inherited: Mapping[str, Any],
+    *,
+    karras: bool,
+    eta: float | None,
 ) -> SamplerOptions:
+    """What a call gives over the bundle's defaults for its sampler."""
     given: dict[str, Any] = {
         name: options[name] for name in ("spacing", "sigma_schedule") if options.get(name) is not None
     }
@@ -133,7 +141,8 @@ def _sampler_options(
     for name in ("solver_order", "original_inference_steps"):
         if options.get(name) is not None:
             given[name] = whole(name, options[name])
-    given["lower_order_final"] = flag("lower_order_final", options.get("lower_order_final", True))
+    if options.get("lower_order_final") is not None:
+        given["lower_order_final"] = flag("lower_order_final", options["lower_order_final"])
     if karras and given.pop("sigma_schedule", "karras") != "karras":
         name = options["sigma_schedule"]
         raise UsageError(f"karras and sigma_schedule {name!r} are given: they contradict each other")
@@ -141,7 +150,12 @@ def _sampler_options(
     has_eta = sampler in SAMPLERS and "eta" in SAMPLERS[sampler].options
     if eta or (has_eta and eta is not None):
         given["eta"] = eta
-    return SamplerOptions(**given)
+    # Where a call says in another way which sigmas it wants, the bundle's way does not count.
+    other_sigmas = karras or "timesteps" in given or "sigmas" in given
+    kept = {
+        name: value for name, value in inherited.items() if not (other_sigmas and name == "sigma_schedule")
+    }
+    return SamplerOptions(**{**kept, **given})
 
 
 def _steps(manifest: Manifest, chosen: SamplerOptions, asked: object) -> int:
@@ -168,7 +182,15 @@ def _plain(value: Any) -> Any:
     return float(value)
 
 
-def _beyond_usual(chosen: SamplerOptions) -> dict[str, Any]:
-    """Options that are not at their defaults; `karras` and `eta` have entries of their own."""
-    entries = {name: getattr(chosen, name) for name in chosen.given if name != "eta"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
+def _beyond_usual(chosen: SamplerOptions, inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's options that are not at their defaults, or not at the bundle's.
+
+    `karras` and `eta` have entries of their own; what only a bundle can say needs none.
+    """
+    names = [name for name in OPTIONS if name != "eta" and name in {*chosen.given, *inherited}]
+    entries = {name: getattr(chosen, name) for name in names}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in entries.items()
+        if value is not None
+    }

@@ -21,12 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import BundleError, UsageError
+from sdrt.runtime.schedule_edm import EDM_PREDICTION_TYPES, EdmScaling
 
 FloatArray = NDArray[np.float64]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 MAX_TRAIN_TIMESTEPS = 100_000  # a damaged manifest must not make us allocate gigabytes
+_BETAS = ("beta_start", "beta_end", "beta_schedule")  # an EDM model has none
+# What a manifest leaves out where the checkpoint does not say it.
+_OPTIONAL = ("timestep_spacing", "set_alpha_to_one", "trained_betas", "rescale_betas_zero_snr", "edm")
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,14 @@ class NoiseSchedule:
     * ``num_train_timesteps``: 2 to ``MAX_TRAIN_TIMESTEPS``;
     * ``prediction_type``: what the model's output is: ``epsilon``, the noise; ``v_prediction`` (Salimans
       & Ho 2022, appendix D); or ``sample``, the clean latents;
-    * ``timestep_spacing``: ``leading``, ``trailing`` or ``linspace`` (Lin et al. 2023, table 2);
+    * ``timestep_spacing``: ``leading``, ``trailing`` or ``linspace`` (Lin et al. 2023, table 2); None where
+      the checkpoint does not say, so that each sampler has its own default;
     * ``steps_offset``: added to the timesteps of ``leading``;
-    * ``set_alpha_to_one``: whether DDIM's last step ends at no noise or at the noise of timestep 0;
+    * ``set_alpha_to_one``: whether DDIM's last step ends at no noise or at the noise of timestep 0; None as
+      above;
     * ``trained_betas``: all the betas, in place of the first three fields;
-    * ``rescale_betas_zero_snr``: whether the betas are rescaled so that the last timestep has no signal.
+    * ``rescale_betas_zero_snr``: whether the betas are rescaled so that the last timestep has no signal;
+    * ``edm``: of a model that has noise levels in place of betas and timesteps; the betas then mean nothing.
 
     Raises ``UsageError`` where a value is of the wrong type, not allowed or out of range.
     """
@@ -54,19 +61,23 @@ class NoiseSchedule:
     beta_schedule: str = "scaled_linear"
     num_train_timesteps: int = 1000
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = "leading"
     steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    set_alpha_to_one: bool | None = False
     trained_betas: tuple[float, ...] | None = None
     rescale_betas_zero_snr: bool = False
+    edm: EdmScaling | None = None
 
     def __post_init__(self) -> None:
         check_integer("num_train_timesteps", self.num_train_timesteps, 2, MAX_TRAIN_TIMESTEPS)
         check_integer("steps_offset", self.steps_offset, 0, self.num_train_timesteps - 1)
         _check_choice("beta_schedule", self.beta_schedule, tuple(BETA_SCHEDULES))
-        _check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
-        _check_flag("set_alpha_to_one", self.set_alpha_to_one)
+        predictions = PREDICTION_TYPES if self.edm is None else EDM_PREDICTION_TYPES
+        _check_choice("prediction_type", self.prediction_type, predictions)
+        if self.timestep_spacing is not None:
+            _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if self.set_alpha_to_one is not None:
+            _check_flag("set_alpha_to_one", self.set_alpha_to_one)
         _check_flag("rescale_betas_zero_snr", self.rescale_betas_zero_snr)
         _check_beta("beta_start", self.beta_start)
         _check_beta("beta_end", self.beta_end)
@@ -84,7 +95,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule in a bundle's manifest: every field by name, the last two optional.
+        """The schedule in a bundle's manifest, every field by name; what is `_OPTIONAL` may be missing.
 
         Raises ``BundleError`` for a field that is missing, unknown or invalid.
         """
@@ -93,23 +104,42 @@ class NoiseSchedule:
             # repr: a name may hold anything, a line break too
             shown = ", ".join(repr(str(name)[:40]) for name in unknown)
             raise BundleError(f"noise schedule: unknown {shown}: allowed are {', '.join(sorted(names))}")
-        if missing := sorted(names - {"trained_betas", "rescale_betas_zero_snr"} - set(data)):
+        optional = {*_OPTIONAL, *(_BETAS if "edm" in data else ())}
+        if missing := sorted(names - optional - set(data)):
             raise BundleError(f"noise schedule: no {', '.join(missing)}: export it again")
-        betas = data.get("trained_betas")
-        values = {**data, "trained_betas": tuple(betas) if isinstance(betas, list) else betas}
+        if nulls := sorted(name for name in data if data[name] is None and name != "trained_betas"):
+            raise BundleError(f"noise schedule: {nulls[0]} is None: leave it out, or give a value")
+        betas, edm = data.get("trained_betas"), data.get("edm")
+        values = {"timestep_spacing": None, "set_alpha_to_one": None, **data}
+        values["trained_betas"] = tuple(betas) if isinstance(betas, list) else betas
         try:
-            return cls(**values)
+            return cls(**{**values, "edm": None if edm is None else _edm_from_dict(edm)})
         except UsageError as error:
             raise BundleError(f"noise schedule: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a manifest; ``from_dict`` gives an equal schedule back."""
-        data = dataclasses.asdict(self)
-        if (betas := data.pop("trained_betas")) is not None:
-            data["trained_betas"] = list(betas)
+        data = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if "trained_betas" in data:
+            data["trained_betas"] = list(data["trained_betas"])
         if not data["rescale_betas_zero_snr"]:
             del data["rescale_betas_zero_snr"]
-        return data
+        return data if self.edm is None else {k: v for k, v in data.items() if k not in _BETAS}
+
+    def with_defaults(self, *, timestep_spacing: str, set_alpha_to_one: bool) -> NoiseSchedule:
+        """The schedule as it is, with these where the checkpoint does not say its own."""
+        defaults = {"timestep_spacing": timestep_spacing, "set_alpha_to_one": set_alpha_to_one}
+        missing: dict[str, Any] = {
+            name: value for name, value in defaults.items() if getattr(self, name) is None
+        }
+        return dataclasses.replace(self, **missing) if missing else self
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The lowest and the highest sigma of training."""
+        if self.edm is not None:
+            return self.edm.sigma_min, self.edm.sigma_max
+        return float(self.sigmas[0]), float(self.sigmas[-1])
 
     @cached_property
     def alphas_cumprod(self) -> FloatArray:
@@ -248,12 +278,24 @@ def sigma_from_timestep(schedule: NoiseSchedule, timesteps: FloatArray) -> Float
 
 
 def timestep_from_sigma(schedule: NoiseSchedule, sigmas: FloatArray) -> FloatArray:
-    """The fractional timestep of each sigma: linear in log sigma, clamped to the training range."""
+    """The fractional timestep of each sigma: linear in log sigma, clamped to the training range.
+
+    An EDM model has no such range, and is told a quarter of log sigma.
+    """
+    if schedule.edm is not None:
+        return schedule.edm.timesteps(sigmas)
     # The table is float32 as in diffusers: what it rounds to whole timesteps must not fall on the
     # other side of a half here.
     log_sigmas = np.log(schedule.sigmas.astype(np.float32))
     timesteps = np.arange(schedule.num_train_timesteps, dtype=np.float64)
     return np.interp(np.log(sigmas), log_sigmas, timesteps)
+
+
+def _edm_from_dict(data: object) -> EdmScaling:
+    names = [field.name for field in dataclasses.fields(EdmScaling)]
+    if not isinstance(data, dict) or sorted(data) != sorted(names):
+        raise UsageError(f"edm is {str(data)[:100]!r}: it must have just {', '.join(names)}")
+    return EdmScaling(**data)
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:

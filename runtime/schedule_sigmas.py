@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sdrt.runtime.schedule import FloatArray
+from sdrt.runtime.schedule_edm import EdmScaling
 
 BETA_SHAPE = 0.6  # both parameters of the beta distribution, as Lee et al. recommend
 
@@ -43,6 +44,13 @@ SIGMA_SCHEDULES: dict[str, Callable[[int, float, float], FloatArray]] = {
     "exponential": exponential_sigmas,
     "karras": karras_sigmas,
 }
+
+
+def edm_sigmas(edm: EdmScaling, num: int) -> FloatArray:
+    """The levels of a run of an EDM model, as its own ``sigma_schedule`` spreads them."""
+    if edm.sigma_schedule == "karras":
+        return karras_sigmas(num, edm.sigma_min, edm.sigma_max, edm.rho)
+    return exponential_sigmas(num, edm.sigma_min, edm.sigma_max)
 
 
 def symmetric_beta_quantile(probability: FloatArray, shape: float) -> FloatArray:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.schedule import FloatArray, NoiseSchedule, check_integer
 from sdrt.runtime.solvers_log_snr import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
 from sdrt.runtime.solvers_sigma import dpm2, dpm2_a, dpmpp_sde, euler, euler_a, heun, lms
-from sdrt.runtime.solvers_table import SamplerOptions, SamplerTable
+from sdrt.runtime.solvers_table import NORMAL, SamplerOptions, SamplerTable
 from sdrt.runtime.solvers_timestep import ddim, ddpm, inversion_table, lcm, pndm, tcd
 
 __all__ = [
@@ -49,45 +50,90 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: the function that makes its table, and the options that it has.
+    """A sampler: the function that makes its table, the options it has, and how it reads a checkpoint.
+
+    What it does with a checkpoint's configuration is what diffusers' class does that it equals, so that
+    choosing it is ``Class.from_config(pipe.scheduler.config)``.
 
     * ``make``: from schedule, num_inference_steps, options and start, all checked;
     * ``options``: names of `SamplerOptions` that mean something to it;
-    * ``max_order``: the highest ``solver_order``.
+    * ``inherits``: those of them whose defaults a bundle may set;
+    * ``max_order``: the highest ``solver_order``;
+    * ``timestep_spacing``, ``set_alpha_to_one``: where the checkpoint does not say its own;
+    * ``zero_snr``: whether it knows ``rescale_betas_zero_snr``, which it leaves out if not;
+    * ``edm``: whether it can draw with an EDM model, which has sigmas in place of training timesteps.
     """
 
     make: Callable[[NoiseSchedule, int, SamplerOptions, int], SamplerTable]
     options: frozenset[str]
-    max_order: int = 1
+    inherits: frozenset[str]
+    max_order: int
+    timestep_spacing: str
+    set_alpha_to_one: bool
+    zero_snr: bool
+    edm: bool
+
+    def reads(self, schedule: NoiseSchedule) -> NoiseSchedule:
+        """The schedule with this sampler's defaults, and without what it does not know."""
+        if schedule.rescale_betas_zero_snr and not self.zero_snr:
+            schedule = replace(schedule, rescale_betas_zero_snr=False)
+        return schedule.with_defaults(
+            timestep_spacing=self.timestep_spacing, set_alpha_to_one=self.set_alpha_to_one
+        )
+
+    def inherited(self, defaults: SamplerOptions) -> dict[str, Any]:
+        """Those of a bundle's defaults that are this sampler's, by name."""
+        return {name: value for name, value in defaults.to_dict().items() if name in self.inherits}
 
 
 def _sampler(
-    make: Callable[[NoiseSchedule, int, SamplerOptions, int], SamplerTable], *options: str, max_order: int = 1
+    make: Callable[[NoiseSchedule, int, SamplerOptions, int], SamplerTable],
+    options: str,
+    *,
+    inherits: str = "",
+    max_order: int = 1,
+    spacing: str = "linspace",
+    alpha_to_one: bool = True,
+    zero_snr: bool = False,
 ) -> Sampler:
-    return Sampler(make, frozenset(options), max_order)
+    """A record of names in one text; those with sigmas among their options can draw with EDM models."""
+    own = frozenset(inherits.split())
+    names = frozenset(options.split()) | own
+    return Sampler(make, names, own, max_order, spacing, alpha_to_one, zero_snr, "sigmas" in names)
 
 
-_LEVELS = ("spacing", "sigma_schedule", "timesteps", "sigmas")
-_MULTISTEP = (*_LEVELS, "solver_order", "lower_order_final")
+_LEVELS = "spacing sigma_schedule timesteps sigmas"
+_STEPS = "sigma_schedule lower_order_final"
+_DPM = f"{_STEPS} solver_type final_sigmas_type euler_at_final"
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": _sampler(ddim, "spacing", "timesteps", "eta"),
-    "ddpm": _sampler(ddpm, "spacing", "timesteps"),
-    "deis": _sampler(deis, *_MULTISTEP, max_order=3),
-    "dpm2": _sampler(dpm2, *_LEVELS),
-    "dpm2_a": _sampler(dpm2_a, *_LEVELS, "eta"),
-    "dpmpp_2m": _sampler(dpmpp_2m, *_MULTISTEP, max_order=3),
-    "dpmpp_2m_sde": _sampler(dpmpp_2m_sde, *_LEVELS, "lower_order_final", "eta"),
-    "dpmpp_3m_sde": _sampler(dpmpp_3m_sde, *_LEVELS, "lower_order_final"),
-    "dpmpp_sde": _sampler(dpmpp_sde, *_LEVELS, "eta"),
-    "euler": _sampler(euler, *_LEVELS),
-    "euler_a": _sampler(euler_a, *_LEVELS, "eta"),
-    "heun": _sampler(heun, *_LEVELS),
-    "lcm": _sampler(lcm, "timesteps", "original_inference_steps"),
-    "lms": _sampler(lms, *_LEVELS, "solver_order", max_order=4),
-    "pndm": _sampler(pndm, "spacing"),
-    "tcd": _sampler(tcd, "timesteps", "eta", "original_inference_steps"),
-    "unipc": _sampler(unipc, *_MULTISTEP, max_order=3),
+    "ddim": _sampler(ddim, "spacing timesteps eta", spacing="leading", zero_snr=True),
+    "ddpm": _sampler(ddpm, "spacing timesteps", spacing="leading", zero_snr=True),
+    "deis": _sampler(deis, _LEVELS, inherits=f"{_STEPS} solver_order", max_order=3),
+    "dpm2": _sampler(dpm2, _LEVELS, inherits="sigma_schedule"),
+    "dpm2_a": _sampler(dpm2_a, f"{_LEVELS} eta", inherits="sigma_schedule"),
+    "dpmpp_2m": _sampler(
+        dpmpp_2m, _LEVELS, inherits=f"{_DPM} solver_order algorithm_type", max_order=3, zero_snr=True
+    ),
+    "dpmpp_2m_sde": _sampler(dpmpp_2m_sde, f"{_LEVELS} eta", inherits=_DPM, zero_snr=True),
+    "dpmpp_3m_sde": _sampler(dpmpp_3m_sde, _LEVELS, inherits=_DPM, zero_snr=True),
+    "dpmpp_sde": _sampler(dpmpp_sde, f"{_LEVELS} eta", inherits="sigma_schedule"),
+    "euler": _sampler(euler, _LEVELS, inherits="sigma_schedule final_sigmas_type", zero_snr=True),
+    "euler_a": _sampler(euler_a, f"{_LEVELS} eta", zero_snr=True),
+    "heun": _sampler(heun, _LEVELS, inherits="sigma_schedule"),
+    "lcm": _sampler(lcm, "timesteps", inherits="original_inference_steps", spacing="leading", zero_snr=True),
+    "lms": _sampler(lms, f"{_LEVELS} solver_order", inherits="sigma_schedule", max_order=4),
+    "pndm": _sampler(pndm, "spacing", spacing="leading", alpha_to_one=False),
+    "tcd": _sampler(
+        tcd, "timesteps eta", inherits="original_inference_steps", spacing="leading", zero_snr=True
+    ),
+    "unipc": _sampler(
+        unipc,
+        _LEVELS,
+        inherits=f"{_STEPS} solver_order solver_type final_sigmas_type",
+        max_order=3,
+        zero_snr=True,
+    ),
 }
 
 
@@ -119,6 +165,8 @@ def make_table(
     if eta:
         options = replace(options, eta=eta)
     _check_options(name, options, karras=karras)
+    if schedule.edm is not None:
+        _check_edm(name, options)
     given = options.num_given_steps
     count = given if num_inference_steps is None else num_inference_steps
     if count is None:
@@ -129,7 +177,10 @@ def make_table(
             f"num_inference_steps is {count}, but there are timesteps or sigmas for {given}: leave it out"
         )
     check_integer("start", start, 0, count - 1)
-    table = SAMPLERS[name].make(options.applied_to(schedule), count, options, start)
+    if options.sigma_schedule == NORMAL:
+        options = replace(options, sigma_schedule=None)
+    sampler = SAMPLERS[name]
+    table = sampler.make(sampler.reads(options.applied_to(schedule)), count, options, start)
     return replace(table, start=start)
 
 
@@ -160,6 +211,20 @@ def _check_options(name: str, options: SamplerOptions, *, karras: bool) -> None:
             raise UsageError(f"the sampler {name} has no {shown}: use it with {', '.join(having)}")
     if options.solver_order is not None:
         check_integer("solver_order", options.solver_order, 1, sampler.max_order)
+
+
+def _check_edm(name: str, options: SamplerOptions) -> None:
+    if not SAMPLERS[name].edm:
+        able = ", ".join(other for other in SAMPLERS if SAMPLERS[other].edm)
+        raise UsageError(
+            f"the sampler {name} goes from one training timestep to another, and this model has none (it is "
+            f"an EDM model): use {able}"
+        )
+    for option in ("spacing", "timesteps"):
+        if option in options.given:
+            raise UsageError(
+                f"{option}: this model has no training timesteps (it is an EDM model); give sigmas instead"
+            )
 
 
 def run_table(

@@ -19,7 +19,7 @@ from sdrt.runtime.schedule import (
     spaced_timesteps,
     timestep_from_sigma,
 )
-from sdrt.runtime.schedule_sigmas import SIGMA_SCHEDULES
+from sdrt.runtime.schedule_sigmas import SIGMA_SCHEDULES, edm_sigmas
 from sdrt.runtime.solvers_table import IntArray, SamplerOptions, SamplerTable, given_timesteps, model_rows
 
 
@@ -28,7 +28,7 @@ class SigmaLevels:
     """The steps of a run: from ``sigmas[i]``, where the model is told ``timesteps[i]``, to ``sigmas[i + 1]``.
 
     * ``timesteps``: float64 [steps];
-    * ``sigmas``: float64 [steps + 1], falling; the last is 0;
+    * ``sigmas``: float64 [steps + 1], falling; the last is 0, or the lowest of training;
     * ``init_noise_sigma``: of a run from noise alone.
     """
 
@@ -47,7 +47,8 @@ def sigma_levels(
 ) -> SigmaLevels:
     """The given sigmas or timesteps, or spaced ones, or a sigma schedule between the ends of these.
 
-    ``start`` leaves out that many first steps; ``whole_karras`` rounds the timesteps of Karras sigmas.
+    ``start`` leaves out that many first steps; ``whole_karras`` rounds the timesteps of Karras sigmas. An EDM
+    model has its own sigmas in place of spaced timesteps, and no timestep of it is rounded.
     """
     if options.sigmas is not None:
         sigmas = np.array(options.sigmas[:-1], dtype=np.float64)
@@ -55,6 +56,9 @@ def sigma_levels(
     elif options.timesteps is not None:
         timesteps = given_timesteps(schedule, options.timesteps, whole=False)
         sigmas = sigma_from_timestep(schedule, timesteps)
+    elif schedule.edm is not None:
+        sigmas = edm_sigmas(schedule.edm, num_inference_steps)
+        timesteps = timestep_from_sigma(schedule, sigmas)
     else:
         timesteps = spaced_timesteps(schedule, num_inference_steps)
         sigmas = sigma_from_timestep(schedule, timesteps)
@@ -62,12 +66,14 @@ def sigma_levels(
         make_sigmas = SIGMA_SCHEDULES[options.sigma_schedule]
         sigmas = make_sigmas(num_inference_steps, float(sigmas[-1]), float(sigmas[0]))
         timesteps = timestep_from_sigma(schedule, sigmas)
-        if whole_karras and options.sigma_schedule == "karras":
+        if whole_karras and options.sigma_schedule == "karras" and schedule.edm is None:
             timesteps = np.round(timesteps)
-    # diffusers gives x its full variance, sigma^2 + 1, only with leading spacing.
-    leading = schedule.timestep_spacing == "leading"
-    init_noise_sigma = math.hypot(sigmas[0], 1.0) if leading else float(sigmas[0])
-    return SigmaLevels(timesteps[start:], np.append(sigmas[start:], 0.0), init_noise_sigma)
+    # diffusers gives x its full variance, sigma^2 + 1, only with leading spacing and to EDM models.
+    full = schedule.edm is not None or schedule.timestep_spacing == "leading"
+    init_noise_sigma = math.hypot(sigmas[0], 1.0) if full else float(sigmas[0])
+    ends_at_zero = options.final_sigmas_type == "zero" or options.sigmas is not None
+    final = 0.0 if ends_at_zero else min(schedule.sigma_range[0], float(sigmas[-1]))
+    return SigmaLevels(timesteps[start:], np.append(sigmas[start:], final), init_noise_sigma)
 
 
 def ancestral_step(before: FloatArray, after: FloatArray, eta: float) -> tuple[FloatArray, FloatArray]:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
-from sdrt.runtime.errors import UsageError
+from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.schedule import TIMESTEP_SPACINGS, FloatArray, NoiseSchedule, check_integer
+from sdrt.runtime.schedule_edm import EdmScaling
 from sdrt.runtime.schedule_sigmas import SIGMA_SCHEDULES
 
 IntArray = NDArray[np.int64]
 
 MAX_LEVEL = 1e6  # of given sigmas and timesteps: no schedule's are near it, and float32 holds its square
 SPACINGS = (*TIMESTEP_SPACINGS, "sgm_uniform")  # sgm_uniform is what others call trailing
+FINAL_SIGMAS = ("zero", "sigma_min")
+NORMAL = "normal"  # the sigma schedule that is none, to undo a bundle's
+# What diffusers' scheduler configurations have of the options, so that a bundle may have defaults for it.
+CHECKPOINT_OPTIONS: Final = (
+    *("sigma_schedule", "solver_order", "lower_order_final", "original_inference_steps"),
+    *("algorithm_type", "solver_type", "final_sigmas_type", "euler_at_final"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +106,7 @@ class SamplerOptions:
 
     * ``spacing``: of the timesteps, in place of the schedule's; ``sgm_uniform`` is ``trailing``;
     * ``sigma_schedule``: ``karras``, ``exponential`` or ``beta`` in place of the timesteps' sigmas;
+      ``normal`` for these;
     * ``timesteps``: the training timesteps themselves, falling;
     * ``sigmas``: the sigmas themselves, falling to a last one of 0: one more than there are steps;
     * ``eta``: share of fresh noise in [0, 1], 0 for none. By default 0 in ``ddim``, 0.3 in ``tcd``
@@ -105,6 +115,15 @@ class SamplerOptions:
     * ``lower_order_final``: lower the order towards the end, as diffusers does, which is steadier
       for few steps;
     * ``original_inference_steps``: of ``lcm`` and ``tcd``, how many steps the model was distilled for.
+
+    And what only a checkpoint's scheduler asks for, with diffusers' names:
+
+    * ``algorithm_type``: ``dpmsolver`` for the solver of ``dpmpp_2m`` that takes the model's noise, not its
+      clean latents, as a polynomial;
+    * ``solver_type``: ``heun`` for the other second-order weights of DPM-Solver, ``bh1`` for the other B(h)
+      of UniPC;
+    * ``final_sigmas_type``: ``zero``, or ``sigma_min`` to end with the lowest noise of training;
+    * ``euler_at_final``: whether the last row is of first order however many there are.
 
     Of ``sigma_schedule``, ``timesteps`` and ``sigmas`` at most one. Raises ``UsageError`` for a value
     that is not allowed.
@@ -118,18 +137,29 @@ class SamplerOptions:
     solver_order: int | None = None
     lower_order_final: bool = True
     original_inference_steps: int = 50
+    algorithm_type: str | None = None
+    solver_type: str | None = None
+    final_sigmas_type: str = "zero"
+    euler_at_final: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("spacing", self.spacing, SPACINGS)
-        _check_choice("sigma_schedule", self.sigma_schedule, tuple(SIGMA_SCHEDULES))
+        _check_choice("sigma_schedule", self.sigma_schedule, (*SIGMA_SCHEDULES, NORMAL))
+        _check_choice("algorithm_type", self.algorithm_type, ("dpmsolver",))
+        _check_choice("solver_type", self.solver_type, ("heun", "bh1"))
+        if self.final_sigmas_type not in FINAL_SIGMAS:
+            raise UsageError(
+                f"final_sigmas_type is {self.final_sigmas_type!r}: allowed are {', '.join(FINAL_SIGMAS)}"
+            )
         _check_falling("timesteps", self.timesteps, least=1)
         _check_falling("sigmas", self.sigmas, least=2)
         if self.sigmas is not None and self.sigmas[-1] != 0:
             raise UsageError(f"sigmas end with {self.sigmas[-1]}: the last must be 0, where sampling ends")
         if self.eta is not None and not 0.0 <= self.eta <= 1.0:  # so written that NaN is refused
             raise UsageError(f"eta is {self.eta}: allowed are numbers from 0 to 1")
-        if not isinstance(self.lower_order_final, bool):
-            raise UsageError(f"lower_order_final is {self.lower_order_final!r}: allowed are True and False")
+        for name in ("lower_order_final", "euler_at_final"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}: allowed are True and False")
         check_integer("original_inference_steps", self.original_inference_steps, 1, 100_000)
         levels = [
             name for name in ("sigma_schedule", "timesteps", "sigmas") if getattr(self, name) is not None
@@ -145,6 +175,28 @@ class SamplerOptions:
         return tuple(
             name for name, field in self.__dataclass_fields__.items() if getattr(self, name) != field.default
         )
+
+    @classmethod
+    def from_dict(cls, data: object) -> SamplerOptions:
+        """A bundle's defaults, as its manifest has them: `CHECKPOINT_OPTIONS` that are not at theirs.
+
+        Raises ``BundleError`` for an option that is unknown or invalid.
+        """
+        if not isinstance(data, dict) or set(data) - set(CHECKPOINT_OPTIONS):
+            raise BundleError(
+                f"sampler options are {str(data)[:100]!r}: allowed are {', '.join(CHECKPOINT_OPTIONS)}"
+            )
+        try:
+            options = cls(**data)
+            if options.solver_order is not None:
+                check_integer("solver_order", options.solver_order, 1, HISTORY)
+        except UsageError as error:
+            raise BundleError(f"sampler options: {error}") from error
+        return options
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a manifest; ``from_dict`` gives equal options back."""
+        return {name: getattr(self, name) for name in self.given}
 
     @property
     def num_given_steps(self) -> int | None:
@@ -172,7 +224,11 @@ def model_rows(
     ``sigmas`` are float64 [n]. An infinite one, which is noise alone, is for variance-preserving samplers and
     for models that do not predict the noise; 0, which is no noise, where the noise is not wanted of a
     predicted sample.
+
+    An EDM model sees x in a scale of its own, and its x is always ``x0 + sigma * noise``.
     """
+    if schedule.edm is not None:
+        return _edm_rows(schedule.edm, sigmas, schedule.prediction_type, predict)
     alpha = 1 / np.sqrt(1 + sigmas**2)
     with np.errstate(divide="ignore"):
         sigma = 1 / np.sqrt(1 + 1 / sigmas**2)  # of the variance-preserving x, so alpha^2 + sigma^2 = 1
@@ -191,6 +247,19 @@ def model_rows(
     rows[:, Column.NOISE] = sigma / scale
     rows[:, Column.X0_X], rows[:, Column.X0_M] = x0
     rows[:, Column.P], rows[:, Column.Q] = {"epsilon": epsilon, "x0": x0, "output": (zero, one)}[predict]
+    return rows
+
+
+def _edm_rows(edm: EdmScaling, sigmas: FloatArray, prediction_type: str, predict: str) -> FloatArray:
+    """`model_rows` of an EDM model."""
+    x0_x, x0_m = edm.denoised(sigmas, prediction_type)
+    rows = np.zeros((len(sigmas), COLUMNS))
+    rows[:, Column.INPUT_SCALE] = edm.input_scale(sigmas)
+    rows[:, Column.SIGNAL] = 1.0
+    rows[:, Column.NOISE] = sigmas
+    rows[:, Column.X0_X], rows[:, Column.X0_M] = x0_x, x0_m
+    x0, epsilon = (x0_x, x0_m), ((1 - x0_x) / sigmas, -x0_m / sigmas)
+    rows[:, Column.P], rows[:, Column.Q] = {"epsilon": epsilon, "x0": x0}[predict]
     return rows
 
 
@@ -220,3 +289,6 @@ def _check_falling(name: str, values: tuple[float, ...] | None, *, least: int) -
     for before, after in pairwise(values):
         if not after < before:
             raise UsageError(f"{name} go from {before} to {after}: each must be below the one before it")
+
+
+NO_OPTIONS: Final = SamplerOptions()

@@ -55,13 +55,19 @@ def inversion_table(schedule: NoiseSchedule, num_inference_steps: int, start: in
     have the noise of timestep 0.
 
     Args:
-        schedule: The checkpoint's; its ``timestep_spacing`` counts.
+        schedule: The checkpoint's; its ``timestep_spacing`` counts, by default ``leading`` as in ``ddim``.
         num_inference_steps: 1 to ``num_train_timesteps``, those of ``ddim``.
         start: How many first steps ``ddim`` leaves out afterwards, 0 to ``num_inference_steps - 1``.
 
     Raises:
-        UsageError: A number out of range.
+        UsageError: A number out of range, or the model is an EDM one.
     """
+    if schedule.edm is not None:
+        raise UsageError(
+            "DDIM inversion goes from one training timestep to another, and this model has none (it is an "
+            "EDM model): leave variation out"
+        )
+    schedule = schedule.with_defaults(timestep_spacing="leading", set_alpha_to_one=True)
     timesteps = np.round(spaced_timesteps(schedule, num_inference_steps))
     check_integer("start", start, 0, num_inference_steps - 1)
     timesteps = timesteps[start:][::-1].copy()

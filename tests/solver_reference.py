@@ -13,7 +13,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import diffusers.schedulers  # before torchsde is put in its place: it looks for packages  # noqa: F401
+import diffusers
+import diffusers.schedulers  # before torchsde is put in its place: it looks for packages
 import numpy as np
 import torch
 
@@ -90,7 +91,18 @@ def reference_module(name: str) -> ModuleType:
     diffusers wants torchsde for one of them and SciPy for others. Neither is needed: Brownian motion comes
     from the test, and what SciPy computes is computed here another way.
     """
-    path = f"diffusers.schedulers.scheduling_{REFERENCES[name].module}"
+    return _with_what_it_wants(f"diffusers.schedulers.scheduling_{REFERENCES[name].module}")
+
+
+def scheduler_class(name: str) -> Any:
+    """A scheduler class of diffusers by its name, in a module of `reference_module`'s kind."""
+    # Where a package is not installed, diffusers itself has a dummy of the name.
+    modules = {reference.scheduler: reference.module for reference in REFERENCES.values()}
+    known = f"diffusers.schedulers.scheduling_{modules[name]}" if name in modules else None
+    return getattr(_with_what_it_wants(known or getattr(diffusers, name).__module__), name)
+
+
+def _with_what_it_wants(path: str) -> ModuleType:
     if path not in sys.modules:
         with_torchsde = "torchsde" in sys.modules
         sys.modules.setdefault("torchsde", ModuleType("torchsde"))
@@ -111,7 +123,7 @@ def diffusers_scheduler(
     reference, options = REFERENCES[name], options or SamplerOptions()
     config = {**schedule.to_dict(), **reference.options, **more}
     if name not in ("ddim", "lcm", "tcd", "pndm"):
-        del config["set_alpha_to_one"]
+        config.pop("set_alpha_to_one", None)
     if options.spacing is not None:
         config["timestep_spacing"] = options.spacing
     if options.sigma_schedule is not None:
@@ -121,10 +133,16 @@ def diffusers_scheduler(
     if not options.lower_order_final:
         config["lower_order_final"] = False
     kind = getattr(reference_module(name), reference.scheduler)
-    original = kind.set_timesteps
-    # Some set all training timesteps at first, which takes seconds and is not wanted.
-    with patch.object(kind, "set_timesteps", lambda self, _all, *more: original(self, 2, *more)):
+    with quick_to_make(kind):
         return kind(**config)
+
+
+@contextmanager
+def quick_to_make(kind: Any) -> Iterator[None]:
+    """Inside, a scheduler that is made does not set all training timesteps, which takes some seconds."""
+    original = kind.set_timesteps
+    with patch.object(kind, "set_timesteps", lambda self, _all, *more: original(self, 2, *more)):
+        yield
 
 
 def set_timesteps(scheduler: Any, steps: int, options: SamplerOptions | None = None) -> None:

@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
         configure(SCHEDULER, rescale_betas_zero_snr=True),
         ("scheduler", "rescale_betas_zero_snr", "predicts the noise"),
     ),
-    "thresholding": (configure(SCHEDULER, thresholding=True), ("scheduler", "thresholding is set")),
+    "thresholding": (configure(SCHEDULER, thresholding=True), ("scheduler", "thresholding is True")),
     "prediction": (configure(SCHEDULER, prediction_type="flow"), ("'flow'", "epsilon, v_prediction")),
     "beta schedule": (configure(SCHEDULER, beta_schedule="wavy"), ("'wavy'", "scaled_linear")),
     "beta": (configure(SCHEDULER, beta_end="0.012"), ("beta_end is '0.012'",)),

@@ -1,185 +1,276 @@
-"""A checkpoint's scheduler: the noise schedule that it means, and the sampler that is its equal."""
+"""A checkpoint's scheduler file against diffusers' pipeline: drawn alike, or refused by the field's name."""
 
 from __future__ import annotations
 
-import json
+import inspect
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 from checkpoint_damage import SCHEDULER, UNET_CONFIG, configure
+from scheduler_cases import EQUAL, KARRAS, NO_CLIP, PUBLISHED, REFUSED, Config, alone, of
 from solver_reference import (
     REFERENCES,
     SHAPE,
     diffusers_run,
     fake_model,
     normal,
-    reference_module,
+    quick_to_make,
     relative_error,
+    scheduler_class,
     set_timesteps,
-    widened,
 )
 
 import tolerances
 from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.checkpoint_scheduler import EQUALS, sampler_from_config, schedule_from_config
-from sdrt.runtime.errors import UsageError
-from sdrt.runtime.solvers import SAMPLERS, make_table, run_table
+from sdrt.export.checkpoint_scheduler import CORRECTIONS, CheckpointScheduler, read_scheduler
+from sdrt.export.scheduler_classes import CLASSES, Only, Use
+from sdrt.runtime.errors import CheckpointError, UsageError
+from sdrt.runtime.schedule import NoiseSchedule
+from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, make_table, run_table
+from sdrt.runtime.solvers_table import CHECKPOINT_OPTIONS, NO_OPTIONS
 
-# Scheduler files as they are met: nothing but the class, what each class saves, and Stable Diffusion's own.
-STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SAVED_BY = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
-
-
-def saved_config(class_name: str, **options: Any) -> dict[str, Any]:
-    scheduler = getattr(diffusers, class_name)(**options)
-    config: dict[str, Any] = json.loads(scheduler.to_json_string())
-    return config
-
-
-CONFIGS: list[dict[str, Any]] = [
-    {},
-    {"_class_name": "DDIMScheduler"},
-    {"_class_name": "PNDMScheduler"},
-    *(saved_config(name) for name in SAVED_BY),
-    *(saved_config(name, **STABLE_DIFFUSION) for name in SAVED_BY),
-    saved_config("DDIMScheduler", prediction_type="v_prediction", timestep_spacing="trailing"),
-    saved_config("DDIMScheduler", set_alpha_to_one=False, steps_offset=1, beta_schedule="squaredcos_cap_v2"),
-    saved_config(
-        "PNDMScheduler", trained_betas=np.linspace(0.001, 0.02, 100).tolist(), num_train_timesteps=100
-    ),
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of the corrections that the pipelines make
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
 ]
+STEPS = (4, 20)
+DISTILLED_STEPS = (4, 8)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the corrections that the pipeline makes
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.get("_class_name", "empty"))
-def test_a_scheduler_is_read_as_diffusers_pipeline_with_ddim_reads_it(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+def as_diffusers_reads(config: Mapping[str, Any], pipeline: str = "StableDiffusionPipeline") -> Any:
+    """The scheduler of a pipeline that was loaded from a folder with this file."""
+    kind = scheduler_class(config["_class_name"])
+    with quick_to_make(kind):
+        scheduler = kind.from_config(dict(config))
     nothing = dict.fromkeys(
         ("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor")
     )
-    pipeline = diffusers.StableDiffusionPipeline(
-        scheduler=diffusers.DDIMScheduler.from_pretrained(tmp_path), requires_safety_checker=False, **nothing
-    )
-    reference = pipeline.scheduler
-    schedule = schedule_from_config(config)
-    np.testing.assert_allclose(
-        schedule.alphas_cumprod, reference.alphas_cumprod.numpy(), rtol=tolerances.ALPHAS_CUMPROD_NO_FMA
-    )
-    assert schedule.set_alpha_to_one == (float(reference.final_alpha_cumprod) == 1.0)
-    assert schedule.prediction_type == reference.config.prediction_type
-    for steps in (1, 4, 20, 50):
-        reference.set_timesteps(steps)
-        ours = make_table("ddim", schedule, steps).timesteps
-        np.testing.assert_array_equal(ours, reference.timesteps.numpy())
+    made = getattr(diffusers, pipeline)(scheduler=scheduler, requires_safety_checker=False, **nothing)
+    return made.scheduler
 
 
-# What each class of diffusers that can be a checkpoint's scheduler becomes.
+def from_config(name: str, scheduler: Any) -> Any:
+    """What a user of diffusers puts in its place: our sampler's class, with the options that make it that."""
+    kind, options = scheduler_class(REFERENCES[name].scheduler), dict(REFERENCES[name].options)
+    if name == "dpmpp_2m":
+        options = {}
+    with quick_to_make(kind):
+        return kind.from_config(scheduler.config, **options)
+
+
+def model_of(schedule: NoiseSchedule) -> Any:
+    """`fake_model` with timesteps that matter as much: those of EDM models lie between -2 and 2."""
+    if schedule.edm is None:
+        return fake_model
+    return lambda x, timestep: fake_model(x, 300 * (timestep + 2))
+
+
+def difference(name: str, ours: CheckpointScheduler, scheduler: Any, steps: int) -> float:
+    """Relative error of a run of our sampler with the checkpoint's options against diffusers' scheduler."""
+    options = SamplerOptions(**SAMPLERS[name].inherited(ours.options))
+    table, model = make_table(name, ours.schedule, steps, options), model_of(ours.schedule)
+    set_timesteps(scheduler, steps)
+    assert table.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-6)
+    start, noise = normal(*SHAPE) * table.init_noise_sigma, normal(len(table), *SHAPE, seed=1)
+    if name == "ddpm":  # diffusers adds 1e-10 of noise to the result, we do not
+        noise[-1] = 0.0
+    expected = diffusers_run(name, scheduler, model, start, noise).last
+    return relative_error(run_table(table, model, start, noise), expected)
+
+
+def worst(name: str, ours: CheckpointScheduler, scheduler: Any) -> dict[int, float]:
+    counts = DISTILLED_STEPS if name in ("lcm", "tcd") else STEPS
+    return {steps: difference(name, ours, scheduler, steps) for steps in counts}
+
+
+def most(name: str, schedule: NoiseSchedule) -> float:
+    """As the tolerances say of a run, for a larger first x."""
+    _, sigma_max = SAMPLERS[name].reads(schedule).sigma_range
+    run = tolerances.SAMPLER_RUN_DEIS if name == "deis" else tolerances.SAMPLER_RUN
+    return run * max(1.0, sigma_max / 14.7)
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_the_default_sampler_draws_as_diffusers_own_scheduler(case: str) -> None:
+    ours = read_scheduler(EQUAL[case])
+    errors = worst(ours.sampler, ours, as_diffusers_reads(EQUAL[case]))
+    assert max(errors.values()) <= most(ours.sampler, ours.schedule), errors
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_drawn_otherwise_is_refused_by_its_name(case: str) -> None:
+    config, words = REFUSED[case]
+    with pytest.raises(UsageError, match=words) as caught:
+        read_scheduler(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_as_many_files_as_are_met_were_compared() -> None:
+    assert len(EQUAL) + len(REFUSED) >= 44
+
+
+# Files that do not say something, or say more than their class reads, drawn with other samplers.
 OTHERS = {
-    "PNDMScheduler": "dpmpp_2m",
-    "DPMSolverSinglestepScheduler": "dpmpp_2m",
-    "SomeOtherScheduler": "dpmpp_2m",
-    None: "dpmpp_2m",
+    **PUBLISHED,
+    "karras": EQUAL["euler karras"],
+    "order 3": EQUAL["unipc order 3"],
+    "dpmpp heun": EQUAL["dpmpp heun"],
+    "sigma_min": EQUAL["euler sigma_min"],
+    "zero snr": {**EQUAL["euler zero snr"], **NO_CLIP},
+    "said for others": of(
+        "EulerAncestralDiscrete", **NO_CLIP, **KARRAS, solver_order=3, lower_order_final=False
+    ),
 }
 
 
-@pytest.mark.parametrize(("scheduler", "sampler"), [*EQUALS.items(), *OTHERS.items()])
-def test_the_checkpoints_scheduler_chooses_the_default_sampler(scheduler: str | None, sampler: str) -> None:
-    assert sampler_from_config({"_class_name": scheduler}) == sampler
-    assert sampler in SAMPLERS
+def can_end(name: str, config: Config) -> bool:
+    """Without lower orders diffusers' UniPC does not reach sigma 0; see tests/runtime/test_solvers.py."""
+    return name != "unipc" or config.get("lower_order_final", True)
 
 
 @pytest.mark.parametrize(
-    ("options", "sampler"),
-    [
-        ({}, "dpmpp_2m"),
-        ({"algorithm_type": "dpmsolver++", "solver_order": 3}, "dpmpp_2m"),
-        ({"algorithm_type": "dpmsolver"}, "dpmpp_2m"),
-        ({"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, "dpmpp_2m_sde"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
-        ({"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp_3m_sde"),
-    ],
+    ("case", "name"),
+    [(case, name) for case in OTHERS for name in SAMPLERS if can_end(name, OTHERS[case])],
 )
-def test_dpm_solver_is_several_samplers(options: dict[str, Any], sampler: str) -> None:
-    assert sampler_from_config({"_class_name": "DPMSolverMultistepScheduler", **options}) == sampler
+def test_another_sampler_reads_the_file_as_from_config_does(case: str, name: str) -> None:
+    ours, scheduler = read_scheduler(OTHERS[case]), as_diffusers_reads(OTHERS[case])
+    errors = worst(name, ours, from_config(name, scheduler))
+    assert max(errors.values()) <= most(name, ours.schedule), errors
 
 
-@pytest.mark.parametrize("name", EQUALS)
-def test_classes_are_those_that_the_samplers_are_compared_with(name: str) -> None:
-    """That they are equal is shown in tests/runtime/test_solvers.py; here that the names belong together."""
-    reference = REFERENCES[EQUALS[name]].scheduler
-    assert name in (reference, reference.replace("Scheduler", "ParallelScheduler"))
-    assert hasattr(diffusers, name)
+def parameters(scheduler: str) -> dict[str, Any]:
+    signature = inspect.signature(scheduler_class(scheduler).__init__)
+    return {name: given.default for name, given in signature.parameters.items() if name != "self"}
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "sampler"),
-    [("LCMScheduler", "lcm"), ("TCDScheduler", "tcd"), ("DDIMScheduler", "lcm"), (None, "lcm")],
-)
-def test_a_distilled_unet_is_sampled_as_one(scheduler: str | None, sampler: str) -> None:
-    assert sampler_from_config({"_class_name": scheduler}, distilled=True) == sampler
+@pytest.mark.parametrize("scheduler", CLASSES)
+def test_every_field_of_every_class_is_known(scheduler: str) -> None:
+    """So that what a new diffusers adds is looked at."""
+    kind = CLASSES[scheduler]
+    assert dict(kind.defaults) == parameters(scheduler)
+    assert all(isinstance(kind.use(field), Use | Only) for field in kind.defaults)
+    assert kind.sampler in SAMPLERS
 
 
-def test_the_sampler_is_read_from_the_folder(checkpoint_copy: Path) -> None:
-    configure(SCHEDULER, _class_name="UniPCMultistepScheduler")(checkpoint_copy)
-    assert open_checkpoint(str(checkpoint_copy)).sampler == "unipc"
-    configure(UNET_CONFIG, time_cond_proj_dim=8)(checkpoint_copy)
-    assert open_checkpoint(str(checkpoint_copy)).sampler == "lcm"
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"],
-)
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_a_zero_snr_checkpoint_is_sampled_as_its_own_scheduler_samples_it(
-    scheduler: str, prediction_type: str, tmp_path: Path
-) -> None:
-    """As Lin et al. 2023 (arXiv 2305.08891) train: rescaled betas, trailing spacing, v."""
-    options = {
-        **STABLE_DIFFUSION,
-        "rescale_betas_zero_snr": True,
-        "prediction_type": prediction_type,
-        "timestep_spacing": "trailing",
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_have_the_defaults_of_their_classes(name: str) -> None:
+    fields, sampler = parameters(REFERENCES[name].scheduler), SAMPLERS[name]
+    assert sampler.timestep_spacing == fields["timestep_spacing"]
+    assert sampler.set_alpha_to_one == fields.get("set_alpha_to_one", True)
+    assert sampler.zero_snr == ("rescale_betas_zero_snr" in fields)
+    has = {option for option in CHECKPOINT_OPTIONS if option in fields}
+    if "use_karras_sigmas" in fields:
+        has.add("sigma_schedule")
+    fixed = {
+        "deis": {"algorithm_type", "solver_type"},  # each of one value
+        "dpmpp_2m_sde": {"algorithm_type", "solver_order"},  # which is what the name says
+        "dpmpp_3m_sde": {"algorithm_type", "solver_order"},
     }
-    if scheduler == "DDIMScheduler":
-        options |= {"clip_sample": False}
-    getattr(diffusers, scheduler)(**options).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "scheduler_config.json").read_text())
-    schedule, name = schedule_from_config(config), sampler_from_config(config)
-    assert schedule.rescale_betas_zero_snr
-    reference = getattr(reference_module(name), scheduler).from_pretrained(tmp_path)
-    with widened(reference, schedule):
-        set_timesteps(reference, 20)
-        table = make_table(name, schedule, 20)
-        x = normal(*SHAPE) * table.init_noise_sigma
-        expected = diffusers_run(name, reference, fake_model, x, told=table.timesteps).last
-    assert relative_error(run_table(table, fake_model, x), expected) <= tolerances.SAMPLER_FORMULAS
+    assert sampler.inherits == has - fixed.get(name, set())
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("family", "inpainting", "pipeline"),
     [
-        ({"thresholding": True}, "thresholding is set: not supported"),
-        (
-            {"rescale_betas_zero_snr": True},
-            "zero_snr is set for a model that predicts the noise",
-        ),
-        ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
-        ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr is 1: allowed are true and false"),
+        ("sd", False, "StableDiffusionPipeline"),
+        ("sd", True, "StableDiffusionInpaintPipeline"),
     ],
-    ids=str,
 )
-def test_an_option_that_would_change_the_picture_is_refused(config: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        schedule_from_config(config)
+def test_corrections_are_those_of_diffusers_pipelines(family: str, inpainting: bool, pipeline: str) -> None:
+    outdated = of("PNDM", skip_prk_steps=False, steps_offset=0)
+    corrected = as_diffusers_reads(outdated, pipeline).config
+    ours = CORRECTIONS[family, inpainting]
+    assert corrected["steps_offset"] == ours["steps_offset"] == 1
+    assert corrected["skip_prk_steps"] == ours.get("skip_prk_steps", False)
+    clips = as_diffusers_reads(of("DDIM"), pipeline).config["clip_sample"]
+    assert clips == ours.get("clip_sample", True)
 
 
-def test_only_text_to_image_and_inpainting_of_the_first_family_have_their_offset_corrected() -> None:
-    """As diffusers' pipelines do: those of the other families leave the file's number."""
-    for family, offset in (("sd", 1), ("sdxl", 0), ("image-variations", 0)):
-        assert schedule_from_config({"steps_offset": 0}, family).steps_offset == offset
+@pytest.mark.parametrize(
+    ("family", "inpainting"), [("sd", True), ("sdxl", False), ("image-variations", False)]
+)
+def test_clipping_that_no_pipeline_corrects_is_refused(family: str, inpainting: bool) -> None:
+    with pytest.raises(
+        UsageError, match=r"clip_sample is not there, and True in DDIMScheduler: .* draw pixels"
+    ):
+        read_scheduler(of("DDIM"), family, inpainting=inpainting)
+    with pytest.raises(UsageError, match="clip_sample is True: "):
+        read_scheduler(of("HeunDiscrete", clip_sample=True), family, inpainting=inpainting)
+    assert read_scheduler(of("DDIM", **NO_CLIP), family, inpainting=inpainting).remarks == ()
+
+
+@pytest.mark.parametrize(("family", "offset"), [("sd", 1), ("sdxl", 0), ("image-variations", 0)])
+def test_the_offset_is_the_files_own_but_for_the_first_family(family: str, offset: int) -> None:
+    for said in ({"steps_offset": 0}, {}):
+        config = {**of("DDIM", **NO_CLIP), **said}
+        assert said or config.pop("steps_offset") == 1
+        assert read_scheduler(config, family).schedule.steps_offset == offset
+
+
+REMARKS = {
+    "pndm": (
+        PUBLISHED["sd-1.4"],
+        "the default sampler is dpmpp_2m, .* --sampler pndm draws as the checkpoint's",
+    ),
+    "prk": (of("PNDM"), r"Runge-Kutta steps \(skip_prk_steps\) are not supported"),
+    "single-step": (of("DPMSolverSinglestep"), "DPMSolverSinglestepScheduler .* no single-step one"),
+    "seed": (of("DPMSolverSDE", noise_sampler_seed=3), "noise_sampler_seed is 3: not kept"),
+    "betas": (alone("HeunDiscrete", beta_end=0.02), "beta_start is 0.00085, beta_schedule is 'linear'"),
+    "unknown": (of("EulerDiscrete", sharpness=2), "'sharpness': no scheduler of diffusers reads that"),
+    "of others": (of("EulerDiscrete", thresholding=True), "thresholding is True, which EulerDiscrete"),
+}
+
+
+@pytest.mark.parametrize("case", REMARKS)
+def test_what_is_only_a_preference_is_remarked(case: str) -> None:
+    config, words = REMARKS[case]
+    (remark,) = read_scheduler(config).remarks
+    assert re.search(words, remark), remark
+
+
+@pytest.mark.parametrize("case", [case for case in PUBLISHED if case != "sd-1.4"])
+def test_nothing_is_remarked_of_what_is_drawn_as_it_is(case: str) -> None:
+    assert read_scheduler(PUBLISHED[case]).remarks == ()
+
+
+def test_private_fields_say_nothing() -> None:
+    config = of("EulerDiscrete", _diffusers_version="0.6.0", _made_by="x")
+    assert read_scheduler(config).remarks == ()
+
+
+def test_pndm_is_drawn_with_dpm_solver() -> None:
+    ours = read_scheduler(PUBLISHED["sd-1.4"])
+    assert (ours.sampler, ours.options) == ("dpmpp_2m", NO_OPTIONS)
+    assert ours.schedule.timestep_spacing is None
+    assert ours.schedule.set_alpha_to_one is False
+
+
+@pytest.mark.parametrize(("scheduler", "sampler"), [("LCM", "lcm"), ("TCD", "tcd"), ("DDIM", "lcm")])
+def test_a_distilled_unet_is_sampled_as_one(scheduler: str, sampler: str) -> None:
+    ours = read_scheduler(of(scheduler), distilled=True)
+    assert ours.sampler == sampler
+    assert len(ours.remarks) == (scheduler == "DDIM")
+
+
+def test_the_scheduler_is_read_from_the_folder(checkpoint_copy: Path) -> None:
+    configure(SCHEDULER, _class_name="UniPCMultistepScheduler", solver_order=3)(checkpoint_copy)
+    checkpoint = open_checkpoint(str(checkpoint_copy))
+    assert (checkpoint.sampler, checkpoint.sampler_options.solver_order) == ("unipc", 3)
+    assert checkpoint.remarks == ()
+    configure("model_index.json", scheduler=["diffusers", "DDIMScheduler"])(checkpoint_copy)
+    assert open_checkpoint(str(checkpoint_copy)).sampler == "ddim"
+    configure("model_index.json", scheduler=["diffusers", "UniPCMultistepScheduler"])(checkpoint_copy)
+    configure(SCHEDULER, use_flow_sigmas=True)(checkpoint_copy)
+    with pytest.raises(CheckpointError, match=r"/scheduler: use_flow_sigmas is True: .* set it to False"):
+        open_checkpoint(str(checkpoint_copy))
+
+
+def test_a_distilled_unet_in_a_folder(checkpoint_copy: Path) -> None:
+    configure(UNET_CONFIG, time_cond_proj_dim=8)(checkpoint_copy)
+    checkpoint = open_checkpoint(str(checkpoint_copy))
+    assert checkpoint.sampler == "lcm"
+    assert "PNDMScheduler does not fit" in checkpoint.remarks[0]

@@ -17,7 +17,6 @@ from transformers import CLIPTokenizer
 
 import tolerances
 from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.checkpoint_scheduler import schedule_from_config
 from sdrt.export.parity import MAX_OVER_L2, compare
 from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import Bundle
@@ -69,13 +68,6 @@ def test_empty_prompts_are_zeros_unless_the_checkpoint_says_otherwise(
     index = {"_class_name": "StableDiffusionXLPipeline", **said}
     (sdxl_copy / "model_index.json").write_text(json.dumps(index))
     assert open_checkpoint(str(sdxl_copy)).force_zeros_for_empty_prompt is expected
-
-
-def test_the_steps_offset_is_the_files_own() -> None:
-    """StableDiffusionPipeline sets it to 1 whatever the file says, StableDiffusionXLPipeline does not."""
-    assert schedule_from_config({"steps_offset": 0}, "sdxl").steps_offset == 0
-    assert schedule_from_config({}, "sdxl").steps_offset == 0
-    assert schedule_from_config({"steps_offset": 0}, "sd").steps_offset == 1
 
 
 BAD: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {

@@ -40,8 +40,13 @@ from sdrt.runtime.manifest import (
 )
 from sdrt.runtime.manifest_json import from_json, to_json
 from sdrt.runtime.schedule import NoiseSchedule
+from sdrt.runtime.schedule_edm import EdmScaling
+from sdrt.runtime.solvers_table import SamplerOptions
 
 PATHS = list(key_paths(DOCUMENT))
+CHECKPOINT_OPTIONS_GIVEN = SamplerOptions(
+    sigma_schedule="karras", solver_order=3, lower_order_final=False, final_sigmas_type="sigma_min"
+)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +58,11 @@ PATHS = list(key_paths(DOCUMENT))
         example(
             schedule=NoiseSchedule(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
             defaults=Defaults(64, 64, 3, 7.5, "euler"),
+        ),
+        example(schedule=NoiseSchedule(timestep_spacing=None, set_alpha_to_one=None)),
+        example(
+            schedule=NoiseSchedule(edm=EdmScaling(sigma_max=120.0, sigma_schedule="exponential")),
+            defaults=Defaults(64, 64, 20, 3.0, "dpmpp_2m", CHECKPOINT_OPTIONS_GIVEN),
         ),
         example(text_output="penultimate_hidden_state"),
         example(ranges={"unet": {"largest": 7.0}}),
@@ -97,6 +107,44 @@ def test_exported_manifest_is_read(tiny_bundle: Path) -> None:
         file.relative_to(tiny_bundle).as_posix() for file in tiny_bundle.rglob("*") if file.is_file()
     }
     assert Bundle.open(tiny_bundle).manifest == manifest
+
+
+EDM = json.loads(to_json(example(schedule=NoiseSchedule(edm=EdmScaling()))))
+
+
+def test_what_a_checkpoint_does_not_say_is_not_written() -> None:
+    """So that a bundle without any of it is as it was before."""
+    assert "sampler_options" not in DOCUMENT["defaults"]
+    assert "edm" not in DOCUMENT["schedule"]
+    assert EDM["schedule"].keys() & {"beta_start", "beta_end", "beta_schedule"} == set()
+    for name in ("timestep_spacing", "set_alpha_to_one"):
+        schedule = from_json(json.dumps(without(("schedule", name)))).schedule
+        assert getattr(schedule, name) is None
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (changed(("defaults", "sampler_options"), []), "sampler options are '[]'"),
+        (changed(("defaults", "sampler_options"), {"eta": 0.5}), "allowed are sigma_schedule, solver_order"),
+        (changed(("defaults", "sampler_options"), {"solver_order": 9}), "solver_order is 9"),
+        (changed(("defaults", "sampler_options"), {"sigma_schedule": ["karras"]}), "sigma_schedule is"),
+        (changed(("defaults", "sampler_options"), {"final_sigmas_type": None}), "final_sigmas_type is None"),
+        (changed(("defaults", "sampler_options"), {"euler_at_final": 1}), "euler_at_final is 1"),
+        (changed(("schedule", "timestep_spacing"), None), "timestep_spacing is None"),
+        (changed(("schedule", "edm"), None), "edm is None"),
+        (changed(("schedule", "edm"), {"sigma_min": 1.0}, EDM), "it must have just sigma_min, sigma_max"),
+        (changed(("schedule", "edm", "sigma_data"), 0, EDM), "sigma_data is 0: allowed are numbers above 0"),
+        (changed(("schedule", "edm", "sigma_data"), float("nan"), EDM), "sigma_data is nan"),
+        (changed(("schedule", "edm", "sigma_max"), 1e9, EDM), "sigma_max is 1000000000"),
+        (changed(("schedule", "edm", "rho"), "7", EDM), "rho is '7'"),
+        (changed(("schedule", "prediction_type"), "sample", EDM), "allowed are epsilon, v_prediction"),
+        (changed(("defaults", "sampler"), "ddim", EDM), "for EDM models one that can draw with them"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_scheduler_cannot_be_is_refused(document: dict[str, Any], words: str) -> None:
+    assert words in refused(document)
 
 
 def test_files_are_all_of_them_once() -> None:
@@ -145,6 +193,8 @@ OPTIONAL = {
     ("preview",),
     ("limits", "max_chunks"),
     ("limits", "max_clip_skip"),
+    ("schedule", "timestep_spacing"),
+    ("schedule", "set_alpha_to_one"),
 }
 
 

@@ -179,6 +179,6 @@ def test_missing_and_unknown_fields_are_refused() -> None:
     data = NoiseSchedule().to_dict()
     with pytest.raises(BundleError, match="unknown 'clip_sample', 'eta': allowed are beta_end"):
         NoiseSchedule.from_dict({**data, "clip_sample": True, "eta": 0})
-    del data["timestep_spacing"]
-    with pytest.raises(BundleError, match="no timestep_spacing: export it again"):
+    del data["prediction_type"]
+    with pytest.raises(BundleError, match="no prediction_type: export it again"):
         NoiseSchedule.from_dict(data)

@@ -230,7 +230,7 @@ def test_refuses_options(name: str, options: dict[str, Any], message: str) -> No
         make_table(name, SCHEDULE, steps, SamplerOptions(**options))
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "lcm", "pndm", "tcd"])
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "lcm", "tcd"])
 def test_noise_cannot_be_predicted_without_signal(name: str) -> None:
     schedule = NoiseSchedule(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(UsageError, match="signal"):
