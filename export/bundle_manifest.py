@@ -13,6 +13,7 @@ import sdrt
 from sdrt.export.checkpoint import Checkpoint, fingerprint
 from sdrt.export.checkpoint_scheduler import DISTILLED
 from sdrt.export.graph import AxisRange
+from sdrt.export.half_precision import planned_precision
 from sdrt.export.parity import LARGE_PARAMETERS, ParityReport, is_large, large_side
 from sdrt.runtime.components import components_of
 from sdrt.runtime.errors import BundleError, CheckpointError
@@ -46,13 +47,11 @@ def check_manifest(checkpoint: Checkpoint, options: ExportOptions) -> None:
     Raises:
         CheckpointError: A rule of the manifest is broken.
     """
-    sizes, precision = checkpoint.sizes(), options.precision
-    components = {
-        name: Component(f"{name}/model.onnx", (_placeholder(f"{name}/model.onnx"),), precision, spec)
-        for name, spec in (
-            (name, row.resolve(sizes, precision)) for name, row in components_of(checkpoint.family).items()
-        )
-    }
+    components = {}
+    for name, row in components_of(checkpoint.family).items():
+        precision, file = planned_precision(checkpoint, options, name), f"{name}/model.onnx"
+        spec = row.resolve(checkpoint.sizes(), precision)
+        components[name] = Component(file, (_placeholder(file),), precision, spec)
     tokenizers = [
         TokenizerFacts(file=_placeholder(name), **tokenizer.ids)
         for name, tokenizer in zip(TOKENIZER_FILES, checkpoint.tokenizers, strict=False)

@@ -75,6 +75,7 @@ def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None
         chunks=arguments.sizes["chunks"].maximum if "chunks" in arguments.sizes else DEFAULT_CHUNKS,
         opset=arguments.opset,
         full_parity=arguments.full_parity,
+        vae_precision=arguments.vae_dtype,
     )
     report = write_bundle(
         checkpoint,

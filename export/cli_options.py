@@ -96,6 +96,12 @@ def _add_export(group: Any) -> None:
         "--fp16", action="store_const", const="fp16", dest="dtype", help="the same as --dtype fp16"
     )
     group.add_argument(
+        "--vae-dtype",
+        choices=("fp16", "fp32"),
+        help="of the VAE beside --fp16 (default: fp32 where fp16 cannot hold its values or an SDXL "
+        "checkpoint says force_upcast, else fp16; given fp16, what would overflow inside stays fp32)",
+    )
+    group.add_argument(
         "--fp16-weights",
         action="store_true",
         help="with fp32 arithmetic: store weights that fp16 holds exactly as fp16, half the file",
@@ -178,7 +184,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _place_names(arguments)
     _check_architecture(arguments)
     arguments.mode = _mode(arguments)
-    for name in ("dtype", "opset", "fp16_weights", "full_parity", "revision"):
+    for name in ("dtype", "vae_dtype", "opset", "fp16_weights", "full_parity", "revision"):
         if arguments.mode == "engines" and _given(arguments, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} is for exporting; {arguments.model} is a bundle already: "
@@ -259,6 +265,8 @@ def _check_values(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--opset is {arguments.opset}: {MIN_OPSET} to {MAX_OPSET}")
     if arguments.fp16_weights and arguments.dtype != "fp32":
         raise UsageError(f"--fp16-weights goes with --dtype fp32, not with {arguments.dtype}")
+    if arguments.vae_dtype is not None and arguments.dtype != "fp16":
+        raise UsageError(f"--vae-dtype goes with --dtype fp16, not with {arguments.dtype}")
     if arguments.optimization_level is not None and not 0 <= arguments.optimization_level <= MAX_LEVEL:
         raise UsageError(f"--optimization-level is {arguments.optimization_level}: 0 to {MAX_LEVEL}")
     arguments.engines = engine_options(arguments)

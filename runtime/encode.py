@@ -56,8 +56,8 @@ class ImageEncoder:
         latents = self._device.download(arena[mean.name])[:1].astype(np.float32)
         if not np.isfinite(latents).all():
             raise NumericsError(
-                "the vae_encoder gave NaN or infinity for the image; if the bundle is fp16, export with "
-                "--dtype fp32"
+                "the vae_encoder gave NaN or infinity for the image; if it is fp16, export with --fp16 "
+                "--vae-dtype fp32"
             )
         return latents
 
