@@ -80,7 +80,10 @@ def islands(audit: RangeAudit, spec: ComponentSpec, *, whole: bool) -> tuple[str
     beyond = [entry for entry in audit.over if whole or entry.tensor in ends]
     if beyond:
         worst = max(beyond, key=TensorRange.rank)
-        raise HalfOverflowError(f"the values of {worst.where}", worst.largest)
+        # What only passes values on, as a choice of a text encoder's states does, is in no layer.
+        makers = [entry for entry in audit.over if entry.layer and entry.rank() >= worst.rank()]
+        origin = worst if worst.layer or not makers else makers[0]
+        raise HalfOverflowError(f"the values of {origin.where}", worst.largest)
     return audit.islands
 
 

@@ -85,6 +85,7 @@ def load_module(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.fl
     except Exception as error:  # as in `check_architectures`
         raise CheckpointError(f"{folder} cannot be loaded: {_words(error)}") from error
     _check_report(folder, report)
+    module.to(dtype)  # diffusers leaves a tensor as it is that has another dtype than the file's others
     for key, tensor in module.state_dict().items():
         if not tensor.is_floating_point() or torch.isfinite(tensor).all():
             continue
