@@ -78,8 +78,9 @@ def _add_sizes(result: argparse.ArgumentParser) -> None:
         result.add_argument(
             f"--{side}",
             metavar="N|MIN..MAX",
-            help="pixels, fixed or a range (default: the model's own, fixed; for engines alone: all that "
-            "the bundle admits). For engines all four may be MIN..OPT..MAX, OPT being the fastest",
+            help="pixels, fixed or a range (default: from half to twice the model's own; with --engine the "
+            "model's own, fixed; for engines alone: all that the bundle admits). For engines all four may be "
+            "MIN..OPT..MAX, OPT being the fastest",
         )
     result.add_argument(
         "--chunks",
