@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ TORCH_DTYPES: Final[dict[Precision, torch.dtype]] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+_MODULE: Final = re.compile(r"model\.([\w.]+)")
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"  # the tracer's: the modules around a node, then its own name
 
 
@@ -149,8 +151,9 @@ def _note_layers(model: ir.Model) -> None:
 def _layer(node: ir.Node) -> str:
     """The path of the innermost module, as the checkpoint's tensors begin; empty where the tracer lost it."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    # The wrappers of `sdrt.export.modules` hold the network as `model`.
-    return str(scopes[-2]).removeprefix("model").removeprefix(".") if len(scopes) > 1 else ""
+    # The wrappers of `sdrt.export.modules` hold the network as `model`; what is about sizes is in no module.
+    found = _MODULE.fullmatch(str(scopes[-2])) if len(scopes) > 1 else None
+    return found[1] if found else ""
 
 
 def save_graph(model: ir.Model, path: Path) -> tuple[Path, ...]:
