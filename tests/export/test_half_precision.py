@@ -55,7 +55,7 @@ def scale(checkpoint: Path, network: str, ending: str, factor: float) -> str:
     fits = float(scaled.abs().max()) <= FP16_LARGEST
     tensors[name] = scaled.half() if fits else scaled
     save_file(tensors, file, metadata={"format": "pt"})
-    return name
+    return str(name)
 
 
 def tracing_only(traced: tuple[str, ...], graphs: Path) -> Callable[..., ir.Model]:
@@ -83,7 +83,8 @@ def exported(
     overflowing: Path, fp16_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
     """Its fp16 bundle, and what the export said. Read only."""
-    out, said = tmp_path_factory.mktemp("exported") / "bundle", []
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         traced = ("text_encoder", "unet", "vae_decoder")
         patch.setattr(bundle_writer, "onnx_from_module", tracing_only(traced, fp16_bundle))
