@@ -73,10 +73,12 @@ class ParityReport:
         over = [figure for figure in self.figures if not figure.passed]
         if over:
             worst = max(over, key=lambda figure: _badness(figure))
+            nan = math.isnan(worst.relative_l2) and worst.arithmetic == "fp16"
+            hint = "; NaN in fp16 is an overflow, export with --dtype fp32" if nan else ""
             raise ParityError(
                 f"{worst.component}.{worst.output} differs from PyTorch by {worst.relative_l2:.2e} "
                 f"(largest {worst.relative_max:.2e}) on {worst.inputs}, allowed {worst.tolerance:.0e}; "
-                f"{len(over)} of {len(self.figures)} comparisons are over: nothing was written"
+                f"{len(over)} of {len(self.figures)} comparisons are over: nothing was written{hint}"
             )
 
     def to_dict(self) -> dict[str, Any]:
