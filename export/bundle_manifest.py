@@ -14,6 +14,7 @@ from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.checkpoint_scheduler import DISTILLED
 from sdrt.export.graph import AxisRange
+from sdrt.export.half_precision import planned_precision
 from sdrt.export.parity import LARGE_PARAMETERS, ParityReport, is_large, large_side
 from sdrt.runtime.components import components_of
 from sdrt.runtime.errors import BundleError, CheckpointError
@@ -63,16 +64,11 @@ def draft_manifest(
     checkpoint: Checkpoint, options: ExportOptions, tokenizers: Sequence[TokenizerFacts]
 ) -> Manifest:
     """The manifest as it will be, with placeholders for the files of the graphs."""
-    sizes, precision = checkpoint.sizes(), options.precision
-    components = {
-        name: Component(
-            f"{name}/model.onnx",
-            (_placeholder(f"{name}/model.onnx"),),
-            precision,
-            row.resolve(sizes, precision),
-        )
-        for name, row in components_of(checkpoint.family).items()
-    }
+    components = {}
+    for name, row in components_of(checkpoint.family).items():
+        precision, file = planned_precision(checkpoint, options, name), f"{name}/model.onnx"
+        spec = row.resolve(checkpoint.sizes(), precision)
+        components[name] = Component(file, (_placeholder(file),), precision, spec)
     return manifest_of(checkpoint, options, components, tokenizers)
 
 

@@ -78,8 +78,9 @@ def _add_sizes(result: argparse.ArgumentParser) -> None:
         result.add_argument(
             f"--{side}",
             metavar="N|MIN..MAX",
-            help="pixels, fixed or a range (default: the model's own, fixed; for engines alone: all that "
-            "the bundle admits). For engines all four may be MIN..OPT..MAX, OPT being the fastest",
+            help="pixels, fixed or a range (default: from half to twice the model's own; with --engine the "
+            "model's own, fixed; for engines alone: all that the bundle admits). For engines all four may be "
+            "MIN..OPT..MAX, OPT being the fastest",
         )
     result.add_argument(
         "--chunks",
@@ -94,6 +95,12 @@ def _add_export(group: Any) -> None:
     precision.add_argument("--dtype", choices=PRECISIONS, help="of weights and arithmetic (default: fp32)")
     precision.add_argument(
         "--fp16", action="store_const", const="fp16", dest="dtype", help="the same as --dtype fp16"
+    )
+    group.add_argument(
+        "--vae-dtype",
+        choices=("fp16", "fp32"),
+        help="of the VAE beside --fp16 (default: fp32 where fp16 cannot hold its values or an SDXL "
+        "checkpoint says force_upcast, else fp16; given fp16, what would overflow inside stays fp32)",
     )
     group.add_argument(
         "--fp16-weights",
@@ -178,7 +185,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _place_names(arguments)
     _check_architecture(arguments)
     arguments.mode = _mode(arguments)
-    for name in ("dtype", "opset", "fp16_weights", "full_parity", "revision"):
+    for name in ("dtype", "vae_dtype", "opset", "fp16_weights", "full_parity", "revision"):
         if arguments.mode == "engines" and _given(arguments, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} is for exporting; {arguments.model} is a bundle already: "
@@ -259,6 +266,8 @@ def _check_values(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--opset is {arguments.opset}: {MIN_OPSET} to {MAX_OPSET}")
     if arguments.fp16_weights and arguments.dtype != "fp32":
         raise UsageError(f"--fp16-weights goes with --dtype fp32, not with {arguments.dtype}")
+    if arguments.vae_dtype is not None and arguments.dtype != "fp16":
+        raise UsageError(f"--vae-dtype goes with --dtype fp16, not with {arguments.dtype}")
     if arguments.optimization_level is not None and not 0 <= arguments.optimization_level <= MAX_LEVEL:
         raise UsageError(f"--optimization-level is {arguments.optimization_level}: 0 to {MAX_LEVEL}")
     arguments.engines = engine_options(arguments)

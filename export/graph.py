@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdrt.export.pass_group_norm import write_out_group_norms
+from sdrt.export.pass_nodes import LAYER
 from sdrt.runtime.components import ComponentSpec, Precision
 from sdrt.runtime.errors import SdrtError
 
@@ -23,6 +26,8 @@ TORCH_DTYPES: Final[dict[Precision, torch.dtype]] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+_MODULE: Final = re.compile(r"model\.([\w.]+)")
+_SCOPES: Final = "pkg.torch.onnx.name_scopes"  # the tracer's: the modules around a node, then its own name
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +90,8 @@ def onnx_from_module(
         raise SdrtError(f"the ONNX export of {spec.name} gave no graph")
     model = program.model
     _name_axes(model, spec, axes)
+    _note_layers(model)
     write_out_group_norms(model)
-    _strip_debug_information(model)
     return model
 
 
@@ -123,18 +128,32 @@ def _name_axes(model: ir.Model, spec: ComponentSpec, axes: Mapping[str, AxisRang
                 raise SdrtError(f"{spec.name}.{entry.name} is {value.dtype}, not {entry.dtype}")
 
 
-def _strip_debug_information(model: ir.Model) -> None:
-    """Drop stack traces and source paths: they name the exporting machine and cost megabytes."""
+def _note_layers(model: ir.Model) -> None:
+    """Leave of the tracer's notes the layer of each node, so that a report can name it.
+
+    Stack traces and source paths go: they name the exporting machine and cost megabytes.
+    """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
+        layer = _layer(node)
         node.metadata_props.clear()
+        if layer:
+            node.metadata_props[LAYER] = layer
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
         value.doc_string = None
+
+
+def _layer(node: ir.Node) -> str:
+    """The path of the innermost module, as the checkpoint's tensors begin; empty where the tracer lost it."""
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    # The wrappers of `sdrt.export.modules` hold the network as `model`; what is about sizes is in no module.
+    found = _MODULE.fullmatch(str(scopes[-2])) if len(scopes) > 1 else None
+    return found[1] if found else ""
 
 
 def save_graph(model: ir.Model, path: Path) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -73,10 +73,12 @@ class ParityReport:
         over = [figure for figure in self.figures if not figure.passed]
         if over:
             worst = max(over, key=lambda figure: _badness(figure))
+            nan = math.isnan(worst.relative_l2) and worst.arithmetic == "fp16"
+            hint = "; NaN in fp16 is an overflow, export with --dtype fp32" if nan else ""
             raise ParityError(
                 f"{worst.component}.{worst.output} differs from PyTorch by {worst.relative_l2:.2e} "
                 f"(largest {worst.relative_max:.2e}) on {worst.inputs}, allowed {worst.tolerance:.0e}; "
-                f"{len(over)} of {len(self.figures)} comparisons are over: nothing was written"
+                f"{len(over)} of {len(self.figures)} comparisons are over: nothing was written{hint}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,6 +119,18 @@ class Probe:
     sums: Sums
 
 
+def probe_inputs(
+    checkpoint: Checkpoint, name: str, axes: Mapping[str, AxisRange], *, small: bool = False
+) -> Iterator[tuple[dict[str, int], tuple[torch.Tensor, ...]]]:
+    """Each of the sizes that `probe_sizes` gives for a component, with seeded inputs of it in float32."""
+    spec = components_of(checkpoint.family)[name]
+    own = {axis for entry in (*spec.inputs, *spec.outputs) for axis in entry.shape}
+    of_component = {axis: extent for axis, extent in axes.items() if axis in own}
+    for index, sizes in enumerate(probe_sizes(checkpoint, of_component, small=small)):
+        generator = torch.Generator().manual_seed(1000 + index)
+        yield sizes, example_inputs(checkpoint, name, sizes, generator)
+
+
 def reference_probes(
     checkpoint: Checkpoint,
     name: str,
@@ -133,14 +147,8 @@ def reference_probes(
     spec = components_of(checkpoint.family)[name]
     resolved = spec.resolve(checkpoint.sizes(), "fp32")
     names = [entry.name for entry in resolved.inputs]
-    own = {axis for entry in (*spec.inputs, *spec.outputs) for axis in entry.shape}
     probes = []
-    sizes_of = probe_sizes(
-        checkpoint, {axis: extent for axis, extent in axes.items() if axis in own}, small=small
-    )
-    for index, sizes in enumerate(sizes_of):
-        generator = torch.Generator().manual_seed(1000 + index)
-        inputs = example_inputs(checkpoint, name, sizes, generator)
+    for sizes, inputs in probe_inputs(checkpoint, name, axes, small=small):
         with torch.no_grad(), CountSums() as count:
             outputs = reference(**dict(zip(names, inputs, strict=True)))
         expected = [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
@@ -227,11 +235,11 @@ def _small_probe(checkpoint: Checkpoint, axes: Mapping[str, AxisRange]) -> dict[
     return {name: extent.nearest(wanted.get(name, extent.minimum)) for name, extent in axes.items()}
 
 
-def feeds(spec: ComponentSpec, probe: Probe) -> dict[str, NDArray[Any]]:
-    """The inputs of a probe by name, in the dtypes of a graph."""
+def feeds(spec: ComponentSpec, inputs: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Inputs in the order of the table by name, in the dtypes of a graph."""
     return {
         entry.name: np.ascontiguousarray(array.astype(entry.dtype))
-        for entry, array in zip(spec.inputs, probe.inputs, strict=True)
+        for entry, array in zip(spec.inputs, inputs, strict=True)
     }
 
 
@@ -240,5 +248,5 @@ def _run(executor: Executor, probe: Probe) -> list[NDArray[Any]]:
     results = {
         entry.name: np.full(entry.concrete(probe.sizes), np.nan, dtype=entry.dtype) for entry in spec.outputs
     }
-    executor.bind(feeds(spec, probe), results)()
+    executor.bind(feeds(spec, probe.inputs), results)()
     return list(results.values())

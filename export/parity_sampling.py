@@ -93,13 +93,18 @@ def sampling_probe(
         embeddings: Of `reference_embeddings`.
         unet: The reference, as `sdrt.export.modules.wrapped` gives it.
     """
-    shape = (1, checkpoint.sizes()["latent_channels"], *(side // checkpoint.factor for side in size))
-    latents = np.random.default_rng(SAMPLING_STEPS).standard_normal(shape, dtype=np.float32)
+    latents = initial_latents(checkpoint, size)
     if not runs_unet_alone(checkpoint):
         network = unet.get_submodule("model")
         return SamplingProbe(latents, reference_latents(checkpoint, latents, embeddings, network))
     inputs = unet_inputs(checkpoint, size, embeddings)
     return SamplingProbe(latents, unet_latents(checkpoint, latents, inputs, unet), inputs)
+
+
+def initial_latents(checkpoint: Checkpoint, size: tuple[int, int]) -> Array:
+    """The seeded noise that the sampling run begins with, for a height and width in pixels."""
+    shape = (1, checkpoint.sizes()["latent_channels"], *(side // checkpoint.factor for side in size))
+    return np.random.default_rng(SAMPLING_STEPS).standard_normal(shape, dtype=np.float32)
 
 
 def check_sampling(

@@ -53,18 +53,22 @@ def insert_islands(model: ir.Model, tensors: Collection[str]) -> IslandReport:
 
     Args:
         model: The graph; attentions that touch a named tensor are written out.
-        tensors: Names of inputs or node outputs. Those that are fp32 already stay as they are.
+        tensors: Names of inputs or node outputs, also of those that an attention has inside once it is
+            written out. Those that are fp32 already stay as they are.
 
     Raises:
         SdrtError: The graph has no tensor of that name (the audit is of another graph), or no type for it.
     """
-    values = _named(model, tensors)
-    touched = {node for value in values for node in _touching(value)}
-    unfused = [node for node in attentions(model) if node in touched]
+    nodes = attentions(model)
+    outputs = {f"{node.outputs[0].name}.": node for node in nodes}
+    touched = {node for name in tensors for prefix, node in outputs.items() if name.startswith(prefix)}
+    inner = {name for name in tensors if name.startswith(tuple(outputs))}
+    touched |= {node for value in _named(model, set(tensors) - inner) for node in _touching(value)}
+    unfused = [node for node in nodes if node in touched]
     names = tuple(str(node.name or node.outputs[0].name) for node in unfused)
     for node in unfused:
         write_out(node)
-    values = [value for value in _named(model, tensors) if value.dtype in LOW_PRECISION]
+    values = [value for value in _named(model, tensors) if not _is_kept(value)]
     island = {node: None for value in values for node in _touching(value) if node.op_type not in _INDIFFERENT}
     makers = [value.producer() for value in values]
     order = {node: position for position, node in enumerate(model.graph)}
@@ -103,6 +107,14 @@ def _named(model: ir.Model, names: Collection[str]) -> list[ir.Value]:
         if value.dtype is None:
             raise SdrtError(f"the graph does not say the type of {value.name}: infer shapes before this pass")
     return found
+
+
+def _is_kept(value: ir.Value) -> bool:
+    """Whether a value is fp32, or is what the graph gives out of one that is."""
+    maker = value.producer()
+    source = maker.inputs[0] if maker is not None and maker.op_type == "Cast" else None
+    given_out = value.is_graph_output() and source is not None and source.dtype == _FP32
+    return value.dtype not in LOW_PRECISION or given_out
 
 
 def _touching(value: ir.Value) -> Iterable[ir.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sdrt.runtime.errors import SdrtError
+
+LAYER: Final = "layer"  # of a node's metadata: the path of the module that it computes a part of
 
 
 class Inserter:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from sdrt.export.pass_attention import MASKED, attentions, why_not_fused, write_out_all
 from sdrt.export.pass_group_norm import write_out_group_norms
+from sdrt.export.pass_nodes import LAYER
 from sdrt.export.pass_widen import LOW_PRECISION, widen
 from sdrt.runtime.errors import SdrtError
 
@@ -46,12 +47,25 @@ class TensorRange:
         largest: Largest magnitude over all runs; NaN or infinity where one was seen.
         stored: Whether a kernel writes it; the logits of a fused attention never leave their kernel's fp32
             accumulators.
+        layer: Path of the module that makes it, as the checkpoint's tensors begin; empty where the graph does
+            not say it.
     """
 
     tensor: str
     op: str
     largest: float
     stored: bool
+    layer: str = ""
+
+    @property
+    def where(self) -> str:
+        """For a person: the layer, the tensor's name in the graph, and the operator that makes it."""
+        place = f"{self.tensor} ({self.op})"
+        return f"{self.layer}, {place}" if self.layer else place
+
+    def rank(self) -> float:
+        """For an order by magnitude: NaN is the largest."""
+        return math.inf if math.isnan(self.largest) else self.largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +103,21 @@ class RangeAudit:
 
     @property
     def islands(self) -> tuple[str, ...]:
-        """Names of the tensors that an fp16 engine should keep in fp32: those over the limit, those near."""
+        """Names of the tensors that an fp16 graph should keep in fp32: those over the limit, those near.
+
+        Inside of an attention that GPUs fuse only those over it: there the accumulators are fp32, but on the
+        CPU ONNX Runtime rounds its logits to fp16.
+        """
         if self.precision != "fp16":
             return ()
-        risky = {entry.tensor for entry in (*self.over, *self.near)}
-        return tuple(entry.tensor for entry in self.ranges if entry.tensor in risky)
+        safe, limit = FP16_LARGEST / MARGIN, FP16_LARGEST
+        return tuple(
+            entry.tensor for entry in self.ranges if not entry.largest <= (safe if entry.stored else limit)
+        )
 
     def worst(self, count: int = WORST) -> tuple[TensorRange, ...]:
         """The ``count`` largest, NaN first."""
-        return tuple(sorted(self.ranges, key=lambda entry: -_rank(entry.largest))[:count])
+        return tuple(sorted(self.ranges, key=TensorRange.rank, reverse=True)[:count])
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest: a summary, the `WORST` largest, the islands. JSON has no infinity: it is null."""
@@ -115,6 +135,7 @@ class RangeAudit:
                 {
                     "tensor": entry.tensor,
                     "op": entry.op,
+                    "layer": entry.layer,
                     "largest": float(f"{entry.largest:.4g}") if math.isfinite(entry.largest) else None,
                     "stored": entry.stored,
                 }
@@ -130,15 +151,11 @@ class RangeAudit:
             f"{len(self.near)} within a factor of {MARGIN:g} of it"
         ]
         if first := self.not_finite:
-            text.append(f"  NaN or infinity first in {first.tensor} ({first.op})")
+            text.append(f"  NaN or infinity first in {first.where}")
         for entry in self.worst(count):
             inside = "" if entry.stored else "  (inside a fused attention)"
-            text.append(f"  {entry.largest:12,.1f}  {entry.tensor} ({entry.op}){inside}")
+            text.append(f"  {entry.largest:12,.1f}  {entry.where}{inside}")
         return text
-
-
-def _rank(largest: float) -> float:
-    return math.inf if math.isnan(largest) else largest
 
 
 def audit_ranges(
@@ -158,6 +175,11 @@ def audit_ranges(
         raise SdrtError("a range audit needs at least one set of inputs")
     model: ir.Model = ir.load(model_path)
     precision = _precision(model)
+    layers = {
+        str(output.name): node.metadata_props.get(LAYER, "")
+        for node in model.graph
+        for output in node.outputs
+    }
     inside = {str(node.outputs[0].name) for node in attentions(model) if not why_not_fused(node)}
     write_out_all(model)
     makers = _measured(model, precision)
@@ -176,7 +198,7 @@ def audit_ranges(
         precision,
         len(feeds),
         tuple(
-            TensorRange(name, op, float(size), not _is_inside(name, inside))
+            TensorRange(name, op, float(size), not _is_inside(name, inside), _layer(name, layers))
             for (name, op), size in zip(makers.items(), largest, strict=True)
         ),
     )
@@ -206,6 +228,13 @@ def _measured(model: ir.Model, precision: str) -> dict[str, str]:
 
 def _is_inside(name: str, fused: Iterable[str]) -> bool:
     return any(name.startswith(f"{output}.") for output in fused)
+
+
+def _layer(name: str, layers: Mapping[str, str]) -> str:
+    """That of a tensor; of one inside an attention, whose name goes on from the attention's, that one's."""
+    while name not in layers and "." in name:
+        name = name.rpartition(".")[0]
+    return layers.get(name, "")
 
 
 def _measure(model: ir.Model, tensors: Iterable[str]) -> None:

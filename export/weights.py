@@ -14,6 +14,7 @@ import torch
 
 from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.checkpoint_files import WEIGHT_NAMES, tensor_shapes
+from sdrt.export.half_precision import HalfOverflowError
 from sdrt.export.random_weights import fill_with_random_weights, network_from_config
 from sdrt.runtime.errors import CheckpointError
 
@@ -111,6 +112,7 @@ def load_module(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.fl
     Raises:
         CheckpointError: A tensor is missing, not known to the network, of a wrong shape, or holds NaN or
             infinity; or the configuration describes no network.
+        HalfOverflowError: fp16 is asked for and cannot hold a weight.
     """
     if checkpoint.random_seed is not None:
         module = meta_module(checkpoint, name)
@@ -132,9 +134,14 @@ def load_module(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.fl
     except Exception as error:  # as in `check_architectures`
         raise CheckpointError(f"{folder} cannot be loaded: {error_words(error)}") from error
     _check_report(folder, report)
+    module.to(dtype)  # diffusers leaves a tensor as it is that has another dtype than the file's others
     for key, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: the tensor {key} holds NaN or infinity")
+        if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+            continue
+        if dtype is torch.float16:  # as it stands in the file it may be finite; if not, this refuses it
+            given = load_module(checkpoint, name).state_dict()[key]
+            raise HalfOverflowError(f"the weights {key}", float(given.abs().max()))
+        raise CheckpointError(f"{folder}: the tensor {key} holds NaN or infinity")
     loaded: torch.nn.Module = module.eval().requires_grad_(False)
     return loaded
 

@@ -52,8 +52,8 @@ class ImageEncoder:
         posterior = Posterior(*(arrays[entry.name][:1].astype(np.float32) for entry in (mean, std)))
         if not (np.isfinite(posterior.mean).all() and np.isfinite(posterior.std).all()):
             raise NumericsError(
-                "the vae_encoder gave NaN or infinity for the image; if the bundle is fp16, export with "
-                "--dtype fp32"
+                "the vae_encoder gave NaN or infinity for the image; if it is fp16, export with --fp16 "
+                "--vae-dtype fp32"
             )
         return posterior
 

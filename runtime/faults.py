@@ -56,5 +56,5 @@ class Faults:
             )
         if self.decoder:
             raise NumericsError(
-                "the vae_decoder gave NaN or infinity; if the bundle is fp16, export with --dtype fp32"
+                "the vae_decoder gave NaN or infinity; if it is fp16, export with --fp16 --vae-dtype fp32"
             )

@@ -63,5 +63,6 @@ def sdxl_bundle(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     if made_before := os.environ.get("SDRT_TINY_SDXL_BUNDLE"):
         return Path(made_before)
     out = tmp_path_factory.mktemp("sdxl") / "bundle"
-    assert cli.main([str(sdxl_checkpoint), str(out), "--quiet", "--batch", "1..2"]) == 0
+    sizes = ["--height", "16", "--width", "16", "--batch", "1..2"]
+    assert cli.main([str(sdxl_checkpoint), str(out), "--quiet", *sizes]) == 0
     return out

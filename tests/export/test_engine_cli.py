@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from sdrt.export import cli, engine_flavours
+from sdrt.export.bundle_manifest import check_manifest, default_size
 from sdrt.export.cli_options import parse
 from sdrt.export.engine_options import EngineOptions, Extent
 from sdrt.export.engine_report import report_lines
 from sdrt.export.engine_writer import EngineReport, engine_key, islands_of, timing_cache
+from sdrt.export.graph import AxisRange
 from sdrt.runtime.backends import Gpu
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.engine_search import list_engines
@@ -190,20 +192,71 @@ def test_a_flavour_that_is_missing_is_said_before_the_export(
     assert cli.main([str(EMBEDDED.parent), str(tmp_path / "out"), "--engine", RTX]) == 7
 
 
-def test_an_architecture_is_exported_with_its_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What an export was asked to write, which ends there: checkpoint, place, options."""
+    given: list[Any] = []
 
     def write(checkpoint: Any, out: Path, options: Any, **_: object) -> Any:
-        asked.extend((checkpoint, out, options))
+        given[:] = checkpoint, out, options
         raise BackendError("enough")
 
     monkeypatch.setattr("sdrt.export.bundle_writer.write_bundle", write)
+    return given
+
+
+def test_an_architecture_is_exported_with_its_seed(tmp_path: Path, asked: list[Any]) -> None:
     arguments = ["--architecture", "sd15", "--random-weights", str(tmp_path / "out"), "--weights-seed", "7"]
     assert cli.main([*arguments, "--fp16", "--batch", "2"]) == 7
     checkpoint, out, options = asked
     assert "sd15 with random weights, seed 7" in checkpoint.source
     assert out == (tmp_path / "out").resolve()
-    assert (options.precision, options.batch.maximum, options.height.maximum) == ("fp16", 2, 512)
+    assert (options.precision, options.batch.maximum, options.height.maximum) == ("fp16", 2, 1024)
+
+
+@pytest.mark.parametrize(
+    ("flags", "height", "width"),
+    [
+        ([], AxisRange(8, 32, 4), AxisRange(8, 32, 4)),
+        (["--height", "16"], AxisRange(16, 16, 2), AxisRange(8, 32, 4)),
+        (["--height", "16..24", "--width", "18"], AxisRange(16, 24, 4), AxisRange(18, 18, 2)),
+        (["--engine", "onnxruntime-cuda"], AxisRange(16, 16, 2), AxisRange(16, 16, 2)),
+    ],
+    ids=["no option", "one side", "both sides", "an engine"],
+)
+def test_an_export_without_an_engine_draws_half_to_twice_the_models_own_size(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    asked: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    height: AxisRange,
+    width: AxisRange,
+) -> None:
+    monkeypatch.setattr(cli, "check_flavour", lambda *_: None)
+    assert cli.main([str(tiny_checkpoint), str(tmp_path / "out"), *flags]) == 7
+    checkpoint, _, options = asked
+    assert (options.height, options.width) == (height, width)
+    check_manifest(checkpoint, options)
+    assert default_size(checkpoint, options)[0] == 16
+
+
+@pytest.mark.parametrize(
+    ("native", "multiple", "sides"),
+    [
+        (512, 64, (256, 1024)),
+        (768, 64, (384, 1536)),
+        (1024, 32, (512, 2048)),
+        (192, 128, (192, 192)),  # no multiple: it would not be in the range
+        (192, 64, (128, 384)),  # half is no multiple
+        (64, 64, (64, 128)),
+        (4096, 64, (2048, 4096)),
+        (8192, 64, (4096, 8192)),  # refused afterwards, by its own size
+    ],
+)
+def test_half_to_twice_in_whole_multiples(native: int, multiple: int, sides: tuple[int, int]) -> None:
+    assert cli.usual_side(native, multiple, fixed=False) == sides
+    assert cli.usual_side(native, multiple, fixed=True) == (native, native)
 
 
 def test_engines_that_cannot_be_built_cost_no_bundle(

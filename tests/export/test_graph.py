@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import tolerances
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.graph import AxisRange, onnx_from_module, save_graph
-from sdrt.export.modules import WRAPPERS
+from sdrt.export.modules import WRAPPERS, wrapped
 from sdrt.export.parity import compare
+from sdrt.export.pass_nodes import LAYER
 from sdrt.export.weights import load_module
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import COMPONENTS, DYNAMIC_AXES, ComponentSpec, TensorSpec
@@ -134,7 +135,9 @@ def test_the_graph_knows_nothing_of_the_machine_that_made_it(
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_the_graph_has_no_metadata_and_passes_the_checker(tiny_bundle: Path, component: str) -> None:
+def test_of_metadata_the_graph_has_layers_alone_and_it_passes_the_checker(
+    tiny_bundle: Path, tiny_checkpoint: Path, component: str
+) -> None:
     onnx.checker.check_model(str(tiny_bundle / component / "model.onnx"))
     model = graph_of(tiny_bundle, component)
     holders: list[Any] = [model, model.graph, *model.graph.node, *model.graph.initializer]
@@ -142,7 +145,12 @@ def test_the_graph_has_no_metadata_and_passes_the_checker(tiny_bundle: Path, com
     assert not model.functions
     for holder in holders:
         assert not holder.doc_string
-        assert len(holder.metadata_props) == 0
+        assert {entry.key for entry in holder.metadata_props} <= {LAYER}
+    layers = {node.name: entry.value for node in model.graph.node for entry in node.metadata_props}
+    module = wrapped(open_checkpoint(str(tiny_checkpoint)), component).get_submodule("model")
+    assert set(layers.values()) <= {path for path, _ in module.named_modules()}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert all(node.input[1] == f"model.{layers[node.name]}.weight" for node in convolutions)
 
 
 def attentions(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,11 @@ def test_a_report_names_the_worst_figure_and_counts_the_others() -> None:
         ParityReport(over).raise_if_over()
     assert "2 of 3 comparisons are over" in str(caught.value)
     assert "allowed 1e-05" in str(caught.value)
-    with pytest.raises(ParityError, match=r"^text_encoder.* by nan"):
-        ParityReport([*over, figure(math.nan, component="text_encoder")]).raise_if_over()
+    nan = figure(math.nan, component="text_encoder")
+    with pytest.raises(ParityError, match=r"^text_encoder.* by nan.*nothing was written$"):
+        ParityReport([*over, nan]).raise_if_over()
+    with pytest.raises(ParityError, match=r"^text_encoder.* by nan.*; NaN in fp16 is an overflow"):
+        ParityReport([*over, replace(nan, arithmetic="fp16")]).raise_if_over()
 
 
 class Faulty(torch.nn.Module):
