@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from cache_runs import source_of
 
 from sdrt.kernels.cache import UNUSED_SECONDS
 from sdrt.runtime import prepared_folder, verified_files
@@ -51,7 +52,7 @@ def copied(tiny_bundle: Path, tmp_path: Path) -> Path:
 def unet(bundle: Bundle, *, prepared: bool, threads: int = 2) -> OnnxRuntimeExecutor:
     part = bundle.component("unet")
     return OnnxRuntimeExecutor(
-        bundle.path / part.model, part.spec, threads=threads, files=part.files if prepared else ()
+        bundle.path / part.model, part.spec, threads=threads, source=source_of(bundle) if prepared else None
     )
 
 
@@ -93,20 +94,20 @@ def test_prepared_once(cache: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPa
 def test_the_key_holds_what_decides_how_weights_are_packed(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = bundle.component("unet").files
+    source = source_of(bundle)
     ort = SimpleNamespace(__version__="1.32.0", get_build_info=lambda: "commit a")
     other_build = SimpleNamespace(__version__="1.32.0", get_build_info=lambda: "commit b")
     other_version = SimpleNamespace(__version__="1.33.0", get_build_info=lambda: "commit a")
-    other_weights = (*files[:-1], replace(files[-1], sha256="0" * 64))
+    other_weights = replace(source, files=(*source.files[:-1], replace(source.files[-1], sha256="0" * 64)))
     assert prepared_folder.cpu_identity()[0]
     folders = [
-        PreparedGraph(ort, files).folder,
-        PreparedGraph(other_build, files).folder,
-        PreparedGraph(other_version, files).folder,
+        PreparedGraph(ort, source).folder,
+        PreparedGraph(other_build, source).folder,
+        PreparedGraph(other_version, source).folder,
         PreparedGraph(ort, other_weights).folder,
     ]
     monkeypatch.setattr(prepared_folder, "cpu_identity", lambda: ("x86_64", "", "another CPU"))
-    folders.append(PreparedGraph(ort, files).folder)
+    folders.append(PreparedGraph(ort, source).folder)
     assert len(set(folders)) == len(folders)
 
 
@@ -124,7 +125,7 @@ def test_damaged_ones_are_prepared_anew(cache: Path, bundle: Bundle, name: str) 
     expected = evaluate(unet(bundle, prepared=True), 2)
     (folder,) = cache.iterdir()
     (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    prepared = PreparedGraph(onnxruntime, bundle.component("unet").files)
+    prepared = PreparedGraph(onnxruntime, source_of(bundle))
     assert not prepared.exists()
     assert prepared.load(onnxruntime.SessionOptions()) is None
     np.testing.assert_array_equal(evaluate(unet(bundle, prepared=True), 2), expected)
@@ -245,7 +246,7 @@ def test_files_are_hashed_once(copied: Path, cache: Path, monkeypatch: pytest.Mo
     assert count == len(list(bundle.manifest.files()))
     bundle.verify(again=False)
     assert len(hashed) == count
-    assert bundle.is_verified(bundle.component("unet").files)
+    assert bundle.is_verified(source_of(bundle))
     bundle.verify()
     assert len(hashed) == 2 * count
     (copied / "tokenizer.json").touch()
