@@ -26,7 +26,7 @@ from sdrt.runtime.manifest import MANIFEST_NAME
 
 KIND: Final = "bench/bundles"  # of cache
 NAMES: Final = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)  # of the folders there, as of those with engines
-MARKER: Final = ".sdrt-bench"  # in each of them; its time says when it was used
+MARKER: Final = ".sdrt-bench"  # in what is made for benchmarks; its time says when it was used
 # Of the runtime what says which inputs a graph has and what a manifest holds.
 RUNTIME_SOURCES: Final = (
     "components.py",

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from sdrt.benchmarks.export_model import MARKER
 from sdrt.benchmarks.installed_size import closure, total_bytes
-from sdrt.kernels.cache import cache_folder, private_folder
+from sdrt.kernels.cache import cache_folder, mark_used, private_folder
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.files import write_atomically, writing
 
@@ -32,7 +33,6 @@ Progress = Callable[[str], None]
 
 COMPLETE: Final = "sdrt-environment.json"  # written last: what the environment was made of
 KIND: Final = "peers"  # of cache
-STARTED: Final = "pyvenv.cfg"  # the first that an environment has
 LAYOUT: Final = 1  # part of every key: raise it when environments are made in another way
 
 
@@ -177,6 +177,8 @@ def install(environment: str, progress: Progress = lambda _: None) -> Installed:
             _delete(folder)
             log.unlink(missing_ok=True)
             progress(f"{environment}: making the environment {folder}")
+            folder.mkdir()
+            mark_used(folder / MARKER)
             venv.create(folder, with_pip=True, symlinks=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
         wanted = [*made_of.requirements, *made_of.for_worker]
@@ -216,7 +218,7 @@ def _delete(found: Path) -> None:
     if not found.is_dir():
         found.unlink(missing_ok=True)
         return
-    ours = any((found / name).is_file() for name in (STARTED, COMPLETE)) or not any(found.iterdir())
+    ours = any((found / name).is_file() for name in (MARKER, COMPLETE)) or not any(found.iterdir())
     if found.is_symlink() or not ours:
         raise FileExistsError(errno.EEXIST, "it is no environment that sd-bench made: remove it by hand")
     # The mark first: what is deleted by half must not count as whole.

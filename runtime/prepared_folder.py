@@ -144,7 +144,7 @@ class PreparedFolder:
                 writes files into. The graph is gone when it has returned.
 
         Raises:
-            BundleError: A file is not the one that was compared any more; or what ``fill`` raises of the kind.
+            BundleError: A file is not the one that was compared any more, or ``fill`` raises one.
         """
         import logging
         import shutil

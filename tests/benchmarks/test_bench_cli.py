@@ -246,7 +246,7 @@ def test_exports_that_nobody_used_for_a_month_are_removed(
     first, second = (Path(words[1]) for words in made)
     for folder in (first, second):
         long_ago = time.time() - UNUSED_SECONDS - 60
-        os.utime(folder, (long_ago, long_ago))
+        os.utime(folder / export_model.MARKER, (long_ago, long_ago))
     assert export_model.main([str(tiny_checkpoint), "--batch", "1"]) == 0  # which is a use
     assert export_model.main([str(tiny_checkpoint), "--batch", "3"]) == 0
     assert (first.is_dir(), second.exists(), len(made)) == (True, False, 3)

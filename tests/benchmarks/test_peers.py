@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from sdrt.benchmarks import peer_environments, peers
 from sdrt.benchmarks.installed_size import closure, installed_bytes
 from sdrt.benchmarks.peer_environments import COMPLETE, ENVIRONMENTS, Environment, environment_key, run_logged
-from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.errors import BackendError, OutputError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +91,24 @@ def test_what_pip_says_last_is_the_error_and_the_next_try_begins_anew(
     assert peer_environments.find("broken") is None
     assert not (folder / COMPLETE).exists()
     assert f"broken: ERROR: no {failing}" in told
+
+
+def test_only_environments_are_removed_and_never_through_a_link(tmp_path: Path) -> None:
+    folder = peer_environments.environment_folder("openvino")
+    elsewhere = tmp_path / "elsewhere"
+    for other in (elsewhere, folder):
+        other.mkdir(parents=True)
+        (other / "thesis.txt").write_text("")
+    (elsewhere / COMPLETE).write_text("{}")
+    with pytest.raises(OutputError, match="no environment that sd-bench made: remove it by hand"):
+        peer_environments.remove("openvino")
+    (folder / "thesis.txt").unlink()
+    peer_environments.remove("openvino")
+    assert not folder.exists()
+    folder.symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="remove it by hand"):
+        peer_environments.remove("openvino")
+    assert {file.name for file in elsewhere.iterdir()} == {"thesis.txt", COMPLETE}
 
 
 def test_a_program_that_prints_nothing_and_fails_is_told(tmp_path: Path) -> None:

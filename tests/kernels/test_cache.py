@@ -242,6 +242,11 @@ def test_a_key_that_others_may_know_is_made_anew(
     assert stat.S_IMODE((root / KEY_NAME).lstat().st_mode) == 0o600
 
 
+def test_the_seal_is_hmac_sha256(root: Path, kept: Path) -> None:
+    tag = hmac.digest((root / KEY_NAME).read_bytes(), f"{KIND}/{NAME}\0".encode() + CONTENT, "sha256")
+    assert kept.read_bytes() == CONTENT + tag
+
+
 def test_a_key_is_random(root: Path) -> None:
     keys = set()
     for _ in range(2):

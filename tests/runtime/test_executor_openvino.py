@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_runs import source_of
+from cache_runs import flip_byte, source_of
 from openvino_runs import assert_close, buffers, expected, openvino
 
 from sdrt.runtime import openvino_models, verified_files
@@ -241,18 +240,31 @@ def test_a_place_for_all_that_decides_what_is_compiled(
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.parametrize("name", [openvino_models.MAIN, openvino_models.LAYOUT, RECORD_NAME])
-def test_damaged_ones_are_compiled_anew(cache: Path, tiny: Bundle, name: str) -> None:
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    flip_byte(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip])
+@pytest.mark.parametrize("name", [openvino_models.MAIN, openvino_models.LAYOUT, "part-0.blob", RECORD_NAME])
+def test_damaged_ones_are_compiled_anew(
+    cache: Path, tiny: Bundle, name: str, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verified_files, "SETTLED_SECONDS", 0.0)  # what was hashed is remembered
     source = source_of(tiny)
     inputs, outputs = buffers(tiny)
     openvino(tiny, source=source).bind(inputs, outputs)()
     wanted = outputs["noise_pred"].copy()
     (folder,) = cache.iterdir()
-    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    damage(folder / name)
+    damaged = (folder / name).read_bytes()
     openvino(tiny, source=source).bind(inputs, outputs)()
     np.testing.assert_array_equal(outputs["noise_pred"], wanted)
+    assert (folder / name).read_bytes() != damaged
     assert [file.name for file in cache.iterdir()] == [folder.name]
-    openvino(tiny, source=source).bind(inputs, outputs)()
 
 
 def test_without_verified_files_there_is_no_cache(cache: Path, tiny: Bundle) -> None:
@@ -270,10 +282,10 @@ def test_large_models_are_not_kept(cache: Path, tiny: Bundle, monkeypatch: pytes
 
 
 def test_altered_weights_are_never_drawn_as_the_kept_ones(
-    cache: Path, tiny_bundle: Path, tmp_path: Path
+    cache: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied = Path(shutil.copytree(tiny_bundle, tmp_path / "copied"))
-    time.sleep(verified_files.SETTLED_SECONDS + 0.1)
+    monkeypatch.setattr(verified_files, "SETTLED_SECONDS", 0.0)
     with Pipeline.load(copied, backend="openvino-cpu") as pipeline:
         wanted = pipeline("x", **SHORT).latents
     kept = len(list(cache.iterdir()))
