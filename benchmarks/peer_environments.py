@@ -25,7 +25,7 @@ from typing import Final
 
 from sdrt.benchmarks.export_model import MARKER
 from sdrt.benchmarks.installed_size import closure, total_bytes
-from sdrt.kernels.cache import cache_folder, mark_used, private_folder
+from sdrt.kernels.cache import cache_folder, mark_used, private_folder, usable_folder
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.files import write_atomically, writing
 
@@ -125,7 +125,8 @@ def find(environment: str) -> Installed | None:
     """
     made_of = _environment(environment)
     folder = environment_folder(environment)
-    if not (folder / COMPLETE).is_file():
+    # Programs are run there: not where others can put theirs.
+    if usable_folder(KIND) is None or not (folder / COMPLETE).is_file():
         return None
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return Installed(folder, folder / "bin" / "python", folder / "lib" / version / "site-packages", made_of)

@@ -77,7 +77,7 @@ def private_folder(kind: str, *, make: bool = True) -> Path:
         if make:
             with contextlib.suppress(FileExistsError):
                 level.parent.mkdir(parents=True, exist_ok=True)
-                level.mkdir()
+                level.mkdir(stat.S_IRWXU)  # never more than that, and less only until the next line
                 level.chmod(stat.S_IRWXU)
         _check_level(level)
     return level

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from sdrt.benchmarks import peer_environments, peers
 from sdrt.benchmarks.installed_size import closure, installed_bytes
 from sdrt.benchmarks.peer_environments import COMPLETE, ENVIRONMENTS, Environment, environment_key, run_logged
+from sdrt.kernels.cache import CacheWarning
 from sdrt.runtime.errors import BackendError, OutputError, UsageError
 
 
@@ -109,6 +110,17 @@ def test_only_environments_are_removed_and_never_through_a_link(tmp_path: Path) 
     with pytest.raises(OutputError, match="remove it by hand"):
         peer_environments.remove("openvino")
     assert {file.name for file in elsewhere.iterdir()} == {"thesis.txt", COMPLETE}
+
+
+def test_no_environment_is_taken_where_others_can_write() -> None:
+    folder = peer_environments.environment_folder("openvino")
+    folder.mkdir(parents=True)
+    (folder / COMPLETE).write_text("{}")
+    folder.parent.chmod(0o777)
+    with pytest.warns(CacheWarning, match=f"{folder.parent} is not used as a cache: others can write there"):
+        assert peer_environments.find("openvino") is None
+    with pytest.raises(OutputError, match="others can write there; `chmod go-w"):
+        peer_environments.install("openvino")
 
 
 def test_a_program_that_prints_nothing_and_fails_is_told(tmp_path: Path) -> None:

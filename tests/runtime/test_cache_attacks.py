@@ -25,8 +25,9 @@ from cache_fuzz import KINDS, fuzz
 from cache_runs import replace_bytes, source_of
 
 from sdrt.runtime import prepared_folder, verified_files
-from sdrt.runtime.bundle import ALWAYS, EMBEDDED, Bundle
+from sdrt.runtime.bundle import ALWAYS, EMBEDDED, Bundle, Verify
 from sdrt.runtime.cli import main
+from sdrt.runtime.cli_options import parser
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.manifest import FileEntry
 from sdrt.runtime.pipeline import Pipeline
@@ -107,6 +108,13 @@ def test_what_was_prepared_is_hashed_once_after_a_start_and_whenever_that_is_ask
         assert len(found) == 6
         np.testing.assert_array_equal(draw(verify=ALWAYS), wanted)
         assert len(found) == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "verify"), [((), True), (("--verify",), ALWAYS), (("--no-verify",), False)]
+)
+def test_sd_run_says_what_is_hashed(words: tuple[str, ...], verify: Verify) -> None:
+    assert parser().parse_args(["x", *words]).verify == verify
 
 
 # --- what goes in
