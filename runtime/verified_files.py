@@ -100,5 +100,5 @@ def file_state(facts: os.stat_result) -> FileState:
 def boot_id() -> str:
     """Another one each time that the system was started; empty where it does not say."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return ""
