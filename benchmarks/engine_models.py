@@ -17,14 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from sdrt.benchmarks.export_model import exporter_key
+from sdrt.benchmarks.export_model import NAMES, exporter_key
 from sdrt.benchmarks.told_process import Tell, run_told
-from sdrt.kernels.cache import cache_folder, mark_used, remove_unused
+from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_unused
 from sdrt.runtime.backends import Gpu
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.files import new_folder, writing
 from sdrt.runtime.manifest import MANIFEST_NAME
 
+KIND: Final = "bench/engines"  # of cache
 COMPLETE: Final = "sdrt-bench-engines.json"  # written last: what the engines were built for
 
 
@@ -69,16 +70,16 @@ def with_engines(
         "exporter": exporter_key(),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    target = cache_folder("bench") / "engines" / f"{bundle.path.resolve().name}-{flavour}-{key}"
+    with writing(cache_folder(KIND)):
+        parent = private_folder(KIND)
+    target = parent / f"{bundle.path.resolve().name}-{flavour}-{key}"
     if not (target / COMPLETE).is_file():
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        remove_unused(target.parent)
+        remove_unused(parent, NAMES, COMPLETE)
         with new_folder(target, replace=True) as folder, writing(target):
             _copy(bundle, folder)
             _build(folder, words, tell)
             (folder / COMPLETE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    mark_used(target)
+    mark_used(target / COMPLETE)
     return Bundle.open(target)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,10 +19,14 @@ from pathlib import Path
 from typing import Final
 
 from sdrt.benchmarks.told_process import Tell, run_told
-from sdrt.kernels.cache import cache_folder, mark_used, remove_unused
+from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_unused
 from sdrt.runtime.errors import SdrtError
+from sdrt.runtime.files import writing
 from sdrt.runtime.manifest import MANIFEST_NAME
 
+KIND: Final = "bench/bundles"  # of cache
+NAMES: Final = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)  # of the folders there, as of those with engines
+MARKER: Final = ".sdrt-bench"  # in what is made for benchmarks; its time says when it was used
 # Of the runtime what says which inputs a graph has and what a manifest holds.
 RUNTIME_SOURCES: Final = (
     "components.py",
@@ -52,21 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         checkpoint = (open_architecture if is_architecture else open_checkpoint)(arguments.model)
         key = f"{fingerprint(checkpoint)} {' '.join(arguments.options)} {exporter_key()}"
+        with writing(cache_folder(KIND)):
+            parent = private_folder(KIND)
     except SdrtError as error:
         say("sd-bench", str(error))
         return error.exit_status
     name = checkpoint.path.name if Path(arguments.model).is_dir() else arguments.model.replace("/", "--")
-    out = cache_folder("bench") / "bundles" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    out = parent / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (out / MANIFEST_NAME).is_file():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        remove_unused(out.parent)  # of other checkpoints, and of exporters that are no more
+        remove_unused(parent, NAMES, MARKER)  # of other checkpoints, and of exporters that are no more
         source = ["--architecture", arguments.model, "--random-weights"]
         words = source if is_architecture else [arguments.model]
         with contextlib.redirect_stdout(sys.stderr):  # what it shows of its progress
             status = cli.main([*words, str(out), *arguments.options])
         if status:
             return status
-    mark_used(out)
+    mark_used(out / MARKER)
     print(out)
     return 0
 

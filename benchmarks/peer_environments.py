@@ -8,6 +8,7 @@ made of, so that another version is another folder; it counts only when pip has 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from sdrt.benchmarks.export_model import MARKER
 from sdrt.benchmarks.installed_size import closure, total_bytes
-from sdrt.kernels.cache import cache_folder
+from sdrt.kernels.cache import cache_folder, mark_used, private_folder, usable_folder
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.files import write_atomically, writing
 
@@ -34,6 +36,7 @@ OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CI": "tru
 Progress = Callable[[str], None]
 
 COMPLETE: Final = "sdrt-environment.json"  # written last: what the environment was made of
+KIND: Final = "peers"  # of cache
 LAYOUT: Final = 1  # part of every key: raise it when environments are made in another way
 
 
@@ -126,7 +129,8 @@ def find(environment: str) -> Installed | None:
     """
     made_of = _environment(environment)
     folder = environment_folder(environment)
-    if not (folder / COMPLETE).is_file():
+    # Programs are run there: not where others can put theirs.
+    if usable_folder(KIND) is None or not (folder / COMPLETE).is_file():
         return None
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return Installed(folder, folder / "bin" / "python", folder / "lib" / version / "site-packages", made_of)
@@ -138,7 +142,7 @@ def environment_folder(environment: str) -> Path:
     Raises:
         UsageError: No such environment.
     """
-    return cache_folder("peers") / f"{environment}-{environment_key(_environment(environment))}"
+    return cache_folder(KIND) / f"{environment}-{environment_key(_environment(environment))}"
 
 
 def environment_key(environment: Environment) -> str:
@@ -168,16 +172,18 @@ def install(environment: str, progress: Progress = lambda _: None) -> Installed:
     """
     made_of, folder = _environment(environment), environment_folder(environment)
     with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(KIND)
     with locked(folder.with_name(f"{folder.name}.lock")):
         if (found := find(environment)) is not None:
             return found
         log = folder.with_name(f"{folder.name}.log")
         with writing(folder):
             # Not made under another name and renamed: the scripts in an environment hold its path.
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
             log.unlink(missing_ok=True)
             progress(f"{environment}: making the environment {folder}")
+            folder.mkdir()
+            mark_used(folder / MARKER)
             venv.create(folder, with_pip=True, symlinks=True)
         pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
         wanted = [*made_of.requirements, *made_of.for_worker]
@@ -200,15 +206,29 @@ def remove(environment: str) -> None:
     """
     _environment(environment)
     prefix = f"{environment}-"
-    parent = cache_folder("peers")
+    parent = cache_folder(KIND)
     for found in sorted(parent.iterdir()) if parent.is_dir() else ():
         key, _, _ = found.name.removeprefix(prefix).partition(".")
         if found.name.startswith(prefix) and len(key) == 16 and set(key) <= set("0123456789abcdef"):
             with writing(found):
-                # The mark first: what is deleted by half must not count as whole.
-                (found / COMPLETE).unlink(missing_ok=True) if found.is_dir() else found.unlink()
-                if found.is_dir():
-                    shutil.rmtree(found)
+                _delete(found)
+
+
+def _delete(found: Path) -> None:
+    """An environment, its log or its lock; nothing where there is none.
+
+    Raises:
+        OSError: It cannot be deleted, or it is a folder that is no environment, or a link to one.
+    """
+    if not found.is_dir():
+        found.unlink(missing_ok=True)
+        return
+    ours = any((found / name).is_file() for name in (MARKER, COMPLETE)) or not any(found.iterdir())
+    if found.is_symlink() or not ours:
+        raise FileExistsError(errno.EEXIST, "it is no environment that sd-bench made: remove it by hand")
+    # The mark first: what is deleted by half must not count as whole.
+    (found / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(found)
 
 
 @contextlib.contextmanager

@@ -33,10 +33,11 @@ from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.random_weights import random_tensors
 from sdrt.export.tokenizer_json import write_tokenizer_folder
 from sdrt.export.weights import meta_module
-from sdrt.kernels.cache import cache_folder
+from sdrt.kernels.cache import cache_folder, private_folder
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.files import new_folder, writing
 
+KIND: Final = "peer-models"  # of cache
 CLASSIC_PREFIX: Final = "text_model."
 TEXT_ENCODER: Final = "text_encoder"
 LINKED: Final = ("model_index.json", "scheduler", "tokenizer", "unet", "vae")
@@ -93,7 +94,7 @@ def model_in_form(form: str, converter: str, checkpoint: Checkpoint, progress: P
         checkpoint: Of the family ``sd``.
         progress: Told a line at a time what takes long.
     """
-    place = cache_folder("peer-models") / fingerprint(checkpoint)[:16]
+    place = cache_folder(KIND) / fingerprint(checkpoint)[:16]
     if form == "diffusers" and checkpoint.random_seed is None:
         return checkpoint.path
     if form in ("diffusers", "diffusers-classic"):
@@ -114,6 +115,7 @@ def model_in_form(form: str, converter: str, checkpoint: Checkpoint, progress: P
 def _made(target: Path, make: Callable[[Path], None], progress: Progress) -> Path:
     """The folder ``target``, which ``make`` fills under another name if it is not there."""
     with writing(target):
+        private_folder(KIND)
         target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f"{target.name}.lock")):
         # A link is broken when the checkpoint was moved.

@@ -22,7 +22,7 @@ from sdrt.export.engine_options import (
     sizes_of_profile,
 )
 from sdrt.export.engine_process import BuildResult, OnPhase, run_build
-from sdrt.kernels.cache import cache_folder
+from sdrt.kernels.cache import usable_folder
 from sdrt.runtime.bundle import Bundle, sha256
 from sdrt.runtime.engines import (
     ENGINE_NAME,
@@ -239,10 +239,8 @@ def timing_cache(options: EngineOptions, key: EngineKey) -> str | None:
         with writing(options.timing_cache):
             options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         return str(options.timing_cache.absolute())
-    folder = cache_folder("timings")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a cache that cannot be kept only costs time
+    folder = usable_folder("timings", make=True)
+    if folder is None:  # a cache that cannot be kept only costs time
         return None
     return str((folder / f"{key.flavour_version}-sm{'_'.join(key.targets)}.cache").absolute())
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.kernels.cache import cache_folder
+from sdrt.kernels.cache import read_kept, write_kept
 
 SOURCES: Final = Path(__file__).parent
 MODULES: Final = ("check_finite", "guidance_rescale", "guided_step", "image_to_uint8", "philox_normal")
@@ -19,7 +16,8 @@ ARCHITECTURES: Final = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "
 # Contraction to multiply-add would save a rounding that NumPy makes, and so change bits.
 OPTIONS: Final = ("--std=c++17", "-fmad=false")
 
-_DIGEST_BYTES: Final = hashlib.sha256().digest_size
+_KIND: Final = "kernels"  # of cache
+_MAX_BYTES: Final = 64 << 20  # what is compiled has some 100 kB
 
 
 class KernelError(RuntimeError):
@@ -30,8 +28,9 @@ def cubin(module: str, arch: str) -> bytes:
     """Machine code of ``kernels/<module>.cu`` for one architecture.
 
     Compiled code is kept under ``$SDRT_CACHE``, else ``~/.cache/sdrt``, in the folder ``kernels``, by the
-    hash of all sources, the options, NVRTC's version and the architecture. A file there that was damaged is
-    made anew; a folder that cannot be written only costs the compilation at every start (0.1 to 0.5 s each).
+    hash of all sources, the options, NVRTC's version and the architecture. A file there that was damaged, or
+    that somebody else wrote, is made anew; a folder that cannot be written only costs the compilation at
+    every start (0.1 to 0.5 s each).
 
     Args:
         module: One of ``MODULES``.
@@ -68,33 +67,12 @@ def source_hash(also: Iterable[str]) -> str:
 
 
 def cached(name: str, make: Callable[[], bytes]) -> bytes:
-    """The bytes that the cache holds under ``name``, else those that ``make`` gives, which it then holds.
-
-    A file ends in the SHA-256 of what is before it, so that one cut short or changed is noticed.
-    """
-    path = cache_folder("kernels") / name
-    with contextlib.suppress(OSError):
-        stored = path.read_bytes()
-        content, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
-        if hashlib.sha256(content).digest() == digest:
-            return content
-    content = make()
-    with contextlib.suppress(OSError):
-        _write(path, content + hashlib.sha256(content).digest())
+    """The bytes that the cache holds under ``name``, else those that ``make`` gives, which it then holds."""
+    content = read_kept(_KIND, name, _MAX_BYTES)
+    if content is None:
+        content = make()
+        write_kept(_KIND, name, content)
     return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: another process may read, or write the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _load_nvrtc() -> Any:

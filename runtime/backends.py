@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.bundle import ALWAYS, Bundle, Verify
 from sdrt.runtime.components import required_components
 from sdrt.runtime.devices import Device, HostDevice
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executors import Executor
+from sdrt.runtime.prepared_folder import Source
 
 if TYPE_CHECKING:
     from sdrt.runtime.cuda_device import CudaDevice
     from sdrt.runtime.engine_search import Capability, Engine
 
 AUTO: Final = "auto"
-CpuExecutor = Callable[..., Executor]  # ``(model, spec, *, threads, files) → executor``
+CpuExecutor = Callable[..., Executor]  # ``(model, spec, *, threads, source) → executor``
 # What TensorRT may say of an engine that no other size or setting will mend.
 UNFIT: Final = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"})
 # Components whose plain fp32 graphs write group normalisation out as ONNX Runtime's CPU provider wants it.
@@ -101,7 +102,7 @@ class Backend:
 
     needs_gpu: bool
     probe: Callable[[Bundle, Gpu | None, RequestShape | None], str]
-    load: Callable[[Bundle, str, Device, int | None, bool], Executor]
+    load: Callable[[Bundle, str, Device, int | None, Verify], Executor]
 
 
 def choose_backend(
@@ -169,7 +170,7 @@ def load_executor(
     backend: str,
     device: Device,
     threads: int | None = None,
-    verify: bool = True,
+    verify: Verify = True,
 ) -> Executor:
     """Load one component of a bundle on a backend.
 
@@ -180,7 +181,8 @@ def load_executor(
         device: From `open_device`.
         threads: On the CPU, threads that work at once; by default one per usable core.
         verify: Compare the SHA-256 of an engine's plan with its manifest; otherwise only the size. The
-            bundle's own files must have been compared by the caller then.
+            bundle's own files must have been compared by the caller then. ``"always"``: also what was
+            prepared of them, where that was compared before.
 
     Raises:
         UsageError: No backend of that name.
@@ -253,15 +255,18 @@ def _refuse_bfloat16(bundle: Bundle, component: str) -> None:
 
 
 def _load_cpu(import_executor: Callable[[], CpuExecutor]) -> Callable[..., Executor]:
-    def load(bundle: Bundle, component: str, _device: Device, threads: int | None, verify: bool) -> Executor:
+    def load(
+        bundle: Bundle, component: str, _device: Device, threads: int | None, verify: Verify
+    ) -> Executor:
         executor = import_executor()
         _refuse_bfloat16(bundle, component)
         part = bundle.component(component)
         entry = next(entry for entry in part.files if entry.path == part.model)
         model = bundle.file(entry)
         # What was prepared of unaltered files must not stand in for altered ones.
-        files = part.files if verify or bundle.is_verified(part.files) else ()
-        return executor(model, part.spec, threads=threads, files=files)
+        compared = verify or bundle.is_verified(part.files)
+        source = Source(bundle.path, part.model, part.files, verify == ALWAYS) if compared else None
+        return executor(model, part.spec, threads=threads, source=source)
 
     return load
 
@@ -338,21 +343,23 @@ def _probe_onnxruntime_cuda(bundle: Bundle, gpu: Gpu | None, shape: RequestShape
     return f"onnxruntime {version} runs on {gpu}: {'; '.join(graphs)}"
 
 
-def _load_tensorrt(flavour: str) -> Callable[[Bundle, str, Device, int | None, bool], Executor]:
-    def load(bundle: Bundle, component: str, device: Device, _threads: int | None, verify: bool) -> Executor:
+def _load_tensorrt(flavour: str) -> Callable[[Bundle, str, Device, int | None, Verify], Executor]:
+    def load(
+        bundle: Bundle, component: str, device: Device, _threads: int | None, verify: Verify
+    ) -> Executor:
         from sdrt.runtime.executor_tensorrt import TensorRTExecutor
 
-        return TensorRTExecutor(bundle, component, _cuda(device, flavour), flavour, verify=verify)
+        return TensorRTExecutor(bundle, component, _cuda(device, flavour), flavour, verify=bool(verify))
 
     return load
 
 
 def _load_onnxruntime_cuda(
-    bundle: Bundle, component: str, device: Device, _threads: int | None, verify: bool
+    bundle: Bundle, component: str, device: Device, _threads: int | None, verify: Verify
 ) -> Executor:
     from sdrt.runtime.executor_onnxruntime_cuda import BACKEND, OnnxRuntimeCudaExecutor
 
-    return OnnxRuntimeCudaExecutor(bundle, component, _cuda(device, BACKEND), verify=verify)
+    return OnnxRuntimeCudaExecutor(bundle, component, _cuda(device, BACKEND), verify=bool(verify))
 
 
 def _cuda(device: Device, backend: str) -> CudaDevice:

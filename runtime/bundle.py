@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import sdrt
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.manifest import MANIFEST_NAME, Component, FileEntry, Manifest
 from sdrt.runtime.manifest_json import from_json
-from sdrt.runtime.verified_files import VerifiedFiles
+from sdrt.runtime.verified_files import FileState, VerifiedFiles, hashed
 
 # `sdrt/models` is package data in a wheel and a symbolic link in a checkout: one path serves both.
 EMBEDDED: Final = Path(sdrt.__file__).parent / "models" / "emoji" / "bundle"
+# Whether files are compared with their SHA-256: never; unless that was done and they were not touched since;
+# or all of them anew, and what was prepared of them too.
+ALWAYS: Final = "always"
+Verify = bool | Literal["always"]
 _MAX_MANIFEST_BYTES: Final = 16 << 20  # a manifest is some 20 kB; never read gigabytes by mistake
 
 
@@ -75,9 +78,7 @@ class Bundle:
         known = VerifiedFiles(self.path)
 
         def check(entry: FileEntry) -> None:
-            began = time.time()
-            self.check(entry)
-            known.remember(entry.path, entry.sha256, began)
+            known.remember(entry.path, entry.sha256, self.check(entry))
 
         entries = [
             entry
@@ -109,14 +110,18 @@ class Bundle:
                         "remove it, or export the bundle again"
                     )
 
-    def check(self, entry: FileEntry, *, verify: bool = True) -> None:
-        """Raise BundleError unless the file is inside the bundle with the recorded size and hash."""
+    def check(self, entry: FileEntry, *, verify: bool = True) -> FileState | None:
+        """Raise BundleError unless the file is inside the bundle with the recorded size and hash.
+
+        Returns:
+            What `VerifiedFiles.remember` wants to know of the file that was hashed.
+        """
         try:
-            self._check(self.file(entry), entry, verify=verify)
+            return self._check(self.file(entry), entry, verify=verify)
         except OSError as error:
             raise BundleError(f"{entry.path} in {self.path} cannot be read: {error.strerror}") from error
 
-    def _check(self, file: Path, entry: FileEntry, *, verify: bool) -> None:
+    def _check(self, file: Path, entry: FileEntry, *, verify: bool) -> FileState | None:
         if not file.is_file():
             raise BundleError(f"{entry.path} is missing from {self.path}; export the bundle again")
         size = file.stat().st_size
@@ -125,11 +130,16 @@ class Bundle:
                 f"{entry.path} has {size} bytes, the manifest says {entry.size}: "
                 "truncated or altered; export the bundle again"
             )
-        if verify and sha256(file) != entry.sha256:
+        if not verify:
+            return None
+        with file.open("rb") as stream:
+            found, state = hashed(stream)
+        if found != entry.sha256:
             raise BundleError(
                 f"{entry.path} does not have the SHA-256 that the manifest records: "
                 "altered or damaged; export the bundle again"
             )
+        return state
 
     def file(self, entry: FileEntry) -> Path:
         """The path of one file; a symbolic link that leads out of the bundle is refused."""
@@ -157,7 +167,5 @@ class Bundle:
 
 def sha256(file: Path) -> str:
     """SHA-256 of a file in hex."""
-    import hashlib  # OpenSSL, 3 ms: files that were compared before are not hashed again
-
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashed(stream)[0]

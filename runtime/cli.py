@@ -180,7 +180,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None
         backend=arguments.backend,
         device=arguments.device,
         threads=arguments.threads,
-        verify=not arguments.no_verify,
+        verify=arguments.verify,
         request_shape=shape,
     )
     if arguments.backend == AUTO and not arguments.quiet:

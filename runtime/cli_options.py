@@ -254,4 +254,19 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         "the options given here are the requests' defaults",
     )
     add("--warm-up", action="store_true", help="with --interactive: draw a picture before the first request")
-    add("--no-verify", action="store_true", help="compare sizes but not hashes of the bundle's files")
+    verify = group.add_mutually_exclusive_group()
+    verify.add_argument(
+        "--verify",
+        action="store_const",
+        const="always",
+        default=True,
+        help="compare the hashes of the bundle's files and of what is in the cache also where that was done "
+        "before and nothing was touched since",
+    )
+    verify.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_const",
+        const=False,
+        help="compare sizes but not hashes of the bundle's files",
+    )

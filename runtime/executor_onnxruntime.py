@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,9 +13,9 @@ from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.engine_libraries import import_onnxruntime
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executors import GraphTensor, check_buffers, check_tensors, first_line, usable_cores
-from sdrt.runtime.manifest import FileEntry
 
 if TYPE_CHECKING:
+    from sdrt.runtime.prepared_folder import Source
     from sdrt.runtime.prepared_graphs import PreparedGraph
 
 Array = NDArray[Any]
@@ -33,7 +33,7 @@ class OnnxRuntimeExecutor:
         spec: ComponentSpec,
         *,
         threads: int | None = None,
-        files: Sequence[FileEntry] = (),
+        source: Source | None = None,
     ) -> None:
         """Load the graph.
 
@@ -41,8 +41,8 @@ class OnnxRuntimeExecutor:
             model: The ONNX file.
             spec: Its inputs and outputs.
             threads: Threads inside one operator; by default one per usable core.
-            files: All that the graph consists of, compared with the SHA-256 that stand there. With them a
-                graph is prepared for this CPU, once (`sdrt.runtime.prepared_graphs`).
+            source: The bundle's files that the graph consists of, if they were compared. With them a graph
+                is prepared for this CPU, once (`sdrt.runtime.prepared_graphs`).
 
         Raises:
             BackendError: onnxruntime is not installed, or it refuses the graph.
@@ -51,7 +51,7 @@ class OnnxRuntimeExecutor:
         self._ort = import_onnxruntime("onnxruntime-cpu", "cpu")
         self._model, self.spec = model, spec
         self._threads = threads or usable_cores()
-        self._prepared = _prepared_graph(self._ort, model, files)
+        self._prepared = _prepared_graph(self._ort, source)
         self._sessions: dict[int, Any] = {}
         self._second_half: ThreadPoolExecutor | None = None
         check_graph(self._session(self._threads // 2 if self._halves else self._threads), spec, str(model))
@@ -143,16 +143,16 @@ class _SideBySide:
         other.result()
 
 
-def _prepared_graph(ort: Any, model: Path, files: Sequence[FileEntry]) -> PreparedGraph | None:
+def _prepared_graph(ort: Any, source: Source | None) -> PreparedGraph | None:
     """The graph that was prepared for this CPU, prepared now if need be; None where that cannot be."""
-    if not files:
+    if source is None:
         return None
     from sdrt.runtime.prepared_graphs import PreparedGraph, can_prepare
 
     if not can_prepare(ort):
         return None
-    prepared = PreparedGraph(ort, files)
-    return prepared if prepared.exists() or prepared.make(model) else None
+    prepared = PreparedGraph(ort, source)
+    return prepared if prepared.exists() or prepared.make() else None
 
 
 def open_session(ort: Any, model: Path, options: Any) -> Any:

@@ -20,8 +20,8 @@ from sdrt.runtime.devices import HostDevice
 from sdrt.runtime.engine_libraries import import_openvino
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executors import check_buffers, usable_cores
-from sdrt.runtime.manifest import FileEntry
 from sdrt.runtime.openvino_models import BACKEND, Compiled, ModelFile, Part, Shape, name_of, reason
+from sdrt.runtime.prepared_folder import Source
 
 Array = NDArray[Any]
 STREAMS: Final = 2
@@ -39,7 +39,7 @@ class OpenVinoExecutor:
         spec: ComponentSpec,
         *,
         threads: int | None = None,
-        files: Sequence[FileEntry] = (),
+        source: Source | None = None,
     ) -> None:
         """Check the graph; it is compiled by `bind`, for the sizes of the buffers.
 
@@ -47,9 +47,9 @@ class OpenVinoExecutor:
             model: The ONNX file.
             spec: Its inputs and outputs.
             threads: All that work at the same time; by default one per usable core.
-            files: All that the graph consists of, compared with the SHA-256 that stand there. With them
-                compiled models are kept from run to run (`sdrt.runtime.openvino_models`), and the graph is
-                only read where there is none yet.
+            source: The bundle's files that the graph consists of, if they were compared. With them compiled
+                models are kept from run to run (`sdrt.runtime.openvino_models`), and the graph is only read
+                where there is none yet.
 
         Raises:
             BackendError: openvino is not installed, or it refuses the graph.
@@ -58,8 +58,8 @@ class OpenVinoExecutor:
         self.spec = spec
         self._ov = import_openvino(BACKEND, "openvino")
         self._threads = threads or usable_cores()
-        self._file = ModelFile(self._ov, model, spec, files)
-        if not files:
+        self._file = ModelFile(self._ov, model, spec, source)
+        if source is None:
             self._file.read()
         # As long as something is bound to them: bindings of one shape share the weights.
         self._compiled: WeakValueDictionary[Shape, Compiled] = WeakValueDictionary()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from sdrt.runtime.backends import Choice, load_executor
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.bundle import Bundle, Verify
 from sdrt.runtime.devices import Device
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executors import Executor
@@ -90,7 +90,7 @@ def load_parts(
 
 
 def load_component(
-    bundle: Bundle, choice: Choice, device: Device, threads: int | None, verify: bool, name: str
+    bundle: Bundle, choice: Choice, device: Device, threads: int | None, verify: Verify, name: str
 ) -> Executor:
     if bundle.component(name).precision == "bf16":
         raise BackendError(

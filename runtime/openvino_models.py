@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executors import GraphTensor, check_tensors, first_line
-from sdrt.runtime.manifest import FileEntry
 from sdrt.runtime.openvino_hoisting import hoist
-from sdrt.runtime.prepared_folder import PreparedFolder
+from sdrt.runtime.prepared_folder import PreparedFolder, Source
 
 BACKEND: Final = "openvino-cpu"
-FORMAT: Final = 1  # a change of what is written, or of how it is loaded
+FORMAT: Final = 2  # a change of what is written, or of how it is loaded
 MAIN, LAYOUT = "main.blob", "layout.json"
 # Each shape's file holds every weight once more: worth it for small models, where compiling is what a start
 # waits for.
@@ -118,20 +117,19 @@ class Compiled:
 class ModelFile:
     """A component's ONNX file."""
 
-    def __init__(self, ov: Any, model: Path, spec: ComponentSpec, files: Sequence[FileEntry]) -> None:
+    def __init__(self, ov: Any, model: Path, spec: ComponentSpec, source: Source | None) -> None:
         """Nothing is read yet.
 
         Args:
             ov: The module openvino.
             model: The ONNX file.
             spec: Its inputs and outputs.
-            files: All that the graph consists of, compared with the SHA-256 that stand there; or nothing:
-                then no compiled model is taken from the cache, nor put there.
+            source: The bundle's files that the graph consists of; without them no compiled model is taken
+                from the cache, nor put there.
         """
         self._ov, self._core = ov, ov.Core()
         self._model, self._spec = model, spec
-        small = sum(entry.size for entry in files) <= MOST_BYTES
-        self._files = tuple(files) if small else ()
+        self._source = source if source is not None and _is_small(source) else None
 
     def compiled(self, shape: Shape) -> Compiled:
         """The component compiled for a shape, from the cache where it is there.
@@ -140,39 +138,48 @@ class ModelFile:
             BackendError: OpenVINO refuses the graph or the shape.
             BundleError: It is not the graph that the manifest describes.
         """
-        if not self._files:
-            return self._compile(shape)
-        place = self._place(shape)
+        if self._source is None:
+            return self._compile(self._model, shape)
+        place = self._place(self._source, shape)
         if (kept := self._load(place, shape)) is not None:
             return kept
-        fresh = self._compile(shape)
-        place.make(lambda folder: _save(fresh, folder))
-        return fresh
+        fresh: list[Compiled] = []
 
-    def read(self) -> Any:
+        def fill(model: Path, folder: Path) -> None:
+            fresh.append(self._compile(model, shape))
+            _save(fresh[0], folder)
+
+        place.make(fill)
+        # The file itself where there is no room for a copy, and to say what is wrong with the graph.
+        return fresh[0] if fresh else self._compile(self._model, shape)
+
+    def read(self, model: Path | None = None) -> Any:
         """The graph as an ``openvino.Model`` with dynamic sizes.
+
+        Args:
+            model: A copy of the file to read in its place.
 
         Raises:
             BackendError: OpenVINO refuses the graph.
             BundleError: It is not the graph that the manifest describes.
         """
         try:
-            model = self._core.read_model(self._model)
+            graph = self._core.read_model(model or self._model)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO refuses {self._model}: {reason(error)}") from error
         names = {entry.name for entry in (*self._spec.inputs, *self._spec.outputs)}
         inputs, outputs = (
-            [_tensor(port, names) for port in ports] for ports in (model.inputs, model.outputs)
+            [_tensor(port, names) for port in ports] for ports in (graph.inputs, graph.outputs)
         )
         check_tensors(inputs, outputs, self._spec, str(self._model))
-        return model
+        return graph
 
-    def _compile(self, shape: Shape) -> Compiled:
-        model = self.read()
+    def _compile(self, model: Path, shape: Shape) -> Compiled:
+        graph = self.read(model)
         try:
-            model.reshape(dict(shape.inputs))
-            hoisted = hoist(self._ov, model, GROUPS)
-            main = self._core.compile_model(model, "CPU", settings(shape))
+            graph.reshape(dict(shape.inputs))
+            hoisted = hoist(self._ov, graph, GROUPS)
+            main = self._core.compile_model(graph, "CPU", settings(shape))
             parts = [
                 Part(
                     self._core.compile_model(part.model, "CPU", _settings_of_parts(shape)),
@@ -185,7 +192,7 @@ class ModelFile:
             raise BackendError(f"OpenVINO cannot compile {self._model}: {reason(error)}") from error
         return Compiled(main, parts)
 
-    def _place(self, shape: Shape) -> PreparedFolder:
+    def _place(self, source: Source, shape: Shape) -> PreparedFolder:
         key = {
             "format": FORMAT,
             "openvino": self._ov.get_version(),
@@ -194,7 +201,7 @@ class ModelFile:
             "settings": [settings(shape), _settings_of_parts(shape)],
             "groups": [sorted(group) for group in GROUPS],
         }
-        return PreparedFolder(BACKEND, self._files, key)
+        return PreparedFolder(BACKEND, source, key)
 
     def _load(self, place: PreparedFolder, shape: Shape) -> Compiled | None:
         if not place.exists():
@@ -217,6 +224,10 @@ class ModelFile:
         with file.open("rb") as stream:
             stream.readinto(data.data)
         return self._core.import_model(data, "CPU", configuration)
+
+
+def _is_small(source: Source) -> bool:
+    return sum(entry.size for entry in source.files) <= MOST_BYTES
 
 
 def _save(compiled: Compiled, folder: Path) -> None:

@@ -23,7 +23,7 @@ from sdrt.runtime.backends import (
     choose_backend,
     open_device,
 )
-from sdrt.runtime.bundle import Bundle, sha256
+from sdrt.runtime.bundle import ALWAYS, Bundle, Verify, sha256
 from sdrt.runtime.callbacks import StepHook
 from sdrt.runtime.devices import Device
 from sdrt.runtime.encode import Pictures
@@ -103,7 +103,7 @@ class Pipeline:
         device: int | None = None,
         stream: Any = None,
         threads: int | None = None,
-        verify: bool = True,
+        verify: Verify = True,
         request_shape: RequestShape | None = None,
     ) -> Self:
         """Open a bundle, choose a backend and load the components on it.
@@ -117,7 +117,8 @@ class Pipeline:
                 default a private one.
             threads: On the CPU, threads that work at once; by default one per usable core.
             verify: Compare every file's SHA-256 with the manifest, unless that was done before and the file
-                was not touched since; otherwise only the sizes.
+                was not touched since; ``"always"``: also then, and what was prepared of the files too; False:
+                only the sizes.
             request_shape: What will be asked for: ``auto`` then takes a backend that admits it.
 
         Raises:
@@ -137,7 +138,7 @@ class Pipeline:
                 f"device is {device}, the number of a GPU: the backend {choice.name} runs on the CPU{against}"
             )
         if verify:
-            bundle.verify(again=False)
+            bundle.verify(again=verify == ALWAYS)
         with ExitStack() as undo:
             opened = open_device(choice, stream)
             undo.callback(opened.close)

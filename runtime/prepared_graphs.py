@@ -7,17 +7,15 @@ weights are pages of a file that processes share and the system can drop, in pla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from sdrt.runtime.executor_onnxruntime import open_session, quiet_options
-from sdrt.runtime.manifest import FileEntry
-from sdrt.runtime.prepared_folder import PreparedFolder
+from sdrt.runtime.prepared_folder import PreparedFolder, Source
 
 # ONNX Runtime 1.30 and 1.31 write such graphs as well, but end the process when one of them is run.
 PREPARED_SINCE: Final = (1, 32)
-FORMAT: Final = 2  # a change of what is written, or of how it is loaded
+FORMAT: Final = 3  # a change of what is written, or of how it is loaded
 GRAPH_NAME: Final = "model.onnx"
 WEIGHTS_NAME: Final = "model.onnx.data"
 _SAVE: Final = {
@@ -40,20 +38,20 @@ def can_prepare(ort: Any) -> bool:
 class PreparedGraph:
     """One component's prepared graph; there may be nothing yet."""
 
-    def __init__(self, ort: Any, files: Sequence[FileEntry]) -> None:
+    def __init__(self, ort: Any, source: Source) -> None:
         """Find its place.
 
         Args:
             ort: The module onnxruntime.
-            files: The component's files with their SHA-256, as the manifest lists them.
+            source: What it is prepared of.
         """
         self._ort = ort
-        key = {"format": FORMAT, "onnxruntime": [ort.__version__, ort.get_build_info()]}
-        self._place = PreparedFolder("onnxruntime-cpu", files, key)
+        key = {"format": FORMAT, "onnxruntime": [ort.__version__, ort.get_build_info()], "options": _SAVE}
+        self._place = PreparedFolder("onnxruntime-cpu", source, key)
         self.folder = self._place.path
 
     def exists(self) -> bool:
-        """Whether it was prepared before, and nothing was changed or cut off since."""
+        """Whether it was prepared before, and is whole."""
         return self._place.exists()
 
     def load(self, options: Any) -> Any:
@@ -72,13 +70,9 @@ class PreparedGraph:
         self._place.loaded()
         return session
 
-    def make(self, model: Path) -> bool:
-        """Prepare it; whether that could be done.
-
-        Args:
-            model: The plain ONNX file; its bytes must be the ones that the key's hashes are of.
-        """
-        return self._place.make(lambda folder: self._save(model, folder))
+    def make(self) -> bool:
+        """Prepare it; whether that could be done."""
+        return self._place.make(self._save)
 
     def _save(self, model: Path, folder: Path) -> None:
         options = quiet_options(self._ort)

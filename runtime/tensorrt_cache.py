@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from sdrt.kernels.cache import cache_folder
-from sdrt.runtime.errors import OutputError
-from sdrt.runtime.files import write_atomically
+from sdrt.kernels.cache import read_kept, write_kept
+
+KIND: Final = "tensorrt-rtx"
+_MAX_BYTES: Final = 1 << 30
 
 
-def runtime_cache_path(plan_sha256: str, version: str, gpu: str) -> Path:
+def runtime_cache_name(plan_sha256: str, version: str, gpu: str) -> str:
     """One file for each plan, version of the library and kind of GPU.
 
     TensorRT for RTX itself refuses what another driver, GPU or version wrote, and compiles anew.
     """
     tag = hashlib.sha256(f"{plan_sha256} {version} {gpu}".encode()).hexdigest()[:24]
-    return cache_folder("tensorrt-rtx") / f"{tag}.cache"
+    return f"{tag}.cache"
 
 
 class RuntimeCache:
@@ -30,15 +30,15 @@ class RuntimeCache:
         config: The ``IRuntimeConfig`` for the engine's contexts.
     """
 
-    def __init__(self, trt: Any, cuda_engine: Any, path: Path) -> None:
+    def __init__(self, trt: Any, cuda_engine: Any, name: str) -> None:
         """Configure contexts with memory of our own, without the library's own graphs, and load the cache.
 
         Args:
             trt: The module.
             cuda_engine: The deserialised engine.
-            path: Of the cache; need not exist.
+            name: Of the cache: see `runtime_cache_name`. It need not exist.
         """
-        self._path = path
+        self._name = name
         self.config = cuda_engine.create_runtime_config()
         self.config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -50,21 +50,17 @@ class RuntimeCache:
         )
         self._cache = self.config.create_runtime_cache()
         self._saved = b""
-        with contextlib.suppress(OSError):
-            blob = path.read_bytes()
-            if self._cache.deserialize(blob):
-                self._saved = hashlib.sha256(blob).digest()
+        blob = read_kept(KIND, name, _MAX_BYTES)
+        if blob is not None and self._cache.deserialize(blob):
+            self._saved = hashlib.sha256(blob).digest()
         self.config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
         """Write the cache if it has changed; all at once, so that two processes do no harm."""
         # A RuntimeError is the library's, such as after a fault on the GPU: nothing to keep then.
-        with contextlib.suppress(OSError, OutputError, RuntimeError):
+        with contextlib.suppress(RuntimeError):
             memory = self._cache.serialize()
             blob = b"" if memory is None else bytes(memory)
             digest = hashlib.sha256(blob).digest()
-            if not blob or digest == self._saved:
-                return
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, blob)
-            self._saved = digest
+            if blob and digest != self._saved and write_kept(KIND, self._name, blob):
+                self._saved = digest

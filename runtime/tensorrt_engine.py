@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sdrt.runtime.components import ComponentSpec, TensorSpec
 from sdrt.runtime.engine_search import Engine
 from sdrt.runtime.errors import BackendError
-from sdrt.runtime.tensorrt_cache import RuntimeCache, runtime_cache_path
+from sdrt.runtime.tensorrt_cache import RuntimeCache, runtime_cache_name
 from sdrt.runtime.tensorrt_errors import ErrorLog
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ class LoadedEngine:
             )
         self._check_tensors()
         if self.engine.manifest.key.flavour == "tensorrt-rtx":
-            path = runtime_cache_path(
+            name = runtime_cache_name(
                 self.engine.manifest.files[0].sha256, self._trt.__version__, self.device.facts.name
             )
-            self._cache = RuntimeCache(self._trt, self.cuda_engine, path)
+            self._cache = RuntimeCache(self._trt, self.cuda_engine, name)
             weakref.finalize(self, self._cache.save)
 
     def free_memory(self) -> int | None:

@@ -10,16 +10,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 import zlib
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.kernels.cache import cache_folder
-from sdrt.runtime.errors import OutputError
-from sdrt.runtime.files import write_atomically
+from sdrt.kernels.cache import read_kept, write_kept
 
+KIND: Final = "verified"
 # A file that was changed just now may be changed again within one tick of the file system's clock.
 SETTLED_SECONDS: Final = 2.0
+_MAX_RECORD_BYTES: Final = 16 << 20
+
+# Device, inode, size, time of the last writing and of the last change in nanoseconds.
+FileState = list[int]
 
 
 class VerifiedFiles:
@@ -32,13 +37,13 @@ class VerifiedFiles:
             folder: That the files are in.
         """
         self._folder = folder
-        # Two folders of one name here would only write over each other's record: inodes differ.
-        name = zlib.crc32(os.fsencode(folder.absolute()))
-        self._record = cache_folder("verified") / f"{name:08x}.json"
-        self._known: dict[str, list[Any]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self._record.read_text(encoding="utf-8"))
-            self._known = found if isinstance(found, dict) else {}
+        self._path = os.fsencode(folder.absolute())
+        self._name = f"{zlib.crc32(self._path):08x}.json"
+        content = read_kept(KIND, self._name, _MAX_RECORD_BYTES)
+        record = {} if content is None else json.loads(content)
+        # Names are short: another folder may have the same.
+        ours = record.get("folder") == self._path.hex()
+        self._known: dict[str, list[Any]] = record["files"] if ours else {}
         self._changed = False
 
     def sha256(self, path: str) -> str | None:
@@ -47,38 +52,53 @@ class VerifiedFiles:
         Args:
             path: Relative to the folder.
         """
-        entry = self._known.get(path)
+        state, sha256 = self._known.get(path, (None, None))
         try:
-            if not isinstance(entry, list) or entry[:-1] != _state(self._folder / path):
-                return None
+            return sha256 if state == file_state((self._folder / path).stat()) else None
         except OSError:
             return None
-        return str(entry[-1])
 
-    def remember(self, path: str, sha256: str, began: float) -> None:
+    def remember(self, path: str, sha256: str, state: FileState | None) -> None:
         """Keep what a file was found to have.
 
         Args:
             path: Relative to the folder.
             sha256: In hex.
-            began: When reading it began, as `time.time` says.
+            state: Of the very file that was hashed: see `hashed`. Without one nothing is kept.
         """
-        with contextlib.suppress(OSError):
-            state = _state(self._folder / path)
-            if began - max(state[-2:]) / 1e9 > SETTLED_SECONDS:
-                self._known[path] = [*state, sha256]
-                self._changed = True
+        if state is not None:
+            self._known[path] = [state, sha256]
+            self._changed = True
 
     def save(self) -> None:
         """Write the record if there is anything new."""
-        if not self._changed:
-            return
-        with contextlib.suppress(OSError, OutputError):
-            self._record.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._record, json.dumps(self._known).encode())
-            self._changed = False
+        if self._changed:
+            record = {"folder": self._path.hex(), "files": self._known}
+            self._changed = not write_kept(KIND, self._name, json.dumps(record).encode())
 
 
-def _state(file: Path) -> list[int]:
-    facts = file.stat()
+def hashed(stream: BufferedReader) -> tuple[str, FileState | None]:
+    """SHA-256 in hex and state of an open file, read from its beginning.
+
+    Both are of the one file that is open, whatever has its name by now. There is no state if it changed
+    meanwhile, or so short a time ago that a change might not show.
+    """
+    import hashlib  # OpenSSL, 3 ms: files that were compared before are not hashed again
+
+    began = time.time()
+    before = file_state(os.fstat(stream.fileno()))
+    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    settled = began - max(before[-2:]) / 1e9 > SETTLED_SECONDS
+    return digest, before if settled and file_state(os.fstat(stream.fileno())) == before else None
+
+
+def file_state(facts: os.stat_result) -> FileState:
+    """By which a file that was hashed is known again."""
     return [facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def boot_id() -> str:
+    """Another one each time that the system was started; empty where it does not say."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return ""

@@ -244,12 +244,14 @@ def test_exports_that_nobody_used_for_a_month_are_removed(
     for batch in ("1", "2"):
         assert export_model.main([str(tiny_checkpoint), "--batch", batch]) == 0
     first, second = (Path(words[1]) for words in made)
-    for folder in (first, second):
+    mine = first.parent / "mine"
+    mine.mkdir()
+    for path in (first / export_model.MARKER, second / export_model.MARKER, mine):
         long_ago = time.time() - UNUSED_SECONDS - 60
-        os.utime(folder, (long_ago, long_ago))
+        os.utime(path, (long_ago, long_ago))
     assert export_model.main([str(tiny_checkpoint), "--batch", "1"]) == 0  # which is a use
     assert export_model.main([str(tiny_checkpoint), "--batch", "3"]) == 0
-    assert (first.is_dir(), second.exists(), len(made)) == (True, False, 3)
+    assert (first.is_dir(), second.exists(), mine.is_dir(), len(made)) == (True, False, True, 3)
 
 
 @pytest.mark.parametrize("file", ["export/graph.py", "export/data/sd15/config.json", "runtime/components.py"])

@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 from sdrt.benchmarks import peer_environments, peers
 from sdrt.benchmarks.installed_size import closure, installed_bytes
 from sdrt.benchmarks.peer_environments import COMPLETE, ENVIRONMENTS, Environment, environment_key, run_logged
-from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.kernels.cache import CacheWarning
+from sdrt.runtime.errors import BackendError, OutputError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +92,35 @@ def test_what_pip_says_last_is_the_error_and_the_next_try_begins_anew(
     assert peer_environments.find("broken") is None
     assert not (folder / COMPLETE).exists()
     assert f"broken: ERROR: no {failing}" in told
+
+
+def test_only_environments_are_removed_and_never_through_a_link(tmp_path: Path) -> None:
+    folder = peer_environments.environment_folder("openvino")
+    elsewhere = tmp_path / "elsewhere"
+    for other in (elsewhere, folder):
+        other.mkdir(parents=True)
+        (other / "thesis.txt").write_text("")
+    (elsewhere / COMPLETE).write_text("{}")
+    with pytest.raises(OutputError, match="no environment that sd-bench made: remove it by hand"):
+        peer_environments.remove("openvino")
+    (folder / "thesis.txt").unlink()
+    peer_environments.remove("openvino")
+    assert not folder.exists()
+    folder.symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="remove it by hand"):
+        peer_environments.remove("openvino")
+    assert {file.name for file in elsewhere.iterdir()} == {"thesis.txt", COMPLETE}
+
+
+def test_no_environment_is_taken_where_others_can_write() -> None:
+    folder = peer_environments.environment_folder("openvino")
+    folder.mkdir(parents=True)
+    (folder / COMPLETE).write_text("{}")
+    folder.parent.chmod(0o777)
+    with pytest.warns(CacheWarning, match=f"{folder.parent} is not used as a cache: others can write there"):
+        assert peer_environments.find("openvino") is None
+    with pytest.raises(OutputError, match="others can write there; `chmod go-w"):
+        peer_environments.install("openvino")
 
 
 def test_a_program_that_prints_nothing_and_fails_is_told(tmp_path: Path) -> None:

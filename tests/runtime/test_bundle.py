@@ -219,10 +219,10 @@ def test_path_too_long_for_the_system(bundle_copy: Path) -> None:
 def test_file_that_cannot_be_read(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a disk fault would have it; permissions do not stop root, who may be running this."""
 
-    def fail(_file: Path) -> str:
+    def fail(_stream: object) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("sdrt.runtime.bundle.sha256", fail)
+    monkeypatch.setattr("sdrt.runtime.bundle.hashed", fail)
     message = refused(bundle_copy)
     assert "text_encoder/model.onnx" in message
     assert "Input/output error" in message

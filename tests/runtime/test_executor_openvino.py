@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_runs import flip_byte, source_of
 from openvino_runs import assert_close, buffers, expected, openvino
 
 from sdrt.runtime import openvino_models, verified_files
@@ -22,7 +22,7 @@ from sdrt.runtime.errors import BackendError, BundleError
 from sdrt.runtime.executor_openvino import OpenVinoExecutor
 from sdrt.runtime.openvino_models import Kept
 from sdrt.runtime.pipeline import Pipeline
-from sdrt.runtime.prepared_folder import RECORD_NAME
+from sdrt.runtime.prepared_folder import RECORD_NAME, Source
 from tolerances import TASK_RUN
 
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "seed": 1, "output_type": "numpy"}
@@ -158,9 +158,8 @@ def test_what_is_computed_once(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_most_of_a_unet_runs_at_every_call(tiny: Bundle) -> None:
     """Of what is cut out no result is larger than what it saves, nor is anything a mere copy of an input."""
-    file = openvino_models.ModelFile(
-        import_openvino(openvino_models.BACKEND, "openvino"), *_unet_file(tiny), ()
-    )
+    ov = import_openvino(openvino_models.BACKEND, "openvino")
+    file = openvino_models.ModelFile(ov, *_unet_file(tiny), None)
     sizes = tuple((name, array.shape) for name, array in buffers(tiny, rows=1)[0].items())
     compiled = file.compiled(openvino_models.Shape(sizes, 1, 1))
     context, time_ = compiled.parts
@@ -206,33 +205,35 @@ def test_kept_results_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_once(cache: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = tiny.component("unet").files
+    source = source_of(tiny)
     inputs, outputs = buffers(tiny)
-    openvino(tiny, files=files, threads=2).bind(inputs, outputs)()
+    openvino(tiny, source=source, threads=2).bind(inputs, outputs)()
     wanted = outputs["noise_pred"].copy()
     assert len(list(cache.iterdir())) == 1
     monkeypatch.setattr(openvino_models.ModelFile, "read", lambda self: pytest.fail("the graph was read"))
     outputs["noise_pred"].fill(0)
-    openvino(tiny, files=files, threads=2).bind(inputs, outputs)()
+    openvino(tiny, source=source, threads=2).bind(inputs, outputs)()
     np.testing.assert_array_equal(outputs["noise_pred"], wanted)
 
 
 def test_a_place_for_all_that_decides_what_is_compiled(
     cache: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = tiny.component("unet").files
+    source = source_of(tiny)
     ov = import_openvino(openvino_models.BACKEND, "openvino")
 
-    def place(threads: int = 2, rows: int = 1, files: Any = files) -> Path:
-        file = openvino_models.ModelFile(ov, *_unet_file(tiny), files)
+    other_weights = replace(source, files=(*source.files[:-1], replace(source.files[-1], sha256="0" * 64)))
+
+    def place(threads: int = 2, rows: int = 1, source: Source = source) -> Path:
+        file = openvino_models.ModelFile(ov, *_unet_file(tiny), source)
         sizes = tuple((name, array.shape) for name, array in buffers(tiny, rows=rows)[0].items())
-        return file._place(openvino_models.Shape(sizes, 1, threads)).path
+        return file._place(source, openvino_models.Shape(sizes, 1, threads)).path
 
     places = [
         place(),
         place(threads=1),
         place(rows=2),
-        place(files=(*files[:-1], replace(files[-1], sha256="0" * 64))),
+        place(source=other_weights),
     ]
     monkeypatch.setattr(ov, "get_version", lambda: "another")
     places.append(place())
@@ -241,18 +242,31 @@ def test_a_place_for_all_that_decides_what_is_compiled(
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.parametrize("name", [openvino_models.MAIN, openvino_models.LAYOUT, RECORD_NAME])
-def test_damaged_ones_are_compiled_anew(cache: Path, tiny: Bundle, name: str) -> None:
-    files = tiny.component("unet").files
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    flip_byte(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip])
+@pytest.mark.parametrize("name", [openvino_models.MAIN, openvino_models.LAYOUT, "part-0.blob", RECORD_NAME])
+def test_damaged_ones_are_compiled_anew(
+    cache: Path, tiny: Bundle, name: str, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verified_files, "SETTLED_SECONDS", 0.0)  # what was hashed is remembered
+    source = source_of(tiny)
     inputs, outputs = buffers(tiny)
-    openvino(tiny, files=files).bind(inputs, outputs)()
+    openvino(tiny, source=source).bind(inputs, outputs)()
     wanted = outputs["noise_pred"].copy()
     (folder,) = cache.iterdir()
-    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    openvino(tiny, files=files).bind(inputs, outputs)()
+    damage(folder / name)
+    damaged = (folder / name).read_bytes()
+    openvino(tiny, source=source).bind(inputs, outputs)()
     np.testing.assert_array_equal(outputs["noise_pred"], wanted)
+    assert (folder / name).read_bytes() != damaged
     assert [file.name for file in cache.iterdir()] == [folder.name]
-    openvino(tiny, files=files).bind(inputs, outputs)()
 
 
 def test_without_verified_files_there_is_no_cache(cache: Path, tiny: Bundle) -> None:
@@ -264,16 +278,16 @@ def test_without_verified_files_there_is_no_cache(cache: Path, tiny: Bundle) -> 
 def test_large_models_are_not_kept(cache: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_models, "MOST_BYTES", 1000)
     inputs, outputs = buffers(tiny)
-    openvino(tiny, files=tiny.component("unet").files).bind(inputs, outputs)()
+    openvino(tiny, source=source_of(tiny)).bind(inputs, outputs)()
     assert outputs["noise_pred"].any()
     assert not cache.exists()
 
 
 def test_altered_weights_are_never_drawn_as_the_kept_ones(
-    cache: Path, tiny_bundle: Path, tmp_path: Path
+    cache: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied = Path(shutil.copytree(tiny_bundle, tmp_path / "copied"))
-    time.sleep(verified_files.SETTLED_SECONDS + 0.1)
+    monkeypatch.setattr(verified_files, "SETTLED_SECONDS", 0.0)
     with Pipeline.load(copied, backend="openvino-cpu") as pipeline:
         wanted = pipeline("x", **SHORT).latents
     kept = len(list(cache.iterdir()))

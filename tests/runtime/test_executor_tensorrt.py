@@ -18,10 +18,12 @@ from typing import Any
 import fake_tensorrt
 import numpy as np
 import pytest
+from cache_runs import flip_byte
 from engine_bundles import UNET_SIZES, add_engine, engine_key
 from fake_tensorrt import fake_plan
 from recording import RecordingDriver, recording_device
 
+from sdrt.kernels.cache import read_kept
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.cuda_device import CudaDevice
 from sdrt.runtime.engine_libraries import import_tensorrt
@@ -511,15 +513,18 @@ def test_runtime_cache_is_kept(rtx: Bench, tmp_path: Path) -> None:
     evaluate = executor.bind(*rtx.buffers())
     evaluate()
     (cache,) = (tmp_path / "cache" / "tensorrt-rtx").iterdir()  # after the first run, which compiles
-    assert cache.read_bytes() == b"compiled kernels"
+    assert read_kept("tensorrt-rtx", cache.name, 100) == b"compiled kernels"
     written = cache.stat().st_mtime_ns
     executor.close()
     assert cache.stat().st_mtime_ns == written  # nothing new, nothing written
     rtx.trt.cache = b"more kernels"
     executor.close()
-    assert cache.read_bytes() == b"more kernels"
+    assert read_kept("tensorrt-rtx", cache.name, 100) == b"more kernels"
     rtx.load()
     assert rtx.calls("deserialize") == [[b"more kernels"]]
+    flip_byte(cache, 3)  # the library would be given what nobody has compiled
+    rtx.load()
+    assert len(rtx.calls("deserialize")) == 1
     # Another plan, another cache.
     shutil.rmtree(folder)
     rtx.add(memory=8)
@@ -534,7 +539,7 @@ def test_runtime_cache_is_kept_without_close(rtx: Bench, tmp_path: Path) -> None
     rtx.trt.cache = b"compiled meanwhile"
     del executor
     (cache,) = (tmp_path / "cache" / "tensorrt-rtx").iterdir()
-    assert cache.read_bytes() == b"compiled meanwhile"
+    assert read_kept("tensorrt-rtx", cache.name, 100) == b"compiled meanwhile"
 
 
 def test_runtime_cache_that_cannot_be_written_is_no_error(
