@@ -188,10 +188,14 @@ def load_executor(
         BundleError: An engine that was chosen is damaged.
     """
     try:
-        load = BACKENDS[backend].load
+        chosen = BACKENDS[backend]
     except KeyError:
         raise UsageError(f"unknown backend {backend!r}; there is {', '.join(BACKENDS)}") from None
-    return load(bundle, component, device, threads, verify)
+    if not (chosen.needs_gpu or bundle.embedded):
+        from sdrt.runtime.first_load import admit  # what sdrt ships need not wait for it
+
+        admit(bundle, [component], backend, verify=verify)
+    return chosen.load(bundle, component, device, threads, verify)
 
 
 def find_gpu(index: int = 0) -> Gpu:

@@ -9,13 +9,14 @@ from typing import Final
 
 import sdrt
 from sdrt.runtime.errors import BundleError
+from sdrt.runtime.limits import MAX_MANIFEST_BYTES
 from sdrt.runtime.manifest import MANIFEST_NAME, Component, FileEntry, Manifest
 from sdrt.runtime.manifest_json import from_json
+from sdrt.runtime.untrusted import open_regular, read_limited
 from sdrt.runtime.verified_files import VerifiedFiles
 
 # `sdrt/models` is package data in a wheel and a symbolic link in a checkout: one path serves both.
 EMBEDDED: Final = Path(sdrt.__file__).parent / "models" / "emoji" / "bundle"
-_MAX_MANIFEST_BYTES: Final = 16 << 20  # a manifest is some 20 kB; never read gigabytes by mistake
 
 
 class Bundle:
@@ -45,15 +46,15 @@ class Bundle:
         folder = EMBEDDED if path is None else Path(path)
         manifest_path = folder / MANIFEST_NAME
         try:
-            if not manifest_path.is_file():
-                raise BundleError(
-                    f"no bundle at {folder}: it has no {MANIFEST_NAME}; make one with `sd-export MODEL OUT`"
-                )
-            if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
-                raise BundleError(f"{manifest_path} is larger than any manifest: not a bundle")
-            manifest = from_json(manifest_path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise BundleError(f"{manifest_path} cannot be read: {error}") from error
+            manifest = from_json(read_limited(manifest_path, MAX_MANIFEST_BYTES))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"no bundle at {folder}: it has no {MANIFEST_NAME}; make one with `sd-export MODEL OUT`"
+            ) from None
+        except ValueError as error:
+            raise BundleError(
+                f"no bundle at {folder}: {error}; make one with `sd-export MODEL OUT`"
+            ) from None
         except OSError as error:
             raise BundleError(f"{manifest_path} cannot be read: {error.strerror}") from error
         bundle = cls(folder, manifest)
@@ -61,6 +62,11 @@ class Bundle:
             bundle.check(entry, verify=verify)
         bundle._refuse_unlisted()
         return bundle
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the one that sdrt ships, in its place: as safe to load as sdrt itself."""
+        return self.path == EMBEDDED
 
     def verify(self, *, again: bool = True) -> None:
         """Compare the SHA-256 of every file with the manifest.
@@ -113,6 +119,8 @@ class Bundle:
         """Raise BundleError unless the file is inside the bundle with the recorded size and hash."""
         try:
             self._check(self.file(entry), entry, verify=verify)
+        except ValueError as error:
+            raise BundleError(f"{entry.path} in {self.path} cannot be read: {error}") from None
         except OSError as error:
             raise BundleError(f"{entry.path} in {self.path} cannot be read: {error.strerror}") from error
 
@@ -159,5 +167,5 @@ def sha256(file: Path) -> str:
     """SHA-256 of a file in hex."""
     import hashlib  # OpenSSL, 3 ms: files that were compared before are not hashed again
 
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,6 +20,7 @@ from sdrt.runtime.engine_search import Engine, build_command, find_engine
 from sdrt.runtime.errors import BackendError, DeviceMemoryError
 from sdrt.runtime.executor_onnxruntime import check_graph, import_onnxruntime, quiet_options
 from sdrt.runtime.executors import check_buffers, first_line
+from sdrt.runtime.first_load import admit_rewritten
 from sdrt.runtime.onnx_nodes import read_nodes, shape_nodes
 
 if TYPE_CHECKING:
@@ -151,8 +152,11 @@ class OnnxRuntimeCudaExecutor:
         options = quiet_options(self._ort)
         options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
         graph: str | bytes = str(model)
+        content = model.read_bytes() if engine is None else engine.read_plan(verify=self._verify)
+        entry_of_engine = None if engine is None else engine.manifest.files[0]
+        admit_rewritten(self._bundle, self.spec.name, BACKEND, entry_of_engine, content)
         if engine is not None:
-            graph = engine.read_plan(verify=self._verify)
+            graph = content
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(model.parent))
         where = f"engines/{engine.folder.name}" if engine else str(PurePosixPath(part.model))
         _load_cuda_libraries(self._ort)
@@ -170,7 +174,6 @@ class OnnxRuntimeCudaExecutor:
                 self._device, f"ONNX Runtime refuses {where} on {self._device.name}", error
             ) from error
         _check_provider(session, self._ort.__version__)
-        content = graph if isinstance(graph, bytes) else model.read_bytes()
         if left := _cpu_nodes(session, content, self._allowed):
             names = ", ".join(left[:_MAX_LISTED])
             more = f" and {len(left) - _MAX_LISTED} more" if len(left) > _MAX_LISTED else ""
