@@ -42,7 +42,7 @@ from sdrt.export.pass_widen import widen_bfloat16
 from sdrt.export.preview import fit_preview
 from sdrt.export.range_audit import audit_ranges
 from sdrt.export.weights import check_architectures, release_weights
-from sdrt.runtime.accepted import accept
+from sdrt.runtime.admission import accept
 from sdrt.runtime.bundle import sha256
 from sdrt.runtime.components import ComponentSpec, Precision, components_of
 from sdrt.runtime.files import new_folder, writing

@@ -192,7 +192,7 @@ def load_executor(
     except KeyError:
         raise UsageError(f"unknown backend {backend!r}; there is {', '.join(BACKENDS)}") from None
     if not (chosen.needs_gpu or bundle.embedded):
-        from sdrt.runtime.first_load import admit  # what sdrt ships need not wait for it
+        from sdrt.runtime.admission import admit  # what sdrt ships need not wait for it
 
         admit(bundle, [component], backend, verify=verify)
     return chosen.load(bundle, component, device, threads, verify)
@@ -261,8 +261,7 @@ def _load_cpu(import_executor: Callable[[], CpuExecutor]) -> Callable[..., Execu
         executor = import_executor()
         _refuse_bfloat16(bundle, component)
         part = bundle.component(component)
-        entry = next(entry for entry in part.files if entry.path == part.model)
-        model = bundle.file(entry)
+        model = bundle.file(part.model_entry)
         # What was prepared of unaltered files must not stand in for altered ones.
         files = part.files if verify or bundle.is_verified(part.files) else ()
         return executor(model, part.spec, threads=threads, files=files)

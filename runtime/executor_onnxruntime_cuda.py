@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sdrt.runtime.admission import admit_rewritten
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.devices import Buffer
@@ -20,7 +21,6 @@ from sdrt.runtime.engine_search import Engine, build_command, find_engine
 from sdrt.runtime.errors import BackendError, DeviceMemoryError
 from sdrt.runtime.executor_onnxruntime import check_graph, import_onnxruntime, quiet_options
 from sdrt.runtime.executors import check_buffers, first_line
-from sdrt.runtime.first_load import admit_rewritten
 from sdrt.runtime.onnx_nodes import read_nodes, shape_nodes
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ class OnnxRuntimeCudaExecutor:
 
     def _load(self, engine: Engine | None) -> Any:
         part = self._bundle.component(self.spec.name)
-        entry = next(entry for entry in part.files if entry.path == part.model)
-        model = self._bundle.file(entry)
+        model = self._bundle.file(part.model_entry)
         options = quiet_options(self._ort)
         options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
         graph: str | bytes = str(model)

@@ -1,13 +1,14 @@
-"""Before a component of a bundle is loaded: its graph is checked, and a stranger's is tried elsewhere first.
+"""A stranger's component is loaded for the first time: its graph is checked, then it is tried elsewhere.
 
 `sdrt.runtime.graph_check` refuses what can be seen to be no graph of a bundle. What is left may still end an
-engine library with a crash, or keep it busy for ever. So a component that this user neither exported nor
-loaded before is loaded and evaluated once in a process of its own, with limits on time and memory
-(`sdrt.runtime.first_load_child`). That process is no sandbox: it is for accidents.
+engine library with a crash, or keep it busy for ever. So the component is loaded and evaluated once in a
+process of its own, with limits on time and memory (`sdrt.runtime.first_load_child`). That process is no
+sandbox: it is for accidents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,125 +16,49 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from sdrt.runtime import limits
-from sdrt.runtime.accepted import accept, accepted
-from sdrt.runtime.bundle import Bundle, sha256
+from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import BackendError, BundleError, SdrtError
 from sdrt.runtime.graph_check import check_graph_file, external_files
-from sdrt.runtime.manifest import Component, FileEntry
-from sdrt.runtime.tokenizer_check import check_tokenizer_file
-from sdrt.runtime.untrusted import read_limited
+from sdrt.runtime.manifest import Component
+from sdrt.runtime.untrusted import parse_json, read_limited
 
-TOKENIZER: Final = "tokenizer"  # in a backend's place
 WORTH_TELLING: Final = 200_000_000  # bytes of weights, which take seconds
 _COMMAND: Final = ("-P", "-m", "sdrt.runtime.first_load_child")
 _SAID: Final = 1 << 16  # bytes of what the child says
 _STATUSES: Final = {kind.exit_status: kind for kind in (BundleError, BackendError)}
 
 
-def admit(bundle: Bundle, components: Sequence[str], backend: str, *, verify: bool) -> None:
-    """Refuse components that cannot be loaded safely on a backend of the CPU; remember those that can.
-
-    Args:
-        bundle: Opened.
-        components: Their names.
-        backend: Its name.
-        verify: Whether all files were compared with the manifest.
+def check_component(bundle: Bundle, part: Component) -> None:
+    """Check a component's graph.
 
     Raises:
-        BundleError: A graph is none, or ends a process that loads it, or takes too long or too much memory.
-        BackendError: The backend refuses it.
+        BundleError: It is no graph that may be loaded, or cannot be read.
     """
-    if bundle.embedded:
-        return
-    strangers = {}
-    for name in components:
-        part = bundle.component(name)
-        model = _model(part)
-        found = model if verify else _as_found(bundle, model)
-        files = [found if entry is model else entry for entry in part.files]
-        if not accepted(files, backend):
-            _check_component(bundle, part)
-            strangers[name] = files
-    if strangers:
-        _try(bundle, list(strangers), backend, verify=verify)
-        for files in strangers.values():
-            accept(files, backend)
-
-
-def admit_tokenizers(bundle: Bundle) -> None:
-    """Refuse tokenizers that are none, or that could take for ever; remember those that are.
-
-    Raises:
-        BundleError: It is so.
-    """
-    if bundle.embedded:
-        return
-    for facts in bundle.manifest.tokenizers:
-        entry = _as_found(bundle, facts.file)
-        if not accepted([entry], TOKENIZER):
-            check_tokenizer_file(bundle.file(facts.file))
-            accept([entry], TOKENIZER)
-
-
-def admit_rewritten(bundle: Bundle, name: str, backend: str, model: FileEntry | None, content: bytes) -> None:
-    """Refuse a graph for a GPU that cannot be loaded safely, as far as that can be seen; it is not tried.
-
-    Args:
-        bundle: Opened.
-        name: The component's, whose weights the graph takes.
-        backend: Its name.
-        model: Of an engine that holds the graph; None for the component's own.
-        content: Its bytes.
-
-    Raises:
-        BundleError: It is no graph that may be loaded.
-    """
-    if bundle.embedded and model is None:
-        return
-    import hashlib
-
-    part = bundle.component(name)
-    found = replace(model or _model(part), sha256=hashlib.sha256(content).hexdigest())
-    files = [*part.files, found]
-    if not accepted(files, backend):
-        where = part.model if model is None else f"the {name} rewritten for {backend}"
-        _check_graph(content, f"{where} of {bundle.path}", part)
-        accept(files, backend)
-
-
-def _check_component(bundle: Bundle, part: Component) -> None:
     where = f"{part.model} of {bundle.path}"
     try:
-        content = read_limited(bundle.file(_model(part)), limits.MAX_GRAPH_BYTES)
+        content = read_limited(bundle.file(part.model_entry), limits.MAX_GRAPH_BYTES)
     except ValueError as error:
         raise BundleError(f"{error}: the weights of a bundle's graph lie beside it") from None
     except OSError as error:
         raise BundleError(f"{where} cannot be read: {error.strerror}") from error
-    _check_graph(content, where, part)
+    check_graph(content, where, part)
 
 
-def _check_graph(content: bytes, where: str, part: Component) -> None:
+def check_graph(content: bytes, where: str, part: Component) -> None:
+    """Check a graph that takes a component's weights; ``where`` names it.
+
+    Raises:
+        BundleError: It is no graph that may be loaded.
+    """
     sizes = {entry.path: entry.size for entry in part.files}
     check_graph_file(content, where, external_files(part.model, sizes))
 
 
-def _model(part: Component) -> FileEntry:
-    return next(entry for entry in part.files if entry.path == part.model)
-
-
-def _as_found(bundle: Bundle, entry: FileEntry) -> FileEntry:
-    """The entry with the SHA-256 that its file has, which need not be the one in the manifest."""
-    if bundle.is_verified([entry]):
-        return entry
-    return replace(entry, sha256=sha256(bundle.file(entry)))
-
-
-def _try(bundle: Bundle, names: Sequence[str], backend: str, *, verify: bool) -> None:
-    """Load and evaluate components in a process of their own."""
+def load_apart(bundle: Bundle, names: Sequence[str], backend: str, *, verify: bool) -> None:
+    """Load and evaluate components in a process of their own; see `sdrt.runtime.admission.admit`."""
     size = max(sum(entry.size for entry in bundle.component(name).files) for name in names)
     shape = bundle.manifest.limits
     pixels = shape.min_batch * shape.height.minimum * shape.width.minimum
@@ -190,8 +115,11 @@ def _run(job: dict[str, Any], seconds: float) -> tuple[list[dict[str, Any]], int
     finally:
         child.kill()
         child.wait()
-    lines = output[-_SAID:].decode("utf-8", "replace").splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")], status
+    said = []
+    for line in output[-_SAID:].decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):
+            said.append(parse_json(line))
+    return [entry for entry in said if isinstance(entry, dict)], status
 
 
 def _judge(said: list[dict[str, Any]], status: int | None, whose: str, limit: str) -> None:

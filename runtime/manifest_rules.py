@@ -51,9 +51,9 @@ def _number_rules(manifest: Manifest) -> dict[str, bool]:
     """Rule → whether it holds: limits, defaults and latents."""
     limits, defaults, factor = manifest.limits, manifest.defaults, manifest.latents.factor
     sides = (limits.height, limits.width)
-    paths = [entry.path for entry in manifest.files()]
+    listed = [[entry.path for entry in part.files] for part in manifest.components.values()]
     return {
-        "each file is listed once": len(set(paths)) == len(paths),
+        "each file of a component is listed once": all(len(set(paths)) == len(paths) for paths in listed),
         f"latents: channels are 1 to {most.MAX_CHANNELS}, the factor is 1 to {most.MAX_FACTOR}": (
             1 <= manifest.latents.channels <= most.MAX_CHANNELS and 1 <= factor <= most.MAX_FACTOR
         ),

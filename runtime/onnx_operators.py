@@ -52,15 +52,15 @@ def find_operator(domain: str, op_type: str) -> Operator | None:
     return _table("" if domain == "ai.onnx" else domain).get(op_type)
 
 
-def operator_names(domain: str) -> list[str]:
-    """The operators of a domain."""
-    return list(_table(domain))
+def operator_lines(domain: str) -> dict[str, str]:
+    """Operator → its line of the table."""
+    lines = _TABLES.get(domain, "").replace("\n    ", " ").strip().splitlines()
+    return dict(line.split(" ", 1) for line in lines)
 
 
 @cache
 def _table(domain: str) -> dict[str, Operator]:
-    lines = _TABLES.get(domain, "").replace("\n    ", " ").strip().splitlines()
-    return {name: _operator(words) for name, *words in map(str.split, lines)}
+    return {name: _operator(line.split()) for name, line in operator_lines(domain).items()}
 
 
 def _operator(words: list[str]) -> Operator:

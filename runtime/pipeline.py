@@ -139,7 +139,7 @@ class Pipeline:
         if verify:
             bundle.verify(again=False)
         if choice.gpu is None and not bundle.embedded:
-            from sdrt.runtime.first_load import admit  # what sdrt ships need not wait for it
+            from sdrt.runtime.admission import admit  # what sdrt ships need not wait for it
 
             admit(bundle, bundle.manifest.required_components, choice.name, verify=verify)
         with ExitStack() as undo:

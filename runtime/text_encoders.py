@@ -51,7 +51,7 @@ def open_tokenizers(bundle: Bundle) -> list[Tokenizer]:
         BundleError: A tokenizer's file cannot be used.
     """
     if not bundle.embedded:
-        from sdrt.runtime.first_load import admit_tokenizers  # what sdrt ships need not wait for it
+        from sdrt.runtime.admission import admit_tokenizers  # what sdrt ships need not wait for it
 
         admit_tokenizers(bundle)
     return [

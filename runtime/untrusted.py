@@ -13,8 +13,9 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from sdrt.runtime.errors import SdrtError
 
@@ -32,7 +33,7 @@ _KINDS: Final = (
 )
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading, links followed; never waits for a pipe's other end.
 
     Raises:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import onnx
 
+from sdrt.runtime.admission import admit
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.errors import SdrtError
-from sdrt.runtime.first_load import admit
-from sdrt.runtime.onnx_operators import operator_names
+from sdrt.runtime.onnx_operators import operator_lines
 
 COMPONENTS = ("text_encoder", "vae_encoder", "vae_decoder", "unet")
 
@@ -64,7 +64,7 @@ def _changed(change: Callable[[onnx.GraphProto, random.Random], None]) -> Callab
 @_changed
 def renamed(graph: onnx.GraphProto, source: random.Random) -> None:
     """A node is another operator."""
-    source.choice(graph.node).op_type = source.choice(operator_names(""))
+    source.choice(graph.node).op_type = source.choice(list(operator_lines("")))
 
 
 @_changed

@@ -270,7 +270,7 @@ def nested(depth: int) -> dict[str, Any]:
         (
             ("components", "unet", "files"),
             [asdict(entry("unet/model.onnx"))] * 2,
-            "each file is listed once",
+            "each file of a component is listed once",
         ),
         (("provenance",), nested(100), "nested more than 64 deep"),
     ],
