@@ -41,7 +41,8 @@ MAX_DIMENSION: Final = 1 << 40
 MAX_CONSTANT_ELEMENTS: Final = 1 << 26  # of what a node makes from constants alone
 
 # A request.
-MAX_PROMPT_CHARACTERS: Final = 100_000  # far more than any bundle's chunks hold; a megabyte takes seconds
+MAX_PROMPT_CHARACTERS: Final = 50_000  # far more than any bundle's chunks hold; it takes a second
+MAX_CALL_CHARACTERS: Final = 1_000_000  # of all prompts of a call, with the negative ones
 
 # The first load of a component that is a stranger's, in a process of its own.
 FIRST_LOAD_SECONDS: Final = 120.0

@@ -158,7 +158,7 @@ class ModelFile:
         """
         try:
             model = self._core.read_model(self._model)
-        except RuntimeError as error:
+        except Exception as error:  # also UnicodeDecodeError, of a name
             raise BackendError(f"OpenVINO refuses {self._model}: {reason(error)}") from error
         names = {entry.name for entry in (*self._spec.inputs, *self._spec.outputs)}
         inputs, outputs = (
@@ -181,7 +181,7 @@ class ModelFile:
                 )
                 for part in hoisted
             ]
-        except RuntimeError as error:
+        except Exception as error:
             raise BackendError(f"OpenVINO cannot compile {self._model}: {reason(error)}") from error
         return Compiled(main, parts)
 
