@@ -73,7 +73,8 @@ def external(**place: str) -> Change:
 
 
 def first(model: ModelProto, op_type: str) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if node.op_type == op_type)
+    found: onnx.NodeProto = next(node for node in model.graph.node if node.op_type == op_type)
+    return found
 
 
 def renamed(op_type: str, to: str) -> Change:
@@ -162,7 +163,7 @@ def long_constant(model: ModelProto) -> None:
 
 
 def texts(model: ModelProto) -> None:
-    model.graph.initializer.append(helper.make_tensor("t", TensorProto.STRING, [1], [b"x"]))
+    model.graph.initializer.add(name="t", dims=[1], data_type=TensorProto.STRING, string_data=[b"x"])
 
 
 def many_axes(model: ModelProto) -> None:
