@@ -156,7 +156,7 @@ def engine_from_json(text: str | bytes, where: str = ENGINE_NAME) -> EngineManif
         raise BundleError(f'{where} does not say "format": "{FORMAT}"; build the engine again')
     version = document.pop("format_version", None)
     if type(version) is not int or version < 1:
-        raise BundleError(f"{where}: format_version is {version!r}, not a positive number")
+        raise BundleError(f"{where}: format_version is {repr(version)[:40]}, not a positive number")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"{where} has format version {version}, this sdrt reads up to {FORMAT_VERSION}: upgrade sdrt, "
@@ -234,6 +234,6 @@ def _check_manifest(manifest: EngineManifest, where: str) -> None:
             raise BundleError(f"{where} breaks a rule: {rule}; build the engine again")
     for name in {name for profile in key.profiles for name in profile.axes}:
         if name not in DYNAMIC_AXES:
-            raise BundleError(f"{where} has a profile for {name!r}, which is no axis of a component")
+            raise BundleError(f"{where} has a profile for {name[:40]!r}, which is no axis of a component")
     for entry in manifest.files:
         check_file(entry, where, "the engine's folder")

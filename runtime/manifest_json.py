@@ -95,7 +95,7 @@ def from_json(text: str | bytes) -> Manifest:
         raise BundleError(f'{MANIFEST_NAME} does not say "format": "{FORMAT}": this is no bundle')
     version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BundleError(f"{MANIFEST_NAME}: format_version is {version!r}, not a positive number")
+        raise BundleError(f"{MANIFEST_NAME}: format_version is {repr(version)[:40]}, not a positive number")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"the bundle has format version {version}, this sdrt reads up to {FORMAT_VERSION}: "
@@ -149,7 +149,8 @@ def _family(document: Mapping[str, Any]) -> str:
     family = _value(str, document["family"], "family")
     if family not in FAMILIES:
         raise BundleError(
-            f"the bundle is of the family {family!r}, this sdrt draws {', '.join(FAMILIES)}: upgrade sdrt"
+            f"the bundle is of the family {family[:40]!r}, this sdrt draws {', '.join(FAMILIES)}: "
+            "upgrade sdrt"
         )
     return family
 
@@ -225,10 +226,10 @@ def _shown(names: Sequence[str]) -> str:
 
 def _component(name: str, part: Mapping[str, Any], family: Mapping[str, ComponentSpec]) -> Component:
     if name not in family:
-        raise BundleError(f"{MANIFEST_NAME} names an unknown component {name!r}")
+        raise BundleError(f"{MANIFEST_NAME} names an unknown component {name[:40]!r}")
     precision = part["precision"]
     if precision not in PRECISIONS:
-        raise BundleError(f"component {name} has the unknown precision {precision!r}")
+        raise BundleError(f"component {name} has the unknown precision {str(precision)[:40]!r}")
     table = family[name]
     spec = ComponentSpec(
         name,
@@ -240,7 +241,7 @@ def _component(name: str, part: Mapping[str, Any], family: Mapping[str, Componen
         raise BundleError(f"{MANIFEST_NAME}: {name} has {len(listed)} files, the limit is {MAX_FILES}")
     files = tuple(_value(FileEntry, entry, f"a file of {name}") for entry in listed)
     if part["model"] not in {entry.path for entry in files}:
-        raise BundleError(f"component {name}: its model {part['model']!r} is not among its files")
+        raise BundleError(f"component {name}: its model {str(part['model'])[:100]!r} is not among its files")
     return Component(part["model"], files, precision, spec)
 
 
@@ -263,7 +264,8 @@ def _tensors(
     for spec, want in zip(specs, table, strict=True):
         fits = len(spec.shape) == len(want.shape) and all(map(_axis_fits, want.shape, spec.shape))
         if not fits or spec.dtype != want.resolved_dtype(precision):
-            raise BundleError(f"{MANIFEST_NAME}: {where}: {spec.name} is {spec.dtype}{list(spec.shape)}")
+            given = f"{spec.dtype}{list(spec.shape)}"[:100]
+            raise BundleError(f"{MANIFEST_NAME}: {where}: {spec.name} is {given}")
     return specs
 
 

@@ -23,12 +23,13 @@ def check_file(entry: FileEntry, where: str, folder: str = "the bundle") -> None
         BundleError: Its path leaves the folder, its size or SHA-256 is none.
     """
     path, pure = entry.path, PurePosixPath(entry.path)
+    shown = repr(path[:100])
     if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
-        raise BundleError(f"{where} names {path!r}, which lies outside {folder}: refused")
+        raise BundleError(f"{where} names {shown}, which lies outside {folder}: refused")
     if not 0 <= entry.size <= most.MAX_FILE_BYTES:
-        raise BundleError(f"{where}: {path!r} has {entry.size} bytes: 0 to {most.MAX_FILE_BYTES} are allowed")
+        raise BundleError(f"{where}: {shown} has {entry.size} bytes: 0 to {most.MAX_FILE_BYTES} are allowed")
     if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
-        raise BundleError(f"{where}: the sha256 of {path!r} is {entry.sha256[:80]!r}, not 64 hex digits")
+        raise BundleError(f"{where}: the sha256 of {shown} is {entry.sha256[:80]!r}, not 64 hex digits")
 
 
 def check_rules(manifest: Manifest) -> None:
