@@ -128,11 +128,12 @@ def _judge(said: list[dict[str, Any]], status: int | None, whose: str, limit: st
     if status == 0 and "done" in last:
         return
     if "error" in last:
-        raise _STATUSES.get(last["status"], SdrtError)(last["error"])
+        raise _STATUSES.get(last.get("status", 0), SdrtError)(str(last["error"]))
     if status is None:
         how = "was not ready in time"
     elif status < 0:
-        how = f"ended it with {signal.Signals(-status).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"ended it with {names.get(-status, f'signal {-status}')}"
     else:
         how = f"ended it with status {status}"
     raise BundleError(

@@ -23,12 +23,12 @@ from sdrt.runtime.limits import (
     MAX_TENSORS,
 )
 from sdrt.runtime.onnx_messages import ATTRIBUTE_TYPES, ELEMENT_TYPES, EXTERNAL, MESSAGES
-from sdrt.runtime.onnx_operators import DOMAINS, find_operator
+from sdrt.runtime.onnx_operators import DOMAINS, Operator, find_operator
 from sdrt.runtime.protobuf import parse
 
 IR_VERSIONS: Final = range(8, 14)  # of ONNX 1.12 to 1.19; 10 is what is exported
 Message = dict[str, Any]
-_DATA: Final = tuple({typed for _, _, typed in ELEMENT_TYPES.values()})
+_DATA: Final = tuple(dict.fromkeys(typed for _, _, typed in ELEMENT_TYPES.values()))
 _PLACE: Final = frozenset({"location", "offset", "length", "checksum"})
 
 
@@ -212,7 +212,12 @@ def _check_node(node: Message, domains: set[str]) -> None:
             raise ValueError(
                 f"a {op_type} has {len([*filter(None, names)])} {what}, not {low} to {high or 'any'}"
             )
-    given: dict[str, str] = {}
+    _check_attributes(node, operator)
+
+
+def _check_attributes(node: Message, operator: Operator) -> None:
+    op_type = node["op_type"]
+    given: set[str] = set()
     for attribute in node.get("attribute", []):
         name = attribute.get("name", "")
         wanted = operator.attributes.get(name)
@@ -221,8 +226,8 @@ def _check_node(node: Message, domains: set[str]) -> None:
             raise ValueError(f"a {op_type} has the attribute {name[:60]!r}, which it does not have, or twice")
         if ATTRIBUTE_TYPES.get(attribute.get("type", 0)) != wanted or not held <= {wanted}:
             raise ValueError(f"the attribute {name} of a {op_type} is of another type")
-        given[name] = wanted
-    if missing := sorted(operator.required - given.keys()):
+        given.add(name)
+    if missing := sorted(operator.required - given):
         raise ValueError(f"a {op_type} lacks its attribute {', '.join(missing)}")
     if op_type == "Constant" and len(given) != 1:
         raise ValueError("a Constant has no value, or more than one")
