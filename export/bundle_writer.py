@@ -61,6 +61,7 @@ from sdrt.export.pass_widen import widen_bfloat16
 from sdrt.export.preview import fit_preview
 from sdrt.export.range_audit import audit_ranges
 from sdrt.export.weights import check_architectures, release_weights
+from sdrt.runtime.admission import accept
 from sdrt.runtime.bundle import sha256
 from sdrt.runtime.components import ComponentSpec, Precision, components_of
 from sdrt.runtime.files import new_folder, writing
@@ -151,6 +152,10 @@ def write_bundle(
         final = with_figures(manifest, report, checkpoint, time.perf_counter() - started)
         with writing(out):
             (folder / MANIFEST_NAME).write_text(to_json(final), encoding="utf-8")
+    for part in final.components.values():
+        accept(part.files)
+    for facts in final.tokenizers:
+        accept([facts.file])
     return report
 
 
@@ -373,6 +378,8 @@ def _write_runnable(job: _Job, manifest: Manifest) -> None:
                 shutil.copy(job.folder / facts.file.path, job.runnable)
         text = to_json(replace(manifest, components=components))
         (job.runnable / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    for part in components.values():
+        accept(part.files)
 
 
 def _traced_inputs(

@@ -21,11 +21,10 @@ from sdrt.runtime.components import PRECISIONS
 from sdrt.runtime.engines import FLAVOURS
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.manifest import MANIFEST_NAME
+from sdrt.runtime.onnx_operators import MAX_OPSET, MIN_OPSET
 
 ARCHITECTURES: Final = ("sd15", "sd21", "sdxl")
 MAX_BATCH: Final = 64
-MIN_OPSET: Final = 18
-MAX_OPSET: Final = 23
 SIZES: Final = ("batch", "height", "width", "chunks")
 DEFAULT_BATCH: Final = "1..4"
 MAX_CHUNKS: Final = 16

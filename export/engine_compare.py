@@ -21,6 +21,7 @@ from sdrt.runtime.engine_search import find_engine
 from sdrt.runtime.engines import ENGINES_FOLDER, EngineManifest
 from sdrt.runtime.errors import BackendError, ParityError
 from sdrt.runtime.executors import Executor
+from sdrt.runtime.manifest import MANIFEST_NAME
 
 NO_GPU: Final = "no GPU here"
 NOT_ASKED_FOR: Final = "left out, as --no-engine-parity asked"
@@ -177,7 +178,8 @@ def _run(
 def _view(bundle: Bundle, folder: Path) -> Iterator[Bundle]:
     """The bundle as it will be with just this engine in it, of hard links: executors open whole bundles."""
     place = folder / _VIEW
-    files = {entry.path: bundle.file(entry) for entry in bundle.manifest.files()}
+    files = {MANIFEST_NAME: bundle.path / MANIFEST_NAME}
+    files |= {entry.path: bundle.file(entry) for entry in bundle.manifest.files()}
     for file in folder.iterdir():
         if file.is_file():
             files[f"{ENGINES_FOLDER}/engine/{file.name}"] = file

@@ -190,10 +190,14 @@ def load_executor(
         BundleError: An engine that was chosen is damaged.
     """
     try:
-        load = BACKENDS[backend].load
+        chosen = BACKENDS[backend]
     except KeyError:
         raise UsageError(f"unknown backend {backend!r}; there is {', '.join(BACKENDS)}") from None
-    return load(bundle, component, device, threads, verify)
+    if not (chosen.needs_gpu or bundle.embedded):
+        from sdrt.runtime.admission import admit  # what sdrt ships need not wait for it
+
+        admit(bundle, [component], backend, verify=verify)
+    return chosen.load(bundle, component, device, threads, verify)
 
 
 def find_gpu(index: int = 0) -> Gpu:
@@ -261,8 +265,7 @@ def _load_cpu(import_executor: Callable[[], CpuExecutor]) -> Callable[..., Execu
         executor = import_executor()
         _refuse_bfloat16(bundle, component)
         part = bundle.component(component)
-        entry = next(entry for entry in part.files if entry.path == part.model)
-        model = bundle.file(entry)
+        model = bundle.file(part.model_entry)
         # What was prepared of unaltered files must not stand in for altered ones.
         compared = verify or bundle.is_verified(part.files)
         source = Source(bundle.path, part.model, part.files, verify == ALWAYS) if compared else None

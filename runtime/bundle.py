@@ -8,8 +8,10 @@ from typing import Final, Literal
 
 import sdrt
 from sdrt.runtime.errors import BundleError
+from sdrt.runtime.limits import MAX_MANIFEST_BYTES
 from sdrt.runtime.manifest import MANIFEST_NAME, Component, FileEntry, Manifest
 from sdrt.runtime.manifest_json import from_json
+from sdrt.runtime.untrusted import open_regular, read_limited
 from sdrt.runtime.verified_files import FileState, VerifiedFiles, hashed
 
 # `sdrt/models` is package data in a wheel and a symbolic link in a checkout: one path serves both.
@@ -18,7 +20,6 @@ EMBEDDED: Final = Path(sdrt.__file__).parent / "models" / "emoji" / "bundle"
 # or all of them anew, and what was prepared of them too.
 ALWAYS: Final = "always"
 Verify = bool | Literal["always"]
-_MAX_MANIFEST_BYTES: Final = 16 << 20  # a manifest is some 20 kB; never read gigabytes by mistake
 
 
 class Bundle:
@@ -48,15 +49,15 @@ class Bundle:
         folder = EMBEDDED if path is None else Path(path)
         manifest_path = folder / MANIFEST_NAME
         try:
-            if not manifest_path.is_file():
-                raise BundleError(
-                    f"no bundle at {folder}: it has no {MANIFEST_NAME}; make one with `sd-export MODEL OUT`"
-                )
-            if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
-                raise BundleError(f"{manifest_path} is larger than any manifest: not a bundle")
-            manifest = from_json(manifest_path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise BundleError(f"{manifest_path} cannot be read: {error}") from error
+            manifest = from_json(read_limited(manifest_path, MAX_MANIFEST_BYTES))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"no bundle at {folder}: it has no {MANIFEST_NAME}; make one with `sd-export MODEL OUT`"
+            ) from None
+        except ValueError as error:
+            raise BundleError(
+                f"no bundle at {folder}: {error}; make one with `sd-export MODEL OUT`"
+            ) from None
         except OSError as error:
             raise BundleError(f"{manifest_path} cannot be read: {error.strerror}") from error
         bundle = cls(folder, manifest)
@@ -64,6 +65,11 @@ class Bundle:
             bundle.check(entry, verify=verify)
         bundle._refuse_unlisted()
         return bundle
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the one that sdrt ships, in its place: as safe to load as sdrt itself."""
+        return self.path == EMBEDDED
 
     def verify(self, *, again: bool = True) -> None:
         """Compare the SHA-256 of every file with the manifest.
@@ -118,6 +124,8 @@ class Bundle:
         """
         try:
             return self._check(self.file(entry), entry, verify=verify)
+        except ValueError as error:
+            raise BundleError(f"{entry.path} in {self.path} cannot be read: {error}") from None
         except OSError as error:
             raise BundleError(f"{entry.path} in {self.path} cannot be read: {error.strerror}") from error
 
@@ -132,7 +140,7 @@ class Bundle:
             )
         if not verify:
             return None
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             found, state = hashed(stream)
         if found != entry.sha256:
             raise BundleError(
@@ -167,5 +175,5 @@ class Bundle:
 
 def sha256(file: Path) -> str:
     """SHA-256 of a file in hex."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashed(stream)[0]

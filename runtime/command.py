@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NoReturn
 
 from sdrt.runtime.errors import EXIT_INTERRUPTED, OutputError, SdrtError, UsageError
+from sdrt.runtime.printable import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit."""
-        line = " ".join(message.split())
+        line = printable(" ".join(message.split()))
         self.exit(UsageError.exit_status, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
 
@@ -84,13 +85,13 @@ def quick_start() -> Iterator[None]:
 
 
 def put(line: str) -> None:
-    """One line on stdout, at once.
+    """One line on stdout, at once; control characters as escapes, as they are in JSON.
 
     Raises:
         OutputError: It cannot be written there.
     """
     with _output_errors():
-        print(line, flush=True)  # noqa: T201
+        print(printable(line), flush=True)  # noqa: T201
 
 
 @contextlib.contextmanager
@@ -113,10 +114,10 @@ def _discard_output() -> None:
 
 
 def say(name: str, message: str) -> None:
-    """One line on stderr, with the command's name before it."""
+    """One line on stderr, with the command's name before it; control characters as escapes."""
     if sys.stderr is None:
         return
-    sys.stderr.write(f"{name}: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{name}: {printable(' '.join(message.split()))}\n")
 
 
 def tell_of_long_work(name: str) -> None:

@@ -21,10 +21,11 @@ from sdrt.runtime.engines import (
     engine_from_json,
 )
 from sdrt.runtime.errors import BackendError, BundleError
+from sdrt.runtime.limits import MAX_ENGINE_JSON_BYTES, MAX_ENGINES
 from sdrt.runtime.manifest import FileEntry, Manifest
+from sdrt.runtime.untrusted import open_regular, read_limited
 
 Capability = tuple[int, int]  # compute capability: major, minor
-_MAX_ENGINE_JSON_BYTES: Final = 4 << 20
 _MAX_LISTED: Final = 4  # engines that one message goes into
 
 
@@ -60,8 +61,10 @@ class Engine:
         entry = self.manifest.files[0]
         name = f"{ENGINES_FOLDER}/{self.folder.name}/{entry.path}"
         try:
-            with _inside(self.folder, entry, name).open("rb") as file:
+            with open_regular(_inside(self.folder, entry, name)) as file:
                 return file.read(count)
+        except ValueError as error:
+            raise BundleError(f"{name} cannot be read: {error}; {self.rebuild}") from None
         except OSError as error:
             raise BundleError(f"{name} cannot be read: {error.strerror}; {self.rebuild}") from error
 
@@ -83,7 +86,9 @@ class Engine:
                 raise BundleError(
                     f"{name} has {size} bytes, {ENGINE_NAME} says {entry.size}: cut short or altered; {again}"
                 )
-            data = file.read_bytes()
+            data = read_limited(file, entry.size)
+        except ValueError as error:
+            raise BundleError(f"{name} cannot be read: {error}; {again}") from None
         except OSError as error:
             raise BundleError(f"{name} cannot be read: {error.strerror}; {again}") from error
         if len(data) != entry.size or (verify and hashlib.sha256(data).hexdigest() != entry.sha256):
@@ -107,6 +112,8 @@ def list_engines(bundle: Bundle) -> tuple[list[Engine], list[str]]:
         return [], []
     except OSError as error:
         return [], [f"{place} cannot be read: {error.strerror}"]
+    if len(folders) > MAX_ENGINES:
+        return [], [f"{place} holds {len(folders)} folders, the limit is {MAX_ENGINES}"]
     for folder in folders:
         try:
             manifest = _read_manifest(bundle, folder)
@@ -237,13 +244,11 @@ def _read_manifest(bundle: Bundle, folder: Path) -> EngineManifest:
     try:
         if not file.resolve().is_relative_to(bundle.path.resolve()):
             raise BundleError(f"{where} leads outside the bundle {bundle.path}: refused")
-        if not file.is_file():
-            raise BundleError(f"{ENGINES_FOLDER}/{folder.name} is no engine: it has no {ENGINE_NAME}")
-        if file.stat().st_size > _MAX_ENGINE_JSON_BYTES:
-            raise BundleError(f"{where} is larger than any engine's manifest")
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise BundleError(f"{where} is not UTF-8 text; build the engine again") from None
+        text = read_limited(file, MAX_ENGINE_JSON_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{ENGINES_FOLDER}/{folder.name} is no engine: it has no {ENGINE_NAME}") from None
+    except ValueError as error:
+        raise BundleError(f"{where} cannot be read: {error}; build the engine again") from None
     except OSError as error:
         raise BundleError(f"{where} cannot be read: {error.strerror}") from error
     except RuntimeError:  # what Python 3.11 and 3.12 raise for links in a circle

@@ -13,12 +13,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import PurePosixPath
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
 from sdrt.runtime.components import DYNAMIC_AXES, PRECISIONS
 from sdrt.runtime.errors import BundleError
+from sdrt.runtime.limits import MAX_AXIS, MAX_FILES, MAX_PROFILES
 from sdrt.runtime.manifest import Component, FileEntry
+from sdrt.runtime.manifest_rules import check_file
+from sdrt.runtime.untrusted import parse_json
 
 ENGINES_FOLDER: Final = "engines"
 ENGINE_NAME: Final = "engine.json"
@@ -139,7 +141,7 @@ def engine_to_json(manifest: EngineManifest) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def engine_from_json(text: str, where: str = ENGINE_NAME) -> EngineManifest:
+def engine_from_json(text: str | bytes, where: str = ENGINE_NAME) -> EngineManifest:
     """Parse and check an engine's manifest; ``where`` names it in messages.
 
     Raises:
@@ -147,14 +149,14 @@ def engine_from_json(text: str, where: str = ENGINE_NAME) -> EngineManifest:
             type, a path that leaves the engine's folder, or sizes that make no sense.
     """
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise BundleError(f"{where} is not valid JSON ({error}); build the engine again") from None
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise BundleError(f'{where} does not say "format": "{FORMAT}"; build the engine again')
     version = document.pop("format_version", None)
     if type(version) is not int or version < 1:
-        raise BundleError(f"{where}: format_version is {version!r}, not a positive number")
+        raise BundleError(f"{where}: format_version is {repr(version)[:40]}, not a positive number")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"{where} has format version {version}, this sdrt reads up to {FORMAT_VERSION}: upgrade sdrt, "
@@ -216,26 +218,22 @@ def _check_manifest(manifest: EngineManifest, where: str) -> None:
         "flavour_version is a version": _VERSION.fullmatch(key.flavour_version) is not None,
         "targets are compute capabilities such as 8.6 or 8.0+": all(map(_TARGET.fullmatch, key.targets)),
         f"precision is one of {', '.join(PRECISIONS)}": key.precision in PRECISIONS,
-        "every sha256 is 64 hex digits": all(
-            re.fullmatch("[0-9a-f]{64}", digest)
-            for digest in (key.component_sha256, *(entry.sha256 for entry in manifest.files))
-        ),
+        "component_sha256 is 64 hex digits": re.fullmatch("[0-9a-f]{64}", key.component_sha256) is not None,
         "there is a profile, and all profiles have the same axes": bool(axes)
         and axes.count(axes[0]) == len(axes),
         "1 ≤ minimum ≤ optimum ≤ maximum": all(
             1 <= limit.minimum <= limit.optimum <= limit.maximum for limit in limits
         ),
-        "there is a plan, and no size is negative": bool(manifest.files)
-        and all(entry.size >= 0 for entry in manifest.files),
+        f"there are 1 to {MAX_PROFILES} profiles": 1 <= len(key.profiles) <= MAX_PROFILES,
+        f"sizes are at most {MAX_AXIS}": all(limit.maximum <= MAX_AXIS for limit in limits),
+        f"there is a plan, and at most {MAX_FILES} files": 1 <= len(manifest.files) <= MAX_FILES,
+        "each file is listed once": len({entry.path for entry in manifest.files}) == len(manifest.files),
     }
     for rule, holds in rules.items():
         if not holds:
             raise BundleError(f"{where} breaks a rule: {rule}; build the engine again")
     for name in {name for profile in key.profiles for name in profile.axes}:
         if name not in DYNAMIC_AXES:
-            raise BundleError(f"{where} has a profile for {name!r}, which is no axis of a component")
+            raise BundleError(f"{where} has a profile for {name[:40]!r}, which is no axis of a component")
     for entry in manifest.files:
-        pure = PurePosixPath(entry.path)
-        path = entry.path
-        if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
-            raise BundleError(f"{where} names {path!r}, which lies outside the engine's folder: refused")
+        check_file(entry, where, "the engine's folder")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sdrt.runtime.admission import admit_rewritten
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.devices import Buffer
@@ -147,13 +148,15 @@ class OnnxRuntimeCudaExecutor:
 
     def _load(self, engine: Engine | None) -> Any:
         part = self._bundle.component(self.spec.name)
-        entry = next(entry for entry in part.files if entry.path == part.model)
-        model = self._bundle.file(entry)
+        model = self._bundle.file(part.model_entry)
         options = quiet_options(self._ort)
         options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
         graph: str | bytes = str(model)
+        content = model.read_bytes() if engine is None else engine.read_plan(verify=self._verify)
+        entry_of_engine = None if engine is None else engine.manifest.files[0]
+        admit_rewritten(self._bundle, self.spec.name, BACKEND, entry_of_engine, content)
         if engine is not None:
-            graph = engine.read_plan(verify=self._verify)
+            graph = content
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(model.parent))
         where = f"engines/{engine.folder.name}" if engine else str(PurePosixPath(part.model))
         _load_cuda_libraries(self._ort)
@@ -171,7 +174,6 @@ class OnnxRuntimeCudaExecutor:
                 self._device, f"ONNX Runtime refuses {where} on {self._device.name}", error
             ) from error
         _check_provider(session, self._ort.__version__)
-        content = graph if isinstance(graph, bytes) else model.read_bytes()
         if left := _cpu_nodes(session, content, self._allowed):
             names = ", ".join(left[:_MAX_LISTED])
             more = f" and {len(left) - _MAX_LISTED} more" if len(left) > _MAX_LISTED else ""

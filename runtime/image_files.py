@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.untrusted import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,18 +163,14 @@ def _regular_file(name: str, label: str) -> IO[bytes]:
     if _ADDRESS.match(name):
         raise UsageError(f"{label} is an address: download the picture first and give the file's name")
     try:
-        mode = Path(name).stat().st_mode
-        stream = Path(name).open("rb") if stat.S_ISREG(mode) else None  # noqa: SIM115 - the caller closes it
+        return open_regular(Path(name))
     except FileNotFoundError:
         raise UsageError(f"{label} does not exist; check the name") from None
     except OSError as error:
         raise UsageError(f"cannot read {label}: {error.strerror}") from error
-    except ValueError:  # a NUL in it
-        raise UsageError(f"cannot read {name[:300]!r}: that can be no file's name") from None
-    if stream is None:
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise UsageError(f"{label} is {kind}: the name of a picture's file is wanted")
-    return stream
+    except ValueError as error:  # something else than a file, or a NUL in the name
+        reason = "that can be no file's name" if "\0" in name else str(error)
+        raise UsageError(f"cannot read {label!r}: {reason}") from None
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import sys
 import time
 import warnings
@@ -34,7 +33,9 @@ import numpy as np
 from sdrt.runtime.command import put
 from sdrt.runtime.errors import SdrtError, UsageError
 from sdrt.runtime.options import JSON_OPTIONS, check_names
+from sdrt.runtime.printable import printable
 from sdrt.runtime.saving import BASE64, check_output, encoded, save
+from sdrt.runtime.untrusted import parse_json
 
 if TYPE_CHECKING:
     from sdrt.runtime.pipeline import Pipeline
@@ -73,7 +74,8 @@ def serve(
         started = time.perf_counter()
         pipeline(**_warm_up_request(pipeline, defaults))
         seconds["warm_up"] = time.perf_counter() - started
-    about = {"backend": pipeline.backend, "reasons": pipeline.backend_reasons, "seconds": _rounded(seconds)}
+    reasons = [_words(reason) for reason in pipeline.backend_reasons]
+    about = {"backend": pipeline.backend, "reasons": reasons, "seconds": _rounded(seconds)}
     _answer({"ready": about})
     for line in _lines(sys.stdin.buffer if stream is None else stream):
         if line is None or line.strip():
@@ -92,11 +94,16 @@ def _result(
         with _noted_warnings() as noted:
             result = _draw(pipeline, defaults, output, request)
     except SdrtError as error:
-        return {"id": identity, "error": " ".join(str(error).split()), "status": error.exit_status}
+        return {"id": identity, "error": _words(str(error)), "status": error.exit_status}
     except Exception as error:
         words = f"internal error: {type(error).__name__}: {error}"
-        return {"id": identity, "error": " ".join(words.split()), "status": SdrtError.exit_status}
-    return {"id": identity, **result, **({"warnings": noted} if noted else {})}
+        return {"id": identity, "error": _words(words), "status": SdrtError.exit_status}
+    return {"id": identity, **result, **({"warnings": [*map(_words, noted)]} if noted else {})}
+
+
+def _words(text: str) -> str:
+    """A message in one line that a terminal can show."""
+    return printable(" ".join(text.split()))
 
 
 def _draw(
@@ -162,8 +169,8 @@ def _request(line: bytes | None) -> dict[str, Any]:
     if line is None:
         raise UsageError(f"a request of more than {MAX_LINE_BYTES} bytes: one JSON object a line is wanted")
     try:
-        request = json.loads(line.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
+        request = parse_json(line)
+    except ValueError as error:
         raise UsageError(f"a request is one line of JSON: {error}") from error
     if not isinstance(request, dict):
         raise UsageError(f"a request is {type(request).__name__}: a JSON object is wanted")
@@ -174,13 +181,6 @@ def _check_names(request: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
     check_names(request, ("prompt", *JSON_OPTIONS, "output", "id"), "a request")
     if "prompt" not in request and "image" not in request and defaults.get("image") is None:
         raise UsageError("a request needs a prompt, or an image")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is no number that JSON has")
-    return number
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:

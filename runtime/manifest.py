@@ -40,6 +40,11 @@ class Component:
     precision: Precision
     spec: ComponentSpec
 
+    @property
+    def model_entry(self) -> FileEntry:
+        """The graph among its files."""
+        return next(entry for entry in self.files if entry.path == self.model)
+
 
 @dataclass(frozen=True, slots=True)
 class LatentGeometry:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from functools import cache
-from pathlib import PurePosixPath
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from sdrt.runtime.components import (
@@ -25,6 +24,7 @@ from sdrt.runtime.components import (
     required_components,
 )
 from sdrt.runtime.errors import BundleError
+from sdrt.runtime.limits import MAX_AXIS, MAX_FILES
 from sdrt.runtime.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -39,9 +39,10 @@ from sdrt.runtime.manifest import (
     Preview,
     TokenizerFacts,
 )
-from sdrt.runtime.manifest_rules import check_rules
+from sdrt.runtime.manifest_rules import check_file, check_rules
 from sdrt.runtime.schedule import NoiseSchedule
 from sdrt.runtime.solvers_table import SamplerOptions
+from sdrt.runtime.untrusted import parse_json
 
 _Record = TypeVar("_Record")
 
@@ -84,22 +85,22 @@ def to_json(manifest: Manifest) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def from_json(text: str) -> Manifest:
+def from_json(text: str | bytes) -> Manifest:
     """Parse and check a manifest.
 
     Raises:
         BundleError: Not a manifest, of a newer format, a field missing or of a wrong type, a path that
-            leaves the bundle, or a component that is not in the table.
+            leaves the bundle, a component that is not in the table, or beyond `sdrt.runtime.limits`.
     """
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except ValueError as error:
         raise BundleError(f"{MANIFEST_NAME} is not valid JSON ({error}); export it again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise BundleError(f'{MANIFEST_NAME} does not say "format": "{FORMAT}": this is no bundle')
     version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BundleError(f"{MANIFEST_NAME}: format_version is {version!r}, not a positive number")
+        raise BundleError(f"{MANIFEST_NAME}: format_version is {repr(version)[:40]}, not a positive number")
     if version > FORMAT_VERSION:
         raise BundleError(
             f"the bundle has format version {version}, this sdrt reads up to {FORMAT_VERSION}: "
@@ -153,7 +154,8 @@ def _family(document: Mapping[str, Any]) -> str:
     family = _value(str, document["family"], "family")
     if family not in FAMILIES:
         raise BundleError(
-            f"the bundle is of the family {family!r}, this sdrt draws {', '.join(FAMILIES)}: upgrade sdrt"
+            f"the bundle is of the family {family[:40]!r}, this sdrt draws {', '.join(FAMILIES)}: "
+            "upgrade sdrt"
         )
     return family
 
@@ -189,7 +191,7 @@ def _value(kind: type[_Record], value: Any, where: str) -> _Record:
             }
         )
         if isinstance(record, FileEntry):
-            _check_path(record.path)
+            check_file(record, MANIFEST_NAME)
         return record
     if get_origin(kind) is tuple:
         entries: _Record = _tuple(get_args(kind), value, where)
@@ -236,19 +238,22 @@ def _shown(names: Sequence[str]) -> str:
 
 def _component(name: str, part: Mapping[str, Any], family: Mapping[str, ComponentSpec]) -> Component:
     if name not in family:
-        raise BundleError(f"{MANIFEST_NAME} names an unknown component {name!r}")
+        raise BundleError(f"{MANIFEST_NAME} names an unknown component {name[:40]!r}")
     precision = part["precision"]
     if precision not in PRECISIONS:
-        raise BundleError(f"component {name} has the unknown precision {precision!r}")
+        raise BundleError(f"component {name} has the unknown precision {str(precision)[:40]!r}")
     table = family[name]
     spec = ComponentSpec(
         name,
         _tensors(f"the inputs of {name}", part["inputs"], _without_absent(table, part["inputs"]), precision),
         _tensors(f"the outputs of {name}", part["outputs"], table.outputs, precision),
     )
-    files = tuple(_value(FileEntry, entry, f"a file of {name}") for entry in part["files"])
+    listed = _value(list, part["files"], f"the files of {name}")
+    if len(listed) > MAX_FILES:
+        raise BundleError(f"{MANIFEST_NAME}: {name} has {len(listed)} files, the limit is {MAX_FILES}")
+    files = tuple(_value(FileEntry, entry, f"a file of {name}") for entry in listed)
     if part["model"] not in {entry.path for entry in files}:
-        raise BundleError(f"component {name}: its model {part['model']!r} is not among its files")
+        raise BundleError(f"component {name}: its model {str(part['model'])[:100]!r} is not among its files")
     return Component(part["model"], files, precision, spec)
 
 
@@ -271,7 +276,8 @@ def _tensors(
     for spec, want in zip(specs, table, strict=True):
         fits = len(spec.shape) == len(want.shape) and all(map(_axis_fits, want.shape, spec.shape))
         if not fits or spec.dtype != want.resolved_dtype(precision):
-            raise BundleError(f"{MANIFEST_NAME}: {where}: {spec.name} is {spec.dtype}{list(spec.shape)}")
+            given = f"{spec.dtype}{list(spec.shape)}"[:100]
+            raise BundleError(f"{MANIFEST_NAME}: {where}: {spec.name} is {given}")
     return specs
 
 
@@ -280,10 +286,4 @@ def _axis_fits(want: int | str, given: object) -> bool:
         return True
     if want in DYNAMIC_AXES and want != "context":  # which was a number before format version 3
         return False
-    return type(given) is int and given > 0 and (given == want or isinstance(want, str))
-
-
-def _check_path(path: str) -> None:
-    pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
-        raise BundleError(f"{MANIFEST_NAME} names {path!r}, which lies outside the bundle: refused")
+    return type(given) is int and 0 < given <= MAX_AXIS and (given == want or isinstance(want, str))

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePosixPath
+
+from sdrt.runtime import limits as most
 from sdrt.runtime.errors import BundleError
-from sdrt.runtime.manifest import MANIFEST_NAME, Manifest
+from sdrt.runtime.manifest import MANIFEST_NAME, FileEntry, Manifest
 from sdrt.runtime.solvers import SAMPLERS
+
+
+def check_file(entry: FileEntry, where: str, folder: str = "the bundle") -> None:
+    """Refuse an entry of a list of files that no file can have.
+
+    Args:
+        entry: Of a bundle or of an engine.
+        where: Names the list in messages.
+        folder: Names what its path must not leave.
+
+    Raises:
+        BundleError: Its path leaves the folder, its size or SHA-256 is none.
+    """
+    path, pure = entry.path, PurePosixPath(entry.path)
+    shown = repr(path[:100])
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or not path.isprintable():
+        raise BundleError(f"{where} names {shown}, which lies outside {folder}: refused")
+    if not 0 <= entry.size <= most.MAX_FILE_BYTES:
+        raise BundleError(f"{where}: {shown} has {entry.size} bytes: 0 to {most.MAX_FILE_BYTES} are allowed")
+    if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+        raise BundleError(f"{where}: the sha256 of {shown} is {entry.sha256[:80]!r}, not 64 hex digits")
 
 
 def check_rules(manifest: Manifest) -> None:
@@ -27,13 +52,33 @@ def _number_rules(manifest: Manifest) -> dict[str, bool]:
     """Rule → whether it holds: limits, defaults and latents."""
     limits, defaults, factor = manifest.limits, manifest.defaults, manifest.latents.factor
     sides = (limits.height, limits.width)
+    listed = [[entry.path for entry in part.files] for part in manifest.components.values()]
     return {
-        "latents: channels and factor are at least 1": min(factor, manifest.latents.channels) >= 1,
-        "limits: 1 ≤ min_batch ≤ max_batch": 1 <= limits.min_batch <= limits.max_batch,
-        "limits: max_chunks is at least 1": limits.max_chunks >= 1,
-        "limits: max_clip_skip is at least 0": limits.max_clip_skip >= 0,
-        "limits: 1 ≤ minimum ≤ maximum, and multiple is at least 1": all(
-            1 <= side.minimum <= side.maximum and side.multiple >= 1 for side in sides
+        "each file of a component is listed once": all(len(set(paths)) == len(paths) for paths in listed),
+        f"latents: channels are 1 to {most.MAX_CHANNELS}, the factor is 1 to {most.MAX_FACTOR}": (
+            1 <= manifest.latents.channels <= most.MAX_CHANNELS and 1 <= factor <= most.MAX_FACTOR
+        ),
+        f"limits: 1 ≤ min_batch ≤ max_batch ≤ {most.MAX_BATCH}": (
+            1 <= limits.min_batch <= limits.max_batch <= most.MAX_BATCH
+        ),
+        f"limits: max_chunks is 1 to {most.MAX_CHUNKS}": 1 <= limits.max_chunks <= most.MAX_CHUNKS,
+        f"limits: max_clip_skip is 0 to {most.MAX_CLIP_SKIP}": 0
+        <= limits.max_clip_skip
+        <= most.MAX_CLIP_SKIP,
+        f"limits: 1 ≤ minimum ≤ maximum ≤ {most.MAX_SIDE}, and multiple is at least 1": all(
+            1 <= side.minimum <= side.maximum <= most.MAX_SIDE and side.multiple >= 1 for side in sides
+        ),
+        f"limits: the smallest pictures of a batch have at most {most.MAX_PICTURE_PIXELS} pixels": (
+            limits.min_batch * limits.height.minimum * limits.width.minimum <= most.MAX_PICTURE_PIXELS
+        ),
+        f"defaults: a picture has at most {most.MAX_PICTURE_PIXELS} pixels": (
+            defaults.height * defaults.width <= most.MAX_PICTURE_PIXELS
+        ),
+        f"tokenizer: max_length is 2 to {most.MAX_TOKENS}": all(
+            2 <= facts.max_length <= most.MAX_TOKENS for facts in manifest.tokenizers
+        ),
+        f"image_processor: size is 1 to {most.MAX_ENCODER_SIZE}": (
+            manifest.image_processor is None or 1 <= manifest.image_processor.size <= most.MAX_ENCODER_SIZE
         ),
         "limits: all sizes are multiples of the factor": all(
             (side.minimum if side.minimum == side.maximum else side.multiple) % max(factor, 1) == 0

@@ -1,8 +1,7 @@
 """Which nodes of an ONNX graph only compute shapes, read from the file's bytes without the package onnx.
 
-The protobuf wire format is a few rules (protobuf.dev, "Encoding"), and of ONNX's messages (onnx.proto) only
-these fields are needed: ModelProto.graph = 7; GraphProto.node = 1, .initializer = 5; NodeProto.input = 1,
-.output = 2, .name = 3, .op_type = 4; TensorProto.name = 8.
+Of ONNX's messages (onnx.proto) only these fields are needed: ModelProto.graph = 7; GraphProto.node = 1,
+.initializer = 5; NodeProto.input = 1, .output = 2, .name = 3, .op_type = 4; TensorProto.name = 8.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+from sdrt.runtime.protobuf import BYTES, read_fields
+
 _SOURCES: Final = frozenset({"Shape", "Size"})
 
 
@@ -84,32 +84,7 @@ def _text(value: memoryview) -> str:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and contents of every field that holds bytes; numbers of other kinds are passed over."""
-    position = 0
-    while position < len(message):
-        key, position = _varint(message, position)
-        kind = key & 7
-        if kind == _VARINT:
-            _, position = _varint(message, position)
-        elif kind in (_FIXED64, _FIXED32):
-            position += 8 if kind == _FIXED64 else 4
-        elif kind == _BYTES:
-            length, position = _varint(message, position)
-            if position + length > len(message):
-                raise ValueError("a field is longer than its message")
-            yield key >> 3, message[position : position + length]
-            position += length
-        else:
-            raise ValueError(f"no field is of the wire type {kind}")
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number, and the position behind it."""
-    value, shift = 0, 0
-    while position < len(message):
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if not byte & 0x80:
-            return value, position
-    raise ValueError("a number is cut off")
+    """Number and contents of every field that holds bytes; numbers are passed over."""
+    for number, wire, value in read_fields(message):
+        if wire == BYTES:
+            yield number, value

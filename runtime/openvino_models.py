@@ -165,7 +165,7 @@ class ModelFile:
         """
         try:
             graph = self._core.read_model(model or self._model)
-        except RuntimeError as error:
+        except Exception as error:  # also UnicodeDecodeError, of a name
             raise BackendError(f"OpenVINO refuses {self._model}: {reason(error)}") from error
         names = {entry.name for entry in (*self._spec.inputs, *self._spec.outputs)}
         inputs, outputs = (
@@ -188,7 +188,7 @@ class ModelFile:
                 )
                 for part in hoisted
             ]
-        except RuntimeError as error:
+        except Exception as error:
             raise BackendError(f"OpenVINO cannot compile {self._model}: {reason(error)}") from error
         return Compiled(main, parts)
 

@@ -139,6 +139,10 @@ class Pipeline:
             )
         if verify:
             bundle.verify(again=verify == ALWAYS)
+        if choice.gpu is None and not bundle.embedded:
+            from sdrt.runtime.admission import admit  # what sdrt ships need not wait for it
+
+            admit(bundle, bundle.manifest.required_components, choice.name, verify=bool(verify))
         with ExitStack() as undo:
             opened = open_device(choice, stream)
             undo.callback(opened.close)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.limits import MAX_CALL_CHARACTERS
 from sdrt.runtime.noise import validate_seed
 from sdrt.runtime.request_checks import whole
 from sdrt.runtime.tokenizer import checked_text
@@ -42,6 +43,9 @@ def per_image_texts(
         raise UsageError(
             f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one per prompt"
         )
+    characters = sum(len(text or "") for text in {*prompts, *negatives})
+    if characters > MAX_CALL_CHARACTERS:
+        raise UsageError(f"{characters} characters in the prompts of one call: at most {MAX_CALL_CHARACTERS}")
     if len(prompts) * count > MAX_IMAGES:
         raise UsageError(f"{len(prompts) * count} images in one call: at most {MAX_IMAGES}")
     return (

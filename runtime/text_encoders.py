@@ -50,6 +50,10 @@ def open_tokenizers(bundle: Bundle) -> list[Tokenizer]:
     Raises:
         BundleError: A tokenizer's file cannot be used.
     """
+    if not bundle.embedded:
+        from sdrt.runtime.admission import admit_tokenizers  # what sdrt ships need not wait for it
+
+        admit_tokenizers(bundle)
     return [
         Tokenizer.from_file(
             bundle.file(facts.file), max_length=facts.max_length, bos=facts.bos, eos=facts.eos, pad=facts.pad

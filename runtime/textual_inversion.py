@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.untrusted import library_errors, read_limited
 
 PICKLES: Final = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
 MAX_BYTES: Final = 16 << 20  # 75 vectors for both of SDXL's text encoders in float64 are 1.2 MB
@@ -84,15 +85,11 @@ def _content(file: Path) -> bytes:
             "safetensors"
         )
     try:
-        if not file.is_file():
-            raise UsageError(f"there is no file {file}: give an embedding in the safetensors format")
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise UsageError(
-                f"{file} has {size / 2**20:.0f} MiB, embeddings have at most {MAX_BYTES >> 20}: it is "
-                "something else, perhaps a whole model"
-            )
-        content = file.read_bytes()
+        content = read_limited(file, MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"there is no file {file}: give an embedding in the safetensors format") from None
+    except ValueError as error:
+        raise UsageError(f"{error}: it is no embedding, perhaps a whole model") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     if not content:
@@ -104,11 +101,9 @@ def _tensors(file: Path, content: bytes) -> dict[str, NDArray[np.float32]]:
     import safetensors  # only who uses embeddings waits for it
 
     deserialize: Callable[[bytes], list[tuple[str, Mapping[str, Any]]]] = safetensors.deserialize
-    try:
+    with library_errors(UsageError, f"{file} is no safetensors file, or damaged"):
         entries = deserialize(content)
-    except safetensors.SafetensorError as error:
-        raise UsageError(f"{file} is no safetensors file, or damaged ({error})") from None
-    return {name: _array(file, name, entry) for name, entry in entries}
+        return {name: _array(file, name, entry) for name, entry in entries}
 
 
 def _array(file: Path, name: str, entry: Mapping[str, Any]) -> NDArray[np.float32]:

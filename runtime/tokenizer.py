@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import BundleError, UsageError
+from sdrt.runtime.limits import MAX_PROMPT_CHARACTERS, MAX_TOKENIZER_BYTES
+from sdrt.runtime.untrusted import library_errors, read_limited
 
 if TYPE_CHECKING:
     import tokenizers
@@ -121,11 +123,13 @@ class Tokenizer:
         import tokenizers
 
         try:
-            rust = tokenizers.Tokenizer.from_buffer(Path(path).read_bytes())
+            content = read_limited(path, MAX_TOKENIZER_BYTES)
         except OSError as error:
             raise BundleError(f"cannot read the tokenizer {path}: {error.strerror}") from error
         except ValueError as error:
-            raise BundleError(f"{path} is no tokenizer.json ({error}); export the bundle again") from None
+            raise BundleError(f"cannot read the tokenizer: {error}") from None
+        with library_errors(BundleError, f"{path} is no tokenizer.json: export the bundle again"):
+            rust = tokenizers.Tokenizer.from_buffer(content)
         if max_length < 2:
             raise BundleError(f"the tokenizer's max_length is {max_length}, it must be 2 or more")
         for name, token in (("bos", bos), ("eos", eos), ("pad", pad)):
@@ -190,6 +194,11 @@ class Tokenizer:
             UsageError: As for `encode`.
         """
         text = clean(checked_text(prompt))
+        with library_errors(BundleError, "the bundle's tokenizer fails on the prompt"):
+            return self._tokenize(text)
+
+    def _tokenize(self, text: str) -> Tokenized:
+        """Of a text that is cleaned."""
         tokens: list[int] = []
         starts: list[int] = []
         words: list[int] = []
@@ -220,9 +229,11 @@ class Tokenizer:
 
 
 def checked_text(prompt: str) -> str:
-    """The prompt as Unicode text: surrogate pairs joined; lone ones and other types refused."""
+    """The prompt as Unicode text: surrogate pairs joined; lone ones, other types and books refused."""
     if not isinstance(prompt, str):
         raise UsageError(f"a prompt must be a string, not {type(prompt).__name__}")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise UsageError(f"a prompt has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARACTERS}")
     found = None if prompt.isascii() else _SURROGATE.search(prompt)
     if found is None:
         return prompt

@@ -1,4 +1,4 @@
-"""Files and JSON that came from somebody else: read within limits, and without waiting.
+"""Files and JSON that came from somebody else: read within limits, and without waiting; errors of libraries.
 
 A name in a bundle, a checkpoint or a cache may stand for anything: a pipe that nobody writes to, a device
 without an end, a file of gigabytes, JSON nested a million deep. Here each of these is a ``ValueError`` that
@@ -7,16 +7,22 @@ says what was found; the caller makes it an error of its own kind, or, for a cac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
+from sdrt.runtime.errors import SdrtError
+
 MAX_JSON_BYTES: Final = 64 << 20  # CLIP's vocabulary as tokenizer.json has 4 MB; a manifest some 100 kB
 MAX_JSON_DEPTH: Final = 64  # what we write nests 8 deep
+_PANIC: Final = "PanicException"  # pyo3's, which a module has for itself
+_MAX_WORDS: Final = 300  # characters of a library's message
 
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"),
@@ -82,6 +88,28 @@ def parse_json(text: str | bytes, *, depth: int = MAX_JSON_DEPTH) -> Any:
 def read_json(path: str | Path, *, limit: int = MAX_JSON_BYTES, depth: int = MAX_JSON_DEPTH) -> Any:
     """What a JSON file holds; see `read_limited` and `parse_json` for the limits and what is raised."""
     return parse_json(read_limited(path, limit), depth=depth)
+
+
+@contextlib.contextmanager
+def library_errors(error: Callable[[str], SdrtError], what: str) -> Iterator[None]:
+    """Inside, whatever a library raises about somebody's data becomes an error of our own.
+
+    A panic of a library in Rust is no ``Exception``, so that it would end the program; interruptions and our
+    own errors pass through.
+
+    Args:
+        error: The class.
+        what: Of the message: what could not be done with which data.
+    """
+    try:
+        yield
+    except SdrtError:
+        raise
+    except BaseException as found:
+        if not isinstance(found, Exception) and type(found).__name__ != _PANIC:
+            raise
+        text = " ".join(str(found).split())[:_MAX_WORDS] or type(found).__name__
+        raise error(f"{what} ({text})") from None
 
 
 def _entries(held: Any) -> list[Any]:

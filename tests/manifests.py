@@ -120,4 +120,5 @@ def refused(document: Any) -> str:
         from_json(document if isinstance(document, str) else json.dumps(document))
     message = str(caught.value)
     assert "\n" not in message
+    assert len(message) < 600
     return message

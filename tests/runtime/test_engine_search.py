@@ -391,9 +391,9 @@ def _file_in_its_place(folder: Path) -> None:
     ("damage", "words"),
     [
         (_not_json, "is not valid JSON"),
-        (_not_text, "is not UTF-8 text"),
+        (_not_text, "is not valid JSON"),
         (_no_manifest, "is no engine: it has no engine.json"),
-        (_huge_manifest, "is larger than any engine's manifest"),
+        (_huge_manifest, "cannot be read: .* has more than 4194304 bytes"),
         (_newer, "has format version 2, this sdrt reads up to 1: upgrade sdrt"),
         (_manifest_outside, "leads outside the bundle"),
         (_file_in_its_place, "cannot be read: Not a directory|is no engine"),

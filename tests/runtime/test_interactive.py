@@ -274,10 +274,14 @@ def test_last_line_without_an_end_and_empty_lines(serve: Any) -> None:
         (b"[1, 2]\n", 2, "a request is list: a JSON object is wanted"),
         (b"5\n", 2, "a request is int"),
         (b"{\n", 2, "a request is one line of JSON"),
-        (b'{"prompt": "x", "eta": NaN}\n', 2, "NaN is no number that JSON has"),
-        (b'{"prompt": "x", "eta": 1e999}\n', 2, "1e999 is no number that JSON has"),
+        (b'{"prompt": "x", "eta": NaN}\n', 2, "NaN is no finite number"),
+        (b'{"prompt": "x", "eta": 1e999}\n', 2, "1e999 is no finite number"),
         (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}\n", 2, "a request is one line of JSON"),
         (b"[" * 100_000 + b"\n", 2, "a request is one line of JSON"),
+        (b'{"prompt": ' + b"[" * 65 + b"]" * 65 + b"}\n", 2, "nested more than 64 deep"),
+        ({"prompt": "x" * 50_001}, 2, "a prompt has 50001 characters, the limit is 50000"),
+        ({"prompt": ["x" * 25_000 + str(n) for n in range(41)]}, 2, "at most 1000000"),
+        ({"prompt": "x", "output": "\x1b[2J\u202egnp.a/b"}, 8, "\\u001b[2J\\u202egnp.a"),
         (b'{"prompt": "' + b"x" * (1 << 24) + b'"}\n', 2, "a request of more than 16777216 bytes"),
         ({}, 2, "a request needs a prompt"),
         (
@@ -310,6 +314,27 @@ def test_bad_request(serve: Any, work: Path, line: Any, status: int, words: str)
     assert len(wrong["error"]) < 800
     assert len(right["png"]) == 1
     assert names(work) == []
+
+
+def test_a_panic_of_the_tokenizer_is_answered(
+    serve: Any, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the loop goes on."""
+    panic = type("PanicException", (BaseException,), {})
+
+    class Rust:
+        def encode(self, *_: object, **__: object) -> None:
+            raise panic("range end index out of range")
+
+    encoder: Any = pipeline._encoder
+    tokenizer = encoder._encoders[0].tokenizer
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "_rust", Rust())
+        (wrong,) = serve({"prompt": "never tokenized before", "output": "base64"})
+    assert wrong["status"] == 3
+    assert "the bundle's tokenizer fails on the prompt (range end index out of range)" in wrong["error"]
+    (right,) = serve({"prompt": "never tokenized before", "output": "base64"})
+    assert len(right["png"]) == 1
 
 
 def test_fault_of_our_own_is_answered(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:

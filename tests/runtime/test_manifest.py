@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from manifests import (
     SIZES,
     changed,
     components,
+    entry,
     example,
     image_variations,
     refused,
@@ -213,6 +215,14 @@ def test_missing_component(missing: str) -> None:
     assert f"lacks the component {missing}" in refused(without(("components", missing)))
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """An object in an object in an object …"""
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -238,20 +248,20 @@ def test_missing_component(missing: str) -> None:
         (("latents", "factor"), "8", "latents.factor is '8', not a whole number"),
         (("latents", "factor"), 8.0, "not a whole number"),
         (("latents", "factor"), True, "not a whole number"),
-        (("latents", "factor"), 0, "at least 1"),
-        (("latents", "channels"), -4, "at least 1"),
+        (("latents", "factor"), 0, "the factor is 1 to 256"),
+        (("latents", "channels"), -4, "channels are 1 to 1024"),
         (("latents", "two\nlines"), 3, "unknown field 'two\\nlines'"),
         (("latents", "depth"), 3, "unknown field 'depth'"),
         (("latents",), [4, 8], "latents is '[4, 8]', not an object"),
         (("schedule", "beta_schedule"), "cosine!", "beta_schedule"),
         (("schedule",), None, "schedule is 'None', not an object"),
-        (("tokenizer", "max_length"), 0, "max_length fits"),
+        (("tokenizer", "max_length"), 0, "max_length is 2 to 4096"),
         (("tokenizer", "bos"), None, "tokenizer.bos is 'None'"),
         (("text_output",), "pooled", "text_output is an output of the text encoder"),
         (("text_output",), ["last_hidden_state"], "not a text"),
         (("defaults", "guidance_scale"), "strong", "not a finite number"),
-        (("defaults", "guidance_scale"), float("nan"), "not a finite number"),
-        (("defaults", "guidance_scale"), float("inf"), "not a finite number"),
+        (("defaults", "guidance_scale"), float("nan"), "NaN is no finite number"),
+        (("defaults", "guidance_scale"), float("inf"), "Infinity is no finite number"),
         (("defaults", "guidance_scale"), 10**400, "malformed"),
         (("family",), "sdxl", "text_embeds, time_ids"),
         (("family",), "flux", "family 'flux', this sdrt draws sd, sdxl, image-variations: upgrade"),
@@ -267,14 +277,14 @@ def test_missing_component(missing: str) -> None:
             64,
             "max_length fits the text encoder and the unet",
         ),
-        (("limits", "max_chunks"), 0, "max_chunks is at least 1"),
+        (("limits", "max_chunks"), 0, "max_chunks is 1 to 100"),
         (("limits", "max_chunks"), True, "limits.max_chunks is 'True', not a whole number"),
-        (("limits", "max_clip_skip"), -1, "max_clip_skip is at least 0"),
+        (("limits", "max_clip_skip"), -1, "max_clip_skip is 0 to 100"),
         (("preview", "weights"), [[1, 2, 3]] * 3, "preview has a row for each channel"),
         (("preview", "weights", 0), [1, 2], "preview has a row for each channel"),
         (("preview", "weights", 3, 0), None, "preview.weights[3][0] is 'None', not a finite number"),
         (("preview", "bias"), [0.0] * 4, "preview.bias has 4 entries, not 3"),
-        (("preview", "bias", 0), float("nan"), "preview.bias[0] is 'nan', not a finite number"),
+        (("preview", "bias", 0), float("nan"), "NaN is no finite number"),
         (("preview",), None, "preview is 'None', not an object"),
         (("ranges",), [1], "ranges is '[1]', not an object"),
         (("defaults", "sampler"), "new_one", "a known sampler"),
@@ -290,11 +300,35 @@ def test_missing_component(missing: str) -> None:
         (("limits", "height", "maximum"), 8, "maximum"),
         (("limits", "height", "multiple"), 0, "multiple"),
         (("limits", "height", "multiple"), 4, "multiples of the factor"),
-        (("limits", "width", "minimum"), 1e400, "not a whole number"),
+        (("limits", "width", "minimum"), 1e400, "Infinity is no finite number"),
         (("provenance",), "somewhere", "provenance is 'somewhere', not an object"),
         (("parity",), None, "parity is 'None', not an object"),
         (("tokenizer", "file", "size"), "10", "size is '10', not a whole number"),
         (("tokenizer", "file", "sha256"), 0, "sha256 is '0', not a text"),
+        (("tokenizer", "file", "sha256"), "0" * 63, "not 64 hex digits"),
+        (("tokenizer", "file", "size"), -1, "has -1 bytes: 0 to 1099511627776 are allowed"),
+        # What would take memory or time without end; the message says the limit.
+        (("limits", "max_batch"), 10**6, "max_batch ≤ 256"),
+        (("limits", "height", "maximum"), 65_536, "maximum ≤ 16384"),
+        (("limits", "max_chunks"), 10**6, "max_chunks is 1 to 100"),
+        (("limits", "max_clip_skip"), 10**6, "max_clip_skip is 0 to 100"),
+        (("latents", "factor"), 2**20, "the factor is 1 to 256"),
+        (("tokenizer", "max_length"), 10**6, "max_length is 2 to 4096"),
+        (("schedule", "num_train_timesteps"), 10**9, "num_train_timesteps"),
+        (("components", "unet", "inputs", 2, "shape", 2), 2**40, "encoder_hidden_states is float32"),
+        (("components", "unet", "files"), [asdict(entry("unet/x"))] * 257, "257 files, the limit is 256"),
+        (
+            ("components", "unet", "files"),
+            [asdict(entry("unet/model.onnx"))] * 2,
+            "each file of a component is listed once",
+        ),
+        (("family",), "x" * 10**6, "family 'xxx"),
+        (("components", "unet", "precision"), "x" * 10**6, "precision 'xxx"),
+        (("components", "unet", "model"), "x" * 10**6, "its model 'xxx"),
+        (("components", "unet", "inputs", 0, "dtype"), "x" * 10**6, "sample is xxx"),
+        (("components", "unet", "files", 0, "path"), "/x" * 10**6, "'/x/x"),
+        (("format_version",), "9" * 10**6, "format_version is '999"),
+        (("provenance",), nested(100), "nested more than 64 deep"),
     ],
     ids=str,
 )

@@ -90,14 +90,17 @@ NAN, INFINITE = vectors(), vectors()
 NAN[1, 2], INFINITE[0, 0] = np.nan, np.inf
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "none.safetensors", "there is no file"),
-    "folder": (lambda folder: folder, "there is no file"),
+    "folder": (lambda folder: folder, "is a folder: a regular file is wanted"),
     "pickle": (content(b"\x80\x04", "toy.pt"), "toy.pt is a pickle, which can run any program"),
     "pickle in capitals": (content(b"", "toy.BIN"), "is a pickle"),
     "renamed pickle": (content(b"PK\x03\x04" + bytes(100)), "is no safetensors file, or damaged"),
     "empty": (content(b""), "is empty"),
     "text": (content(b"no tensors at all, only words"), "is no safetensors file, or damaged"),
     "cut off": (cut, "is no safetensors file, or damaged"),
-    "huge": (huge, "has 16 MiB, embeddings have at most 16: it is something else, perhaps a whole model"),
+    "huge": (
+        huge,
+        "has more than 16777216 bytes, which is the limit: it is no embedding, perhaps a whole model",
+    ),
     "no tensor": (tensors(), "holds nothing: an embedding is emb_params, a single tensor"),
     "many tensors": (tensors(up=vectors(), down=vectors()), "holds 'down', 'up'.*perhaps a LoRA"),
     "width": (tensors(emb_params=vectors(2, 7)), "vectors of 7 numbers, this model's text_encoder takes 6"),

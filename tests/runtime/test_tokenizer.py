@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import html
+import json
 import subprocess
 import sys
 import unicodedata
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 import sdrt.export.tokenizer_json as export
 from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.tokenizer import Tokenizer, clean
+from sdrt.runtime.tokenizer_check import check_tokenizer_file
 
 BOS, EOS = 49406, 49407
 VOCABULARY = Path(export.__file__).parent / "data" / "bpe_simple_vocab_16e6.txt.gz"
@@ -341,6 +344,69 @@ def test_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(BundleError, match=r"tokenizer\.json is no tokenizer"):
         Tokenizer.from_file(path, max_length=77, bos=BOS, eos=EOS, pad=EOS)
+
+
+def panicking(folder: Path) -> Path:
+    """A file with which the Rust library panics on the first text: no ``Exception`` in Python."""
+    path = folder / "tokenizer.json"
+    document = json.loads(export.tokenizer_json_from_vocabulary(num_merges=10))
+    document["model"]["continuing_subword_prefix"] = "<|endoftext|>"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+def test_a_panic_of_the_library_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"is no tokenizer\.json.*out of range"):
+        Tokenizer.from_file(panicking(tmp_path), max_length=77, bos=522, eos=523, pad=523)
+
+
+def test_a_book_is_no_prompt(tokenizer: Tokenizer) -> None:
+    tokenizer.encode("a cat, " * 1000)
+    with pytest.raises(UsageError, match="a prompt has 50001 characters, the limit is 50000"):
+        tokenizer.encode("x" * 50_001)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_tame"),
+    [
+        (r"'s|'t|[\p{L}]+|\p{N}|[^\s\p{L}\p{N}]+", True),
+        (r"\s+", True),
+        (r"a?b", True),
+        (r"(a+)+b", False),
+        (r"(a|aa)*b", False),
+        (r"a*a*a*b", False),
+        (r"a?a?a?aaa", False),
+        (r"(?=a)a", False),
+        (r"(a){2,99}", False),
+        ("x" * 501, False),
+    ],
+)
+def test_patterns_that_take_for_ever_are_refused(tmp_path: Path, pattern: str, is_tame: bool) -> None:
+    path = tmp_path / "tokenizer.json"
+    document = json.loads(export.tokenizer_json_from_vocabulary(num_merges=0))
+    path.write_text(json.dumps(document), encoding="utf-8")
+    check_tokenizer_file(path)
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with contextlib.nullcontext() if is_tame else pytest.raises(BundleError, match="could take for ever"):
+        check_tokenizer_file(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 10**5, "nested more than"),
+        (b"{}", "holds no model"),
+        (b'{"model": {"type": "WordPiece"}}', "its model is not BPE"),
+        (b" " * (33 << 20), "more than 33554432 bytes"),
+    ],
+    ids=["nested", "nothing", "kind", "huge"],
+)
+def test_what_is_no_tokenizer_of_a_bundle(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=words):
+        check_tokenizer_file(path)
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:

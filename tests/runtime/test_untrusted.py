@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.runtime.untrusted import parse_json, read_json, read_limited
+from sdrt.runtime.errors import BundleError, UsageError
+from sdrt.runtime.untrusted import library_errors, parse_json, read_json, read_limited
 
 
 def test_a_regular_file_is_read_through_a_link(tmp_path: Path) -> None:
@@ -47,3 +48,26 @@ def test_the_limits_are_exact(tmp_path: Path) -> None:
 def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_json(text)
+
+
+PANIC = type("PanicException", (BaseException,), {})  # as pyo3's: no Exception
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [ValueError("a\nb"), RecursionError(), MemoryError(), KeyError("x"), PANIC("index out of range")],
+    ids=repr,
+)
+def test_what_a_library_raises_is_an_error_of_ours(raised: BaseException) -> None:
+    with (
+        pytest.raises(BundleError, match=r"^the file is damaged \(.+\)$"),
+        library_errors(BundleError, "the file is damaged"),
+    ):
+        raise raised
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(3), UsageError("ours")], ids=repr)
+def test_interruptions_and_our_own_errors_pass(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as caught, library_errors(BundleError, "x"):
+        raise raised
+    assert caught.value is raised
