@@ -2,25 +2,22 @@
 
 What is new is checked, and loaded in a process of its own first (`sdrt.runtime.first_load`). A record is of a
 component's files, all of them with their SHA-256, and of a backend; exported ones are good for each. One that
-cannot be read or written is no error: then the component is tried
-again.
+cannot be read or written, or that this user did not write, is no error: then the component is tried again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from sdrt.kernels.cache import cache_folder
+from sdrt.kernels.cache import read_kept, write_kept
 from sdrt.runtime.bundle import Bundle, sha256
-from sdrt.runtime.errors import OutputError
 from sdrt.runtime.manifest import FileEntry
-from sdrt.runtime.untrusted import read_limited
 
+KIND: Final = "accepted"  # of a cache's folder
 EXPORTED: Final = "exported"  # in a backend's place: good for all of them
 TOKENIZER: Final = "tokenizer"  # likewise
 _MAX_BYTES: Final = 1 << 20
@@ -119,19 +116,12 @@ def accept(files: Sequence[FileEntry], backend: str = EXPORTED) -> None:
     """Remember that files may be loaded; the arguments are those of `accepted`."""
     key = _key(files, backend)
     _KNOWN.add(key)
-    folder = cache_folder("accepted")
-    with contextlib.suppress(OSError, OutputError):
-        from sdrt.runtime.files import write_atomically
-
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(folder / _name(key), key.encode())
+    write_kept(KIND, _name(key), key.encode())
 
 
 def _is_recorded(key: str) -> bool:
-    if key not in _KNOWN:
-        with contextlib.suppress(OSError, ValueError):
-            if read_limited(cache_folder("accepted") / _name(key), _MAX_BYTES) == key.encode():
-                _KNOWN.add(key)
+    if key not in _KNOWN and read_kept(KIND, _name(key), _MAX_BYTES) == key.encode():
+        _KNOWN.add(key)
     return key in _KNOWN
 
 

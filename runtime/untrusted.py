@@ -41,15 +41,12 @@ def open_regular(path: str | Path) -> BufferedReader:
         ValueError: It is something else than a regular file; the message says what.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "no regular file")
-            raise ValueError(f"{path} is {kind}: a regular file is wanted")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise
+        kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "no regular file")
+        raise ValueError(f"{path} is {kind}: a regular file is wanted")
+    return open(path, "rb", opener=lambda _path, _flags: descriptor)
 
 
 def read_limited(path: str | Path, limit: int) -> bytes:
