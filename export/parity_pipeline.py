@@ -238,7 +238,7 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, clip_sample=False)
     if sampler in OWN_ETA:
         report.left_out.append(
-            f"the eta that diffusers' own pipeline gives {name}, 0: both drew with {OWN_ETA[sampler]}, its own"
+            f"the eta that diffusers' own pipeline gives {name}, 0: both had {OWN_ETA[sampler]}, its own"
         )
     side, draws = compared_side(checkpoint), np.random.default_rng(SEED)
     if checkpoint.family == "image-variations":

@@ -214,7 +214,7 @@ LEFT_OUT: dict[str, tuple[str, Callable[[Path], None], str, bool]] = {
     "eta": (
         "tiny_checkpoint",
         configure("model_index.json", scheduler=["diffusers", "TCDScheduler"]),
-        "the eta that diffusers' own pipeline gives TCDScheduler, 0: both drew with 0.3",
+        "the eta that diffusers' own pipeline gives TCDScheduler, 0: both had 0.3",
         True,
     ),
     "a mask and fresh noise": (
