@@ -307,9 +307,9 @@ REMARKS: dict[str, tuple[Break, str]] = {
 @pytest.mark.parametrize("what", REMARKS)
 def test_what_is_left_out_is_named(checkpoint_copy: Path, what: str) -> None:
     change, words = REMARKS[what]
+    before = open_checkpoint(str(checkpoint_copy)).remarks
     change(checkpoint_copy)
-    scheduler, *remarks = open_checkpoint(str(checkpoint_copy)).remarks[::-1]
-    assert scheduler.startswith("PNDMScheduler")  # another sampler is the bundle's default
+    remarks = [line for line in open_checkpoint(str(checkpoint_copy)).remarks if line not in before]
     assert len(remarks) == bool(words)
     assert words in "".join(remarks)
 
@@ -321,10 +321,10 @@ def test_remarks_are_warnings_of_the_command(
     configure(INDEX, controlnet=["diffusers", "ControlNetModel"])(checkpoint_copy)
     change_tensors("vae", drop_one)(checkpoint_copy)  # so that it ends before a minute of tracing
     assert cli.main([str(checkpoint_copy), str(tmp_path / "out"), *["--quiet"][: int(quiet)]]) == 4
-    lines = capsys.readouterr().err.splitlines()
-    told = ["sd-export: warning: controlnet (ControlNetModel)", "sd-export: warning: PNDMScheduler"]
-    assert len(lines) == 1 + (0 if quiet else len(told))
-    assert all(line.startswith(words) for line, words in zip(lines[:-1], told, strict=not quiet))
+    *warnings, _ = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("sd-export: warning: ") for line in warnings)
+    assert any("warning: controlnet (ControlNetModel)" in line for line in warnings) != quiet
+    assert bool(warnings) != quiet
 
 
 def test_the_index_says_which_class_reads_the_scheduler(checkpoint_copy: Path) -> None:
