@@ -196,7 +196,7 @@ def load_executor(
     if not (chosen.needs_gpu or bundle.embedded):
         from sdrt.runtime.admission import admit  # what sdrt ships need not wait for it
 
-        admit(bundle, [component], backend, verify=verify)
+        admit(bundle, [component], backend, verify=bool(verify))
     return chosen.load(bundle, component, device, threads, verify)
 
 
