@@ -53,9 +53,6 @@ SEED: Final = 20240304
 # the result's size. With zero terminal SNR that is 4,096.
 SCHEDULER_ROUNDINGS: Final = math.sqrt(8 * SAMPLING_STEPS) * UNIT_ROUNDOFF["fp32"]
 LARGEST_SIGMA: Final = 15.0
-# diffusers' pipelines tell a scheduler that knows eta that it is 0, unless they are told; our sampler has the
-# scheduler's own.
-OWN_ETA: Final = {"tcd": 0.3}
 # Schedulers whose picture the default sampler does not draw, with ours that does.
 OWN_SAMPLER: Final = {"PNDMScheduler": "pndm"}
 # And those that none of ours draws exactly: the nearest stands for them. The noise of the second is a
@@ -236,10 +233,6 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         report.left_out.append(f"{name} in diffusers' own pipeline: {stand_in} was in its place")
         kind = getattr(diffusers, stand_in)
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, clip_sample=False)
-    if sampler in OWN_ETA:
-        report.left_out.append(
-            f"the eta that diffusers' own pipeline gives {name}, 0: both had {OWN_ETA[sampler]}, its own"
-        )
     side, draws = compared_side(checkpoint), np.random.default_rng(SEED)
     if checkpoint.family == "image-variations":
         return Task(side, sampler, draws.integers(0, 256, (side, side, 3), np.uint8))
@@ -268,8 +261,6 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         given |= {"mask_image": Image.fromarray(task.mask), "strength": 1.0}
         given["latents"] = torch.from_numpy(task.noise.copy())
         certain_of_latents(pipeline.vae)
-    if task.sampler in OWN_ETA:
-        given["eta"] = OWN_ETA[task.sampler]
     drawn = pipeline(
         **given,
         height=task.side,

@@ -109,8 +109,8 @@ class SamplerOptions:
       ``normal`` for these;
     * ``timesteps``: the training timesteps themselves, falling;
     * ``sigmas``: the sigmas themselves, falling to a last one of 0: one more than there are steps;
-    * ``eta``: share of fresh noise in [0, 1], 0 for none. By default 0 in ``ddim``, 0.3 in ``tcd``
-      (where it is the paper's gamma) and 1 in the others that have it;
+    * ``eta``: share of fresh noise in [0, 1], 0 for none. By default 0 in ``ddim`` and ``tcd`` (where it is
+      the paper's gamma, which recommends 0.3) and 1 in the others that have it;
     * ``solver_order``: of a multistep sampler, from 1;
     * ``lower_order_final``: lower the order towards the end, as diffusers does, which is steadier
       for few steps;

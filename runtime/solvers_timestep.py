@@ -122,9 +122,10 @@ def tcd(
     """Strategic stochastic sampling (Zheng et al. 2024, "Trajectory Consistency Distillation", algorithm 4).
 
     Each row goes below the next row's timestep, to ``(1 - eta)`` of it, and up again with fresh noise;
-    the last goes to timestep 0. Equal to diffusers' ``TCDScheduler``.
+    the last goes to timestep 0. Equal to diffusers' ``TCDScheduler``, with the eta that diffusers' pipelines
+    give it (0, where the scheduler alone has 0.3) unless another one is asked for.
     """
-    eta = 0.3 if options.eta is None else options.eta
+    eta = options.eta or 0.0
     timesteps = distilled_timesteps(schedule, num_inference_steps, options)[start:]
     previous = np.append(timesteps[1:], 0.0)
     # In float32 as diffusers does it, so that a whole number does not become the one below.

@@ -211,12 +211,6 @@ LEFT_OUT: dict[str, tuple[str, Callable[[Path], None], str, bool]] = {
         "DPMSolverSinglestepScheduler in diffusers' own pipeline: DDIMScheduler was in its place",
         True,
     ),
-    "eta": (
-        "tiny_checkpoint",
-        configure("model_index.json", scheduler=["diffusers", "TCDScheduler"]),
-        "the eta that diffusers' own pipeline gives TCDScheduler, 0: both had 0.3",
-        True,
-    ),
     "a mask and fresh noise": (
         "inpainting_checkpoint",
         configure("model_index.json", scheduler=["diffusers", "EulerAncestralDiscreteScheduler"]),

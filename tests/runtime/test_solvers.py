@@ -58,8 +58,8 @@ KNOWN = [
 
 def step_options(name: str, options: SamplerOptions) -> dict[str, Any]:
     """What diffusers takes with each step and not with the scheduler."""
-    if name in ("ddim", "tcd") and options.eta is not None:
-        return {"eta": options.eta}
+    if name in ("ddim", "tcd"):
+        return {"eta": options.eta or 0.0}  # which is what diffusers' pipelines give
     return {"order": options.solver_order} if name == "lms" and options.solver_order else {}
 
 
