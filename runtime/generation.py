@@ -199,6 +199,8 @@ class Generation:
         for step, kind in enumerate(self._kinds(request, hook)):
             if hook is not None:
                 hook.check()
+                if hook.interrupted_after is not None:
+                    break
             if uploads_noise:
                 loop.set_noise(source.step(step, shape))
             loop.step(kind)

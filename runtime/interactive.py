@@ -110,7 +110,7 @@ def _draw(
     in_result = target == Path(BASE64)
     if not in_result:
         check_output(target)
-    drawn = pipeline(**{**defaults, **request, **_inline_pictures(request)})
+    drawn = pipeline(**{**defaults, **request, **inline_pictures(request)})
     saving = time.perf_counter()
     if in_result:
         places = {"png": [base64.b64encode(png).decode("ascii") for png in encoded(drawn)]}
@@ -137,8 +137,12 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
     return request
 
 
-def _inline_pictures(request: Mapping[str, Any]) -> dict[str, bytes]:
-    """Pictures that come in the request itself, as ``data:image/png;base64,…`` in place of a path."""
+def inline_pictures(request: Mapping[str, Any]) -> dict[str, bytes]:
+    """Pictures that come in a request itself, as ``data:image/png;base64,…`` in place of a path.
+
+    Raises:
+        UsageError: Such an address is damaged.
+    """
     pictures = {}
     for name in ("image", "mask_image"):
         value = request.get(name)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from sdrt.runtime.errors import OutputError
-from sdrt.runtime.images import parameters_text, png_bytes, save_png, slug
+from sdrt.runtime.images import png_bytes, save_png, slug
+from sdrt.runtime.recipe_metadata import parameters_text
 
 RECIPE: dict[str, Any] = {
     "prompt": "a red apple",
