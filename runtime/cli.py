@@ -125,7 +125,7 @@ def _replayed(commands: Parser, arguments: argparse.Namespace, given: Mapping[st
     from sdrt.runtime.recipe_metadata import read_recipe
 
     prompt, options = with_recipe(arguments, read_recipe(arguments.from_picture), given)
-    if prompt is not None:
+    if not has_prompt(arguments):
         arguments.recipe_prompt = prompt
     _check_usage(commands, arguments)
     return options
@@ -221,12 +221,12 @@ def _why_unguided(request: Request) -> str:
     return "at a guidance scale of 1 or less"
 
 
-def _frames(arguments: argparse.Namespace) -> int:
-    return DEFAULT_FRAMES if arguments.frames is None else int(arguments.frames)
+def _frames(arguments: argparse.Namespace) -> Any:
+    return DEFAULT_FRAMES if arguments.frames is None else arguments.frames
 
 
-def _fps(arguments: argparse.Namespace) -> float:
-    return DEFAULT_FPS if arguments.fps is None else float(arguments.fps)
+def _fps(arguments: argparse.Namespace) -> Any:
+    return DEFAULT_FPS if arguments.fps is None else arguments.fps
 
 
 class Drawn(NamedTuple):

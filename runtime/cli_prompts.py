@@ -37,7 +37,8 @@ class Task(NamedTuple):
 
 def has_prompt(arguments: argparse.Namespace) -> bool:
     """Whether the command line says what to draw in words, or where the words are."""
-    return bool(arguments.prompt or arguments.more_prompts or arguments.prompts)
+    words = arguments.prompt or arguments.more_prompts or arguments.prompts
+    return bool(words) or arguments.recipe_prompt is not None
 
 
 def read_tasks(arguments: argparse.Namespace) -> list[Task]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.recipes import FIELDS
 
 _LEVELS: Final = ("karras", "sigma_schedule", "timesteps", "sigmas")
 # An option that is given on the command line → what of the recipe goes with the recipe's own.
@@ -34,8 +35,8 @@ _ASKED_FOR: Final = {"image": "--image", "mask_image": "--mask"}
 
 def with_recipe(
     arguments: argparse.Namespace, recipe: Mapping[str, Any], given: Mapping[str, Any]
-) -> tuple[str | None, dict[str, Any]]:
-    """The prompt of a recipe, if no other is given, and the options of a run by it.
+) -> tuple[str, dict[str, Any]]:
+    """The prompt of a recipe, and the options of a run by it.
 
     Args:
         arguments: The command line's; an animation's ends are put into it, where it has none of its own.
@@ -43,17 +44,22 @@ def with_recipe(
         given: Options of the command line, by the pipeline's names.
 
     Raises:
-        UsageError: A picture that the recipe starts from is not there.
+        UsageError: A picture that the recipe starts from is not there, or the recipe is damaged.
     """
     from sdrt.runtime.cli_prompts import has_prompt
+    from sdrt.runtime.options import JSON_OPTIONS, check_names
 
+    source = f"the recipe in {arguments.from_picture}"
+    check_names(recipe, ("prompt", *JSON_OPTIONS), source, also=(*FIELDS, "latents"))
+    if not isinstance(recipe.get("prompt"), str):
+        raise UsageError(f"{source} is damaged: it has no prompt")
     named = {**given, **({"prompt": None} if has_prompt(arguments) else {})}
     gone = {name for option in named for name in _REPLACES.get(option, ())}
     options = {name: value for name, value in recipe.items() if name not in gone and name not in named}
     for name, option in _ASKED_FOR.items():
         if options.get(name) is not None:
             options[name] = _found(options[name], name, option, Path(arguments.from_picture))
-    prompt = options.pop("prompt", None)
+    options.pop("prompt", None)
     own = any(getattr(arguments, name) is not None for name in _OF_ALL_FRAMES)
     if own or "frame" not in options:
         options.pop("frame", None)
@@ -61,7 +67,7 @@ def with_recipe(
             value = options.pop(name, None)
             if getattr(arguments, name) is None:
                 setattr(arguments, name, value)
-    return prompt, {**options, **given}
+    return recipe["prompt"], {**options, **given}
 
 
 def _found(name: Any, what: str, option: str, picture: Path) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,8 @@ RECIPE_NAMESPACE: Final = "urn:sdrt:recipe"  # of the XMP property `recipe`
 FORMATS: Final = ("PNG", "JPEG", "WEBP")  # that hold a recipe
 _USER_COMMENT: Final = 0x9286  # EXIF's tag, where A1111's web UI keeps `parameters` in a JPEG or WebP
 _EXIF_IFD: Final = 0x8769
+_LONG, _UNDEFINED = 4, 7  # TIFF's types
+_FIRST, _SECOND = 8, 26  # where the directories begin
 _MOST: Final = 16 << 20  # bytes of metadata that are looked at
 _IN_XMP: Final = re.compile(rb"<sdrt:recipe>(.*?)</sdrt:recipe>", re.DOTALL)
 # "NV" is its name for Philox on any device.
@@ -45,7 +48,8 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
     pairs = {
         "Steps": recipe["num_inference_steps"],
         "Sampler": a1111_name(recipe["sampler"], recipe),
-        "CFG scale": recipe["guidance_scale"],
+        # It has one for all steps.
+        **({"CFG scale": recipe["guidance_scale"]} if isinstance(recipe["guidance_scale"], float) else {}),
         "Seed": recipe["seed"],
         "Size": f"{width}x{height}",
         **({"Denoising strength": recipe["strength"]} if "strength" in recipe else {}),
@@ -75,13 +79,13 @@ def png_text(recipe: Mapping[str, Any]) -> PngInfo:
 
 def exif(recipe: Mapping[str, Any]) -> bytes:
     """A1111's text as EXIF user comment, without the marker ``Exif`` that a JPEG has before it."""
-    from PIL.Image import Exif
-
-    found = Exif()
-    found.endian = ">"  # of the text too: a reader that goes by the file's byte order is right
-    text = parameters_text(recipe).encode("utf-16-be", "replace")
-    found[_EXIF_IFD] = {_USER_COMMENT: b"UNICODE\0" + text}
-    return found.tobytes().removeprefix(b"Exif\0\0")
+    comment = b"UNICODE\0" + parameters_text(recipe).encode("utf-16-be", "replace")
+    # TIFF 6.0: a head and two directories of one entry each. Pillow's own would say that the comment's bytes
+    # are numbers, where EXIF (and who reads it for A1111's web UI) wants the type "undefined".
+    head = struct.pack(">2sHI", b"MM", 42, _FIRST)
+    first = struct.pack(">HHHIII", 1, _EXIF_IFD, _LONG, 1, _SECOND, 0)
+    second = struct.pack(">HHHIII", 1, _USER_COMMENT, _UNDEFINED, len(comment), _SECOND + len(first), 0)
+    return head + first + second + comment
 
 
 def xmp(recipe: Mapping[str, Any]) -> bytes:
