@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import numbers
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.images import png_bytes
 from sdrt.runtime.recipe_metadata import exif, xmp
+from sdrt.runtime.request_checks import number
 
 ANIMATION_SUFFIXES: Final = (".png", ".webp")
 MIN_FPS: Final = 0.1
@@ -45,7 +45,7 @@ def check_animation(suffix: str, fps: object) -> None:
         )
     if suffix.lower() not in ANIMATION_SUFFIXES:
         raise UsageError(f"an animation cannot be written as {suffix!r}: a name that ends in .png or .webp")
-    if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not MIN_FPS <= float(fps) <= MAX_FPS:
+    if not MIN_FPS <= number("fps", fps) <= MAX_FPS:
         raise UsageError(f"fps is {fps!r}: frames per second from {MIN_FPS:g} to {MAX_FPS:g}")
 
 

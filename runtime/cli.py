@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sdrt.runtime.cli_options import parsed, parser, pipeline_options
+from sdrt.runtime.cli_options import ONE_PROMPT, check_usage, interpolates, parsed, parser, pipeline_options
 from sdrt.runtime.cli_prompts import Task, has_prompt, read_tasks
 from sdrt.runtime.command import Parser, put, quick_start, run_command, say, tell_of_long_work
 from sdrt.runtime.errors import UsageError
@@ -51,47 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser()
     arguments = parsed(commands, argv)
     if arguments.from_picture is None:
-        _check_usage(commands, arguments)
+        check_usage(commands, arguments)
     elif arguments.interactive:
         commands.error("--from does not go with --interactive: a recipe is a request there")
     return run_command("sd-run", lambda: _run(commands, arguments), quiet=arguments.quiet)
-
-
-def _check_usage(commands: Parser, arguments: argparse.Namespace) -> None:
-    """Refuse options that do not go together."""
-    prompted = has_prompt(arguments)
-    several = len(arguments.prompt) + len(arguments.more_prompts) > 1 or arguments.prompts is not None
-    animates = _interpolates(arguments)
-    for wrong, words in (
-        (
-            arguments.interactive and prompted,
-            "--interactive takes its prompts from standard input: leave PROMPT out",
-        ),
-        (
-            not arguments.interactive and not prompted and arguments.image is None,
-            "the following arguments are required: PROMPT",
-        ),
-        (arguments.preview and arguments.interactive, "--preview does not go with --interactive"),
-        (arguments.warm_up and not arguments.interactive, "--warm-up goes with --interactive"),
-        (arguments.json and arguments.output == STDOUT, "--json does not go with --output -"),
-        (animates and arguments.interactive, "--to-prompt and --to-seed do not go with --interactive"),
-        (animates and not prompted, "--to-prompt and --to-seed need a PROMPT to go from"),
-        (animates and several, "--to-prompt and --to-seed go from one PROMPT: give one"),
-        (
-            animates and arguments.num_images != 1,
-            "--num-images does not go with --to-prompt and --to-seed: --frames says how many",
-        ),
-        (
-            not animates and (arguments.frames is not None or arguments.fps is not None),
-            "--frames and --fps go with --to-prompt or --to-seed",
-        ),
-    ):
-        if wrong:
-            commands.error(words)
-
-
-def _interpolates(arguments: argparse.Namespace) -> bool:
-    return arguments.to_prompt is not None or arguments.to_seed is not None
 
 
 def _run(commands: Parser, arguments: argparse.Namespace) -> None:
@@ -101,7 +64,7 @@ def _run(commands: Parser, arguments: argparse.Namespace) -> None:
         options = _replayed(commands, arguments, options)
     if not (arguments.interactive and arguments.output == Path(BASE64)):
         _check_output(arguments, arguments.output)
-    if _interpolates(arguments):
+    if interpolates(arguments):
         check_frames(arguments.output, _fps(arguments))
     with quick_start():
         works, pipeline = _load_for(arguments, options)
@@ -127,12 +90,12 @@ def _replayed(commands: Parser, arguments: argparse.Namespace, given: Mapping[st
     prompt, options = with_recipe(arguments, read_recipe(arguments.from_picture), given)
     if not has_prompt(arguments):
         arguments.recipe_prompt = prompt
-    _check_usage(commands, arguments)
+    check_usage(commands, arguments)
     return options
 
 
 def _check_output(arguments: argparse.Namespace, output: Path | None) -> None:
-    animated, to_stdout = _interpolates(arguments), not arguments.interactive
+    animated, to_stdout = interpolates(arguments), not arguments.interactive
     check_output(output, animated=animated, to_stdout=to_stdout, quality=arguments.quality)
 
 
@@ -167,6 +130,8 @@ def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any
         tasks = [Task(arguments.recipe_prompt, {})]
     else:
         tasks = read_tasks(arguments)
+    if interpolates(arguments) and len(tasks) != 1:
+        raise UsageError(ONE_PROMPT)
     works = []
     seed = options.get("seed", RANDOM_SEED)
     for task in tasks:
@@ -192,12 +157,13 @@ def _request(arguments: argparse.Namespace, bundle: Bundle, task: Task, options:
     from sdrt.runtime.request import build_request
 
     try:
-        if not _interpolates(arguments):
+        if not interpolates(arguments):
             return build_request(bundle.manifest, task.prompt, options)
         from sdrt.runtime.interpolation import interpolated_request
 
+        if not isinstance(task.prompt, str):
+            raise UsageError(ONE_PROMPT)
         frames, ends = _frames(arguments), (arguments.to_prompt, arguments.to_seed)
-        assert isinstance(task.prompt, str)  # one was asked for
         return interpolated_request(bundle.manifest, task.prompt, ends[0], frames, ends[1], options)
     except UsageError as error:
         raise UsageError(f"{task.name}: {error}") if task.name else error from error
@@ -264,9 +230,9 @@ def _drawn(
     arguments: argparse.Namespace, pipeline: Pipeline, work: Work, watched: Mapping[str, Any]
 ) -> PipelineOutput:
     options: dict[str, Any] = {**work.options, **watched}
-    if not _interpolates(arguments):
+    if not interpolates(arguments):
         return pipeline(work.task.prompt, **options)
-    assert isinstance(work.task.prompt, str)  # one was asked for
+    assert isinstance(work.task.prompt, str)  # so the request was built
     del options["num_images_per_prompt"]
     ends = (arguments.to_prompt, arguments.to_seed)
     return pipeline.interpolate(
@@ -276,7 +242,7 @@ def _drawn(
 
 def _save(arguments: argparse.Namespace, task: Task, output: PipelineOutput) -> list[Path]:
     target = arguments.output if task.output is None else task.output
-    if _interpolates(arguments):
+    if interpolates(arguments):
         return save_frames(output, target, _fps(arguments))
     if target == STDOUT:
         write_to_stdout(output)

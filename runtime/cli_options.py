@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import sdrt
+from sdrt.runtime.cli_prompts import has_prompt
 from sdrt.runtime.command import Parser
+from sdrt.runtime.saving import STDOUT
 
 EPILOG: Final = """exit status: 0 done; 2 usage; 3 the bundle cannot be used; 6 NaN or infinity;
 7 the backend is missing or fails; 8 the picture cannot be written; 130 interrupted; 1 anything else.
 No file is left half written.
 
 An option may have underscores for dashes, and other tools' names are understood:"""
+
+ONE_PROMPT: Final = "--to-prompt and --to-seed go from one PROMPT: give one"
 
 # What other tools call our options, where that is plain.
 _BY_OPTION: Final = {
@@ -40,7 +44,6 @@ NOT_CALLED: Final = {
     "-s": "--steps or --seed",
     "-i": "--image or --interactive",
     "-b": "--num-images or --bundle",
-    "--lora": "a bundle with it: see sd-export --help",
 }
 
 # Options whose name differs from the pipeline's argument.
@@ -91,6 +94,44 @@ def pipeline_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that the command shares with `Pipeline.__call__`, by its names; those that were given."""
     found = {name: getattr(arguments, _RENAMED.get(name, name)) for name in _SHARED}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def check_usage(commands: Parser, arguments: argparse.Namespace) -> None:
+    """Refuse options that do not go together: one line, and the end with status 2."""
+    prompted = has_prompt(arguments)
+    several = len(arguments.prompt) + len(arguments.more_prompts) > 1 or arguments.prompts is not None
+    animates = interpolates(arguments)
+    for wrong, words in (
+        (
+            arguments.interactive and prompted,
+            "--interactive takes its prompts from standard input: leave PROMPT out",
+        ),
+        (
+            not arguments.interactive and not prompted and arguments.image is None,
+            "the following arguments are required: PROMPT",
+        ),
+        (arguments.preview and arguments.interactive, "--preview does not go with --interactive"),
+        (arguments.warm_up and not arguments.interactive, "--warm-up goes with --interactive"),
+        (arguments.json and arguments.output == STDOUT, "--json does not go with --output -"),
+        (animates and arguments.interactive, "--to-prompt and --to-seed do not go with --interactive"),
+        (animates and not prompted, "--to-prompt and --to-seed need a PROMPT to go from"),
+        (animates and several, ONE_PROMPT),
+        (
+            animates and arguments.num_images != 1,
+            "--num-images does not go with --to-prompt and --to-seed: --frames says how many",
+        ),
+        (
+            not animates and (arguments.frames is not None or arguments.fps is not None),
+            "--frames and --fps go with --to-prompt or --to-seed",
+        ),
+    ):
+        if wrong:
+            commands.error(words)
+
+
+def interpolates(arguments: argparse.Namespace) -> bool:
+    """Whether frames are asked for, from one end to another."""
+    return arguments.to_prompt is not None or arguments.to_seed is not None
 
 
 def _numbers(text: str) -> list[float]:

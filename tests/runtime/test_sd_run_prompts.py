@@ -153,6 +153,8 @@ def test_random_seeds_are_told(run: Run) -> None:
         (["-"], b'{"prompt": "a"}\n{}', "line 2 of standard input: the prompt is missing"),
         (["-"], b'{"prompt": "' + b"[" * 99 + b'"}', "line 1 of standard input: the prompt"),
         (["a b", "--to-seed", "3", "c d"], b"", "go from one PROMPT: give one"),
+        (["-", "--to-seed", "3"], b"a\nb", "go from one PROMPT: give one"),
+        (["-", "--to-seed", "3"], b'{"prompt": ["a"]}', "go from one PROMPT: give one"),
         (["a b", "-", "-o", "-"], b"c", "--output is -, and 2 pictures are asked for"),
     ],
 )
