@@ -44,6 +44,12 @@ class Work(NamedTuple):
     task: Task
     options: dict[str, Any]
     request: Request | None
+    target: Path | None
+
+    @property
+    def images(self) -> int:
+        """How many pictures it draws."""
+        return 0 if self.request is None else len(self.request.seeds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +131,7 @@ def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any
     from sdrt.runtime.request_texts import RANDOM_SEED
 
     if arguments.interactive:
-        return [Work(Task(None, {}), options, _request_of_defaults(bundle, options))]
+        return [Work(Task(None, {}), options, _request_of_defaults(bundle, options), arguments.output)]
     if arguments.recipe_prompt is not None:
         tasks = [Task(arguments.recipe_prompt, {})]
     else:
@@ -141,15 +147,15 @@ def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any
         request = _request(arguments, bundle, task, own)
         if "seed" not in task.options and isinstance(seed, int) and seed != RANDOM_SEED:
             seed = (seed + len(request.seeds)) % 2**64
-        works.append(Work(task, own, request))
-    _check_stdout(arguments, works)
+        works.append(Work(task, own, request, arguments.output if task.output is None else task.output))
+    _check_stdout(works)
     return works
 
 
-def _check_stdout(arguments: argparse.Namespace, works: Sequence[Work]) -> None:
+def _check_stdout(works: Sequence[Work]) -> None:
     """Refuse more than one picture on standard output."""
-    count = sum(len(work.request.seeds) for work in works if work.request is not None)
-    if count > 1 and STDOUT in (arguments.output, *(work.task.output for work in works)):
+    count = sum(work.images for work in works)
+    if count > 1 and any(work.target == STDOUT for work in works):
         raise UsageError(f"--output is -, and {count} pictures are asked for: one goes to standard output")
 
 
@@ -207,15 +213,22 @@ def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Wor
     """Draw call by call, and save each before the next."""
     rows = 0
     for work in works:
-        assert work.request is not None
+        assert work.request is not None  # nothing here is interactive
         rows += len(work.request.sampling.table) * pipeline.count_batches(work.request)
+    # A name that several calls have is numbered over all of their pictures.
+    totals: dict[Path | None, int] = {}
+    saved: dict[Path | None, int] = {}
+    for work in works:
+        totals[work.target] = totals.get(work.target, 0) + work.images
     drawn = Drawn([], [], {})
     with _progress(arguments, pipeline, rows) as (on_step, tensors):
         watched = {"callback_on_step_end": on_step, "callback_on_step_end_tensor_inputs": tensors}
         for work in works:
             output = _drawn(arguments, pipeline, work, watched)
             saving = time.perf_counter()
-            paths = _save(arguments, work.task, output)
+            before = saved.get(work.target, 0)
+            paths = _save(arguments, work.target, output, before, totals[work.target])
+            saved[work.target] = before + work.images
             output.timings["save"] = time.perf_counter() - saving
             drawn.paths.extend(paths)
             # An animation is one path for all of its frames.
@@ -240,14 +253,15 @@ def _drawn(
     )
 
 
-def _save(arguments: argparse.Namespace, task: Task, output: PipelineOutput) -> list[Path]:
-    target = arguments.output if task.output is None else task.output
+def _save(
+    arguments: argparse.Namespace, target: Path | None, output: PipelineOutput, first: int, total: int
+) -> list[Path]:
     if interpolates(arguments):
         return save_frames(output, target, _fps(arguments))
     if target == STDOUT:
         write_to_stdout(output)
         return [STDOUT]
-    return save(output, target, arguments.quality)
+    return save(output, target, arguments.quality, first=first, total=total)
 
 
 def _load(arguments: argparse.Namespace, bundle: Bundle, requests: Sequence[Request]) -> Pipeline:

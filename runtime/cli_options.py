@@ -112,6 +112,10 @@ def check_usage(commands: Parser, arguments: argparse.Namespace) -> None:
         ),
         (arguments.preview and arguments.interactive, "--preview does not go with --interactive"),
         (arguments.warm_up and not arguments.interactive, "--warm-up goes with --interactive"),
+        (
+            arguments.interactive and arguments.quality is not None,
+            "--quality does not go with --interactive",
+        ),
         (arguments.json and arguments.output == STDOUT, "--json does not go with --output -"),
         (animates and arguments.interactive, "--to-prompt and --to-seed do not go with --interactive"),
         (animates and not prompted, "--to-prompt and --to-seed need a PROMPT to go from"),

@@ -59,7 +59,7 @@ def find_sampler(name: object) -> tuple[str, Mapping[str, str]]:
         sampler = _OURS.get(key.removesuffix(ending)) if key.endswith(ending) else None
         if sampler is not None:
             return sampler, implied
-    raise UsageError(_unknown(name, key))
+    raise UsageError(unknown_sampler(name))
 
 
 def a1111_name(sampler: str, options: Mapping[str, Any]) -> str:
@@ -82,9 +82,10 @@ def _key(name: str) -> str:
 _OURS: Final = {_key(name): ours for ours, names in NAMES.items() for name in (ours, *names)}
 
 
-def _unknown(name: str, key: str) -> str:
+def unknown_sampler(name: str) -> str:
+    """What is said of a name that is no sampler of ours: the nearest that there is, and all of ours."""
     import difflib
 
-    near = difflib.get_close_matches(key, _OURS, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(_key(name), _OURS, n=1, cutoff=0.6)
     hint = f" did you mean {_OURS[near[0]]}?" if near else ""
     return f"unknown sampler {name[:100]!r}:{hint} allowed are {', '.join(sorted(SAMPLERS))}"

@@ -74,7 +74,14 @@ def _check_stdout(*, allowed: bool) -> None:
         raise UsageError("--output is -, and standard output is a terminal or closed: redirect it to a file")
 
 
-def save(output: PipelineOutput, target: Path | None, quality: int | None = None) -> list[Path]:
+def save(
+    output: PipelineOutput,
+    target: Path | None,
+    quality: int | None = None,
+    *,
+    first: int = 0,
+    total: int | None = None,
+) -> list[Path]:
     """Write every picture of a call with its recipe, all or none.
 
     Args:
@@ -82,6 +89,8 @@ def save(output: PipelineOutput, target: Path | None, quality: int | None = None
         target: See `check_output`; where it gives no name, each picture's prompt and seed do, and it is a
             PNG.
         quality: See `sdrt.runtime.images.picture_bytes`.
+        first: How many pictures of other calls come before these under the same name.
+        total: How many pictures share the name; by default those of this call.
 
     Returns:
         One path per picture.
@@ -91,7 +100,7 @@ def save(output: PipelineOutput, target: Path | None, quality: int | None = None
     """
     from sdrt.runtime.files import place_of, write_all_atomically
 
-    paths = _paths(target, output.recipes)
+    paths = _paths(target, output.recipes, first, len(output.recipes) if total is None else total)
     places = map(place_of, paths)
     files = encoded(output, paths[0].suffix, quality)
     write_all_atomically(dict(zip(places, files, strict=True)))
@@ -177,7 +186,7 @@ def _is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
 
 
-def _paths(target: Path | None, recipes: Sequence[Mapping[str, Any]]) -> list[Path]:
+def _paths(target: Path | None, recipes: Sequence[Mapping[str, Any]], first: int, total: int) -> list[Path]:
     """One file per picture; several pictures for one name get ``-1``, ``-2`` … before the suffix."""
     from sdrt.runtime.images import FORMATS, slug
 
@@ -187,9 +196,10 @@ def _paths(target: Path | None, recipes: Sequence[Mapping[str, Any]]) -> list[Pa
         for recipe in recipes:
             paths[_free_name(folder / f"{slug(recipe['prompt'])}-{recipe['seed']}.png", paths)] = None
         return list(paths)
-    if len(recipes) == 1:
+    if total == 1:
         return [target]
-    return [target.with_stem(f"{target.stem}-{index}") for index in range(1, len(recipes) + 1)]
+    numbers = range(first + 1, first + len(recipes) + 1)
+    return [target.with_stem(f"{target.stem}-{number}") for number in numbers]
 
 
 def _free_stem(folder: Path) -> str:

@@ -123,6 +123,13 @@ def test_lines_of_json(run: Run, work: Path) -> None:
     assert pixels("d-8.png").shape == (20, 24, 3)
 
 
+def test_a_name_that_several_lines_share_is_numbered_over_all(run: Run, work: Path) -> None:
+    lines = b'{"prompt": "a"}\n{"prompt": "b", "output": "b.png"}\n{"prompt": ["c", "d"]}'
+    run("-", "-o", "a.png", given=lines)
+    prompts = {"a-1.png": "a", "a-2.png": "c", "a-3.png": "d", "b.png": "b"}
+    assert {path.name: read_recipe(path)["prompt"] for path in sorted(work.iterdir())} == prompts
+
+
 def test_random_seeds_are_told(run: Run) -> None:
     seeds = [seed for _ in range(2) for _, seed in drawn(run("a b", "c d", "--seed", "-1", "--json")[0])]
     assert seeds[1] == seeds[0] + 1
