@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pipeline_spies import assert_equal
 from safetensors.numpy import save_file
@@ -18,6 +21,7 @@ from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.recipe_metadata import parameters_text, read_recipe
 from sdrt.runtime.recipes import RecipeWarning
 from sdrt.runtime.sampler_names import find_sampler
+from sdrt.runtime.solvers import SAMPLERS
 
 SHORT: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 3.0}
 FREE: dict[str, Any] = {"num_inference_steps": None}
@@ -100,6 +104,44 @@ def _check_a1111_text(text: str, image: Image.Image, recipe: dict[str, Any]) -> 
     scale = recipe["guidance_scale"]
     assert pairs.get("CFG scale") == (None if isinstance(scale, list) else str(scale))
     assert pairs.get("Clip skip", "1") == str(1 + recipe.get("clip_skip", 0))
+
+
+_SAMPLERS = st.sampled_from([*SAMPLERS, "DPM++ 2M Karras", "Euler a Exponential", "LMS Beta"])
+_MIXED = st.fixed_dictionaries(
+    {"prompt": st.sampled_from(["a cat", "(a:1.3) b BREAK c", "", 'café — 🍎\n"x"']), "sampler": _SAMPLERS},
+    optional={
+        "negative_prompt": st.sampled_from(["b", ""]),
+        "seed": st.sampled_from([-1, 0, 2**64 - 1]),
+        "clip_skip": st.sampled_from([0, 1]),
+        "plain_prompt": st.booleans(),
+        "height": st.sampled_from([16, 20]),
+        "num_images_per_prompt": st.sampled_from([1, 3]),
+        "rng": st.sampled_from(["cpu", "philox"]),
+        "num_inference_steps": st.integers(1, 5),
+        "guidance_scale": st.sampled_from([0, 1.0, 7]),
+        "guidance_rescale": st.sampled_from([0.0, 0.5]),
+        "spacing": st.sampled_from(["trailing", "linspace", "leading"]),
+        "eta": st.sampled_from([0, 0.5, 1]),
+        "lower_order_final": st.booleans(),
+        "strength": st.sampled_from([0.3, 1.0]),
+        "image": st.just(PICTURE[:, :13]),
+        "mask_image": st.just(MASK[:, :13]),
+        "expand": st.sampled_from([(1, 2, 3, 4), [0, 0, 5, 0]]),
+    },
+)
+
+
+@given(call=_MIXED)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_options_together(pipeline: Pipeline, work: Path, call: dict[str, Any]) -> None:
+    try:
+        output = pipeline(**with_files(call, work))
+    except UsageError:  # some contradict each other
+        reject()
+    for image, recipe in zip(output.images, output.recipes, strict=True):
+        again = pipeline(**json.loads(json.dumps(recipe)))
+        assert np.array_equal(np.asarray(again.images[0]), np.asarray(image))
+        assert again.recipes == (recipe,)
 
 
 @pytest.mark.parametrize("ends", [{"to_prompt": "a dog"}, {"to_seed": 9}, {"to_prompt": "b", "to_seed": 8}])
