@@ -1,7 +1,8 @@
 """``sd-run --interactive``: a loop that stays warm, driven by lines of JSON.
 
 Standard input has one request a line, standard output one result a line, in the same order; the first line of
-output says that the loop is ready. A bad request is answered and the next one works.
+output says that the loop is ready. A bad request is answered and the next one works. The recipe of a result
+is a request that draws it again.
 
 ::
 
