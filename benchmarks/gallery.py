@@ -7,6 +7,7 @@ what made the picture above it. Pictures that commands start from lie beside the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from PIL import Image, ImageDraw
 from sdrt.benchmarks.gallery_page import page
 from sdrt.benchmarks.gallery_sections import Entry, Section, sections
 from sdrt.runtime.animation import animation_bytes
-from sdrt.runtime.cli_options import parser, pipeline_options
+from sdrt.runtime.cli import DEFAULT_FPS
+from sdrt.runtime.cli_options import interpolates, parsed, parser, pipeline_options
 from sdrt.runtime.files import write_all_atomically, write_atomically
 from sdrt.runtime.images import png_bytes
 from sdrt.runtime.pipeline import Pipeline
@@ -59,25 +61,23 @@ def write_gallery(
 
 
 def _draw(pipeline: Pipeline, folder: Path, entry: Entry) -> None:
-    arguments = parser().parse_args(entry.words)
-    options = pipeline_options(arguments)
-    for name in ("image", "mask_image"):
-        if name in options:
-            options[name] = folder / options[name]
-    if arguments.to_prompt is not None or arguments.to_seed is not None:
-        del options["num_images_per_prompt"]
-        output = pipeline.interpolate(
-            arguments.prompt,
-            arguments.to_prompt,
-            frames=arguments.frames,
-            to_seed=arguments.to_seed,
-            **{**options, "output_type": "numpy"},
-        )
-        recipe = {name: value for name, value in output.recipes[0].items() if name != "frame"}
-        entry.encoded = animation_bytes(output.images, ".webp", arguments.fps or 8.0, recipe)
+    arguments = parsed(parser(), entry.words)
+    options = {**pipeline_options(arguments), "output_type": "numpy"}
+    (prompt,) = arguments.prompt or [None]
+    with contextlib.chdir(folder):  # the commands, and so the recipes, name pictures that lie there
+        if interpolates(arguments):
+            del options["num_images_per_prompt"]
+            ends = {"to_prompt": arguments.to_prompt, "to_seed": arguments.to_seed}
+            output = pipeline.interpolate(prompt, frames=arguments.frames, **ends, **options)
+        else:
+            output = pipeline(prompt, **options)
+    recipe = output.recipes[0]
+    if interpolates(arguments):
+        fps = arguments.fps or DEFAULT_FPS
+        recipe = {name: value for name, value in recipe.items() if name != "frame"} | {"fps": fps}
+        entry.encoded = animation_bytes(output.images, ".webp", fps, recipe)
     else:
-        output = pipeline(arguments.prompt, **{**options, "output_type": "numpy"})
-        entry.encoded = png_bytes(Image.fromarray(output.images[0]), output.recipes[0])
+        entry.encoded = png_bytes(Image.fromarray(output.images[0]), recipe)
     entry.picture = output.images[0]
     if entry.file is not None:
         write_atomically(folder / entry.file, entry.encoded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -42,7 +43,7 @@ written; 130 interrupted; 1 anything else. Unless the status is 0 nothing is wri
 at OUT is kept; but a new bundle stays when it is only its engines that cannot be built."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line of ``sd-export``."""
     result = Parser(
         prog="sd-export",
@@ -180,7 +181,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: argparse's own errors, and ``--help``.
     """
     # Intermixed: `MODEL --fp16 OUT` must work although both are optional.
-    arguments = parser().parse_intermixed_args(argv)
+    commands = parser()
+    arguments = commands.parse_intermixed_args(commands.own_words(sys.argv[1:] if argv is None else argv))
     _place_names(arguments)
     _check_architecture(arguments)
     arguments.mode = _mode(arguments)

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
         SdrtError,
         UsageError,
     )
-    from sdrt.runtime.images import save_png
+    from sdrt.runtime.images import save_image, save_png
     from sdrt.runtime.output import BlackImageWarning, PipelineOutput
     from sdrt.runtime.pipeline import Pipeline
     from sdrt.runtime.prompt_syntax import PromptSyntaxWarning
     from sdrt.runtime.prompts import PromptTruncatedWarning
+    from sdrt.runtime.recipe_metadata import read_recipe
 
 _HOME = {
     "BackendError": "errors",
@@ -49,6 +50,8 @@ _HOME = {
     "PromptTruncatedWarning": "prompts",
     "SdrtError": "errors",
     "UsageError": "errors",
+    "read_recipe": "recipe_metadata",
+    "save_image": "images",
     "save_png": "images",
 }
 
@@ -67,6 +70,8 @@ __all__ = [
     "PromptTruncatedWarning",
     "SdrtError",
     "UsageError",
+    "read_recipe",
+    "save_image",
     "save_png",
 ]
 

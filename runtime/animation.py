@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
-import numbers
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, Final
-from xml.sax.saxutils import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.images import parameters_text, png_bytes
+from sdrt.runtime.images import png_bytes
+from sdrt.runtime.recipe_metadata import exif, xmp
+from sdrt.runtime.request_checks import number
 
 ANIMATION_SUFFIXES: Final = (".png", ".webp")
 MIN_FPS: Final = 0.1
 MAX_FPS: Final = 60.0  # browsers show what is faster at ten frames a second
-RECIPE_NAMESPACE: Final = "urn:sdrt:recipe"  # of the XMP property `recipe`
 _MAX_WEBP_SIDE: Final = 16_383
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
-_USER_COMMENT: Final = 0x9286  # EXIF's tag, where A1111's web UI keeps `parameters` in a WebP
-_EXIF_IFD: Final = 0x8769
 # Flags of a VP8X chunk and of an ANMF chunk: WebP container specification, "Extended File Format".
 _HAS_EXIF, _HAS_XMP, _IS_ANIMATED = 0x08, 0x04, 0x02
 _NO_BLENDING: Final = 0x02
@@ -49,7 +45,7 @@ def check_animation(suffix: str, fps: object) -> None:
         )
     if suffix.lower() not in ANIMATION_SUFFIXES:
         raise UsageError(f"an animation cannot be written as {suffix!r}: a name that ends in .png or .webp")
-    if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not MIN_FPS <= float(fps) <= MAX_FPS:
+    if not MIN_FPS <= number("fps", fps) <= MAX_FPS:
         raise UsageError(f"fps is {fps!r}: frames per second from {MIN_FPS:g} to {MAX_FPS:g}")
 
 
@@ -123,7 +119,7 @@ def _webp(frames: NDArray[np.uint8], fps: float, recipe: Mapping[str, Any]) -> b
         milliseconds = round((index + 1) * 1000 / fps) - round(index * 1000 / fps)
         head = bytes(6) + size + _three_bytes(milliseconds) + bytes([_NO_BLENDING])
         chunks.append(_riff_chunk(b"ANMF", head + _vp8l_chunk(_encoded(frame, "WEBP", lossless=True))))
-    chunks += [_riff_chunk(b"EXIF", _exif(recipe)), _riff_chunk(b"XMP ", _xmp(recipe))]
+    chunks += [_riff_chunk(b"EXIF", exif(recipe)), _riff_chunk(b"XMP ", xmp(recipe))]
     return _riff_chunk(b"RIFF", b"WEBP" + b"".join(chunks))
 
 
@@ -145,26 +141,6 @@ def _even(length: int) -> int:
 
 def _three_bytes(number: int) -> bytes:
     return number.to_bytes(3, "little")
-
-
-def _exif(recipe: Mapping[str, Any]) -> bytes:
-    from PIL.Image import Exif
-
-    exif = Exif()
-    text = parameters_text(recipe).encode("utf-16-be", "replace")
-    exif[_EXIF_IFD] = {_USER_COMMENT: b"UNICODE\0" + text}
-    return exif.tobytes().removeprefix(b"Exif\0\0")
-
-
-def _xmp(recipe: Mapping[str, Any]) -> bytes:
-    """The recipe in an XMP packet; ASCII, since XML allows fewer characters than a prompt may have."""
-    text = escape(json.dumps(recipe, sort_keys=True))
-    return (
-        '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
-        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        f'<rdf:Description rdf:about="" xmlns:sdrt="{RECIPE_NAMESPACE}">'
-        f"<sdrt:recipe>{text}</sdrt:recipe></rdf:Description></rdf:RDF></x:xmpmeta>"
-    ).encode("ascii")
 
 
 def _encoded(frame: NDArray[np.uint8], kind: str, **options: Any) -> bytes:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sdrt.runtime.engine_search import Capability, Engine
 
 AUTO: Final = "auto"
+NO_DRIVER: Final = "no NVIDIA driver"  # how a reason begins where nobody would expect a GPU to be used
 CpuExecutor = Callable[..., Executor]  # ``(model, spec, *, threads, source) → executor``
 # What TensorRT may say of an engine that no other size or setting will mend.
 UNFIT: Final = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"})
@@ -210,8 +211,7 @@ def find_gpu(index: int = 0) -> Gpu:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise BackendError(
-            f"no NVIDIA driver: {error}; install the driver, or give the container the GPU "
-            "(docker run --gpus all)"
+            f"{NO_DRIVER}: {error}; install the driver, or give the container the GPU (docker run --gpus all)"
         ) from None
     from sdrt.runtime.cuda_bindings import load_bindings
 

@@ -26,6 +26,8 @@ class StepHook:
 
     Attributes:
         wants_denoised: Whether the steps must keep their guess of the clean latents.
+        interrupted_after: How many steps were done when the callback said that no more be done (by
+            ``pipeline._interrupt = True``, as in diffusers); None while it has not.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class StepHook:
             raise UsageError("this bundle was written without a preview: export it again to have one")
         self._pipeline, self._callback, self._cancelled = pipeline, callback, cancelled
         self._tensors = tuple(tensors) if callback is not None else ()
+        self.interrupted_after: int | None = None
         self.wants_denoised = bool({"denoised", "preview"} & set(self._tensors))
 
     def check(self) -> None:
@@ -77,11 +80,18 @@ class StepHook:
         """
         if self._callback is None:
             return
-        changed = self._callback(self._pipeline, step, float(table.timesteps[step]), self._state(loop))
+        state = self._state(loop)
+        given = dict(state)  # the callback may change its own
+        changed = self._callback(self._pipeline, step, float(table.timesteps[step]), state)
         if changed is not None and not isinstance(changed, Mapping):
             raise UsageError(f"the callback returned {type(changed).__name__}: a dict or None is wanted")
-        if unknown := [str(name) for name in changed or () if name != "latents"]:
+        # Those of diffusers hand back what they were given, changed or not.
+        returned = changed or {}
+        same = {name for name in given if returned.get(name) is given[name]}
+        if unknown := [str(name) for name in returned if name not in ("latents", *same)]:
             raise UsageError(f"the callback returned {', '.join(unknown)}: only 'latents' can be changed")
+        if self._pipeline._interrupt and self.interrupted_after is None:
+            self.interrupted_after = step + 1
         if changed and changed.get("latents") is not None:
             _replace_latents(loop, step, _array(changed["latents"]), check_faults)
 

@@ -7,18 +7,29 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sdrt.runtime.cli_options import parser, pipeline_options
-from sdrt.runtime.command import put, quick_start, run_command, say, tell_of_long_work
-from sdrt.runtime.saving import BASE64, check_frames, check_output, save, save_frames
+from sdrt.runtime.cli_options import ONE_PROMPT, check_usage, interpolates, parsed, parser, pipeline_options
+from sdrt.runtime.cli_prompts import Task, has_prompt, read_tasks
+from sdrt.runtime.command import Parser, put, quick_start, run_command, say, tell_of_long_work
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.saving import (
+    BASE64,
+    STDOUT,
+    check_frames,
+    check_output,
+    save,
+    save_frames,
+    write_to_stdout,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sdrt.runtime.backends import RequestShape
     from sdrt.runtime.bundle import Bundle
     from sdrt.runtime.pipeline import Pipeline, PipelineOutput
     from sdrt.runtime.request import Request
@@ -27,42 +38,42 @@ DEFAULT_FPS: Final = 8.0
 STAGES: Final = ("load", "vae_encoder", "invert", "text_encoder", "denoise", "vae_decoder", "save")
 
 
+class Work(NamedTuple):
+    """One call of the pipeline, checked; `request` is None for ``--interactive`` without a picture."""
+
+    task: Task
+    options: dict[str, Any]
+    request: Request | None
+    target: Path | None
+
+    @property
+    def images(self) -> int:
+        """How many pictures it draws."""
+        return 0 if self.request is None else len(self.request.seeds)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     commands = parser()
-    arguments = commands.parse_args(argv)
-    if arguments.interactive and arguments.prompt is not None:
-        commands.error("--interactive takes its prompts from standard input: leave PROMPT out")
-    if not arguments.interactive and arguments.prompt is None and arguments.image is None:
-        commands.error("the following arguments are required: PROMPT")
-    if arguments.preview and arguments.interactive:
-        commands.error("--preview does not go with --interactive")
-    if arguments.warm_up and not arguments.interactive:
-        commands.error("--warm-up goes with --interactive")
-    if _interpolates(arguments) and arguments.interactive:
-        commands.error("--to-prompt and --to-seed do not go with --interactive")
-    if _interpolates(arguments) and arguments.prompt is None:
-        commands.error("--to-prompt and --to-seed need a PROMPT to go from")
-    if _interpolates(arguments) and arguments.num_images != 1:
-        commands.error("--num-images does not go with --to-prompt and --to-seed: --frames says how many")
-    if not _interpolates(arguments) and (arguments.frames is not None or arguments.fps is not None):
-        commands.error("--frames and --fps go with --to-prompt or --to-seed")
-    return run_command("sd-run", lambda: _run(arguments), quiet=arguments.quiet)
+    arguments = parsed(commands, argv)
+    if arguments.from_picture is None:
+        check_usage(commands, arguments)
+    elif arguments.interactive:
+        commands.error("--from does not go with --interactive: a recipe is a request there")
+    return run_command("sd-run", lambda: _run(commands, arguments), quiet=arguments.quiet)
 
 
-def _interpolates(arguments: argparse.Namespace) -> bool:
-    return arguments.to_prompt is not None or arguments.to_seed is not None
-
-
-def _run(arguments: argparse.Namespace) -> None:
+def _run(commands: Parser, arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
-    if not (arguments.interactive and arguments.output == Path(BASE64)):
-        check_output(arguments.output, animated=_interpolates(arguments))
-    if _interpolates(arguments):
-        check_frames(arguments.output, _fps(arguments))
     options = pipeline_options(arguments)
+    if arguments.from_picture is not None:
+        options = _replayed(commands, arguments, options)
+    if not (arguments.interactive and arguments.output == Path(BASE64)):
+        _check_output(arguments, arguments.output)
+    if interpolates(arguments):
+        check_frames(arguments.output, _fps(arguments))
     with quick_start():
-        request, pipeline = _load_for(arguments, options)
+        works, pipeline = _load_for(arguments, options)
     with pipeline:
         for entry in arguments.embedding:
             pipeline.load_textual_inversion(*_file_and_word(entry))
@@ -72,25 +83,41 @@ def _run(arguments: argparse.Namespace) -> None:
 
             serve(pipeline, options, arguments.output, load_seconds=loaded, warm_up=arguments.warm_up)
             return
-        assert request is not None
-        output = _draw(arguments, pipeline, request, options)
-        saving = time.perf_counter()
-        paths = _save(arguments, output)
-        ended = time.perf_counter()
-    seconds = {"load": loaded, **output.timings, "save": ended - saving, "command": ended - started}
-    _report(arguments, paths, output, seconds)
+        drawn = _draw(arguments, pipeline, works)
+    seconds = {"load": loaded, **drawn.seconds, "command": time.perf_counter() - started}
+    _report(arguments, drawn, seconds)
 
 
-def _load_for(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Request | None, Pipeline]:
+def _replayed(commands: Parser, arguments: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``--from``, with what the command line says in their place."""
+    from sdrt.runtime.cli_replay import with_recipe
+    from sdrt.runtime.recipe_metadata import read_recipe
+
+    prompt, options = with_recipe(arguments, read_recipe(arguments.from_picture), given)
+    if not has_prompt(arguments):
+        arguments.recipe_prompt = prompt
+    check_usage(commands, arguments)
+    return options
+
+
+def _check_output(arguments: argparse.Namespace, output: Path | None) -> None:
+    animated, to_stdout = interpolates(arguments), not arguments.interactive
+    check_output(output, animated=animated, to_stdout=to_stdout, quality=arguments.quality)
+
+
+def _load_for(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[list[Work], Pipeline]:
     """What is asked for, and a pipeline that can draw it."""
     # NumPy and the rest only now: what argparse refuses need not wait for them.
     from sdrt.runtime.bundle import Bundle
 
     bundle = Bundle.open(arguments.bundle, verify=False)
-    request = _request(arguments, bundle, options)  # before anything is loaded
-    if arguments.negative_prompt and request is not None and not request.guided and not arguments.quiet:
-        say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
-    return request, _load(arguments, bundle, request)
+    works = _works(arguments, bundle, options)  # before anything is loaded
+    requests = [work.request for work in works if work.request is not None]
+    for request in requests:
+        if arguments.negative_prompt and not request.guided and not arguments.quiet:
+            say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
+            break
+    return works, _load(arguments, bundle, requests)
 
 
 def _file_and_word(entry: str) -> tuple[str, str | None]:
@@ -99,20 +126,62 @@ def _file_and_word(entry: str) -> tuple[str, str | None]:
     return (file, word or None) if equals and not os.path.isfile(entry) else (entry, None)  # noqa: PTH113
 
 
-def _request(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any]) -> Request | None:
-    """What is asked for, checked; the requests of --interactive come later, but for their defaults."""
+def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any]) -> list[Work]:
+    """What is asked for, each call checked; the seeds of those that have none of their own count on."""
+    from sdrt.runtime.request_texts import RANDOM_SEED
+
+    if arguments.interactive:
+        return [Work(Task(None, {}), options, _request_of_defaults(bundle, options), arguments.output)]
+    if arguments.recipe_prompt is not None:
+        tasks = [Task(arguments.recipe_prompt, {})]
+    else:
+        tasks = read_tasks(arguments)
+    if interpolates(arguments) and len(tasks) != 1:
+        raise UsageError(ONE_PROMPT)
+    works = []
+    seed = options.get("seed", RANDOM_SEED)
+    for task in tasks:
+        own = {**options, "seed": seed, **task.options}
+        if task.output is not None:
+            _check_output(arguments, task.output)
+        request = _request(arguments, bundle, task, own)
+        if "seed" not in task.options and isinstance(seed, int) and seed != RANDOM_SEED:
+            seed = (seed + len(request.seeds)) % 2**64
+        works.append(Work(task, own, request, arguments.output if task.output is None else task.output))
+    _check_stdout(works)
+    return works
+
+
+def _check_stdout(works: Sequence[Work]) -> None:
+    """Refuse more than one picture on standard output."""
+    count = sum(work.images for work in works)
+    if count > 1 and any(work.target == STDOUT for work in works):
+        raise UsageError(f"--output is -, and {count} pictures are asked for: one goes to standard output")
+
+
+def _request(arguments: argparse.Namespace, bundle: Bundle, task: Task, options: dict[str, Any]) -> Request:
+    from sdrt.runtime.request import build_request
+
+    try:
+        if not interpolates(arguments):
+            return build_request(bundle.manifest, task.prompt, options)
+        from sdrt.runtime.interpolation import interpolated_request
+
+        if not isinstance(task.prompt, str):
+            raise UsageError(ONE_PROMPT)
+        frames, ends = _frames(arguments), (arguments.to_prompt, arguments.to_seed)
+        return interpolated_request(bundle.manifest, task.prompt, ends[0], frames, ends[1], options)
+    except UsageError as error:
+        raise UsageError(f"{task.name}: {error}") if task.name else error from error
+
+
+def _request_of_defaults(bundle: Bundle, options: dict[str, Any]) -> Request | None:
+    """The requests of --interactive come later, but for their defaults."""
     from sdrt.runtime.request import build_request
     from sdrt.runtime.request_picture import PICTURE_OPTIONS
 
-    if _interpolates(arguments):
-        from sdrt.runtime.interpolation import interpolated_request
-
-        frames, ends = _frames(arguments), (arguments.to_prompt, arguments.to_seed)
-        return interpolated_request(bundle.manifest, arguments.prompt, ends[0], frames, ends[1], options)
-    if arguments.interactive and (bundle.manifest.family == "image-variations" or bundle.manifest.reads_mask):
+    if bundle.manifest.family == "image-variations" or bundle.manifest.reads_mask:
         return None  # without a picture there is nothing to check
-    if not arguments.interactive:
-        return build_request(bundle.manifest, arguments.prompt, options)
     if "image" not in options:  # requests may bring one; until then there is nothing to do with it
         options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}
     return build_request(bundle.manifest, "", options)
@@ -124,55 +193,82 @@ def _why_unguided(request: Request) -> str:
     return "at a guidance scale of 1 or less"
 
 
-def _frames(arguments: argparse.Namespace) -> int:
-    return DEFAULT_FRAMES if arguments.frames is None else int(arguments.frames)
+def _frames(arguments: argparse.Namespace) -> Any:
+    return DEFAULT_FRAMES if arguments.frames is None else arguments.frames
 
 
-def _fps(arguments: argparse.Namespace) -> float:
-    return DEFAULT_FPS if arguments.fps is None else float(arguments.fps)
+def _fps(arguments: argparse.Namespace) -> Any:
+    return DEFAULT_FPS if arguments.fps is None else arguments.fps
 
 
-def _draw(
-    arguments: argparse.Namespace, pipeline: Pipeline, request: Request, options: dict[str, Any]
+class Drawn(NamedTuple):
+    """What was drawn and saved: where (None: to standard output), the seeds, and seconds per stage."""
+
+    paths: list[Path]
+    seeds: list[int]
+    seconds: dict[str, float]
+
+
+def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Work]) -> Drawn:
+    """Draw call by call, and save each before the next."""
+    rows = 0
+    for work in works:
+        assert work.request is not None  # nothing here is interactive
+        rows += len(work.request.sampling.table) * pipeline.count_batches(work.request)
+    # A name that several calls have is numbered over all of their pictures.
+    totals: dict[Path | None, int] = {}
+    saved: dict[Path | None, int] = {}
+    for work in works:
+        totals[work.target] = totals.get(work.target, 0) + work.images
+    drawn = Drawn([], [], {})
+    with _progress(arguments, pipeline, rows) as (on_step, tensors):
+        watched = {"callback_on_step_end": on_step, "callback_on_step_end_tensor_inputs": tensors}
+        for work in works:
+            output = _drawn(arguments, pipeline, work, watched)
+            saving = time.perf_counter()
+            before = saved.get(work.target, 0)
+            paths = _save(arguments, work.target, output, before, totals[work.target])
+            saved[work.target] = before + work.images
+            output.timings["save"] = time.perf_counter() - saving
+            drawn.paths.extend(paths)
+            # An animation is one path for all of its frames.
+            drawn.seeds.extend([recipe["seed"] for recipe in output.recipes][: len(paths)])
+            for stage, value in output.timings.items():
+                drawn.seconds[stage] = drawn.seconds.get(stage, 0.0) + value
+    drawn.seconds["step"] = drawn.seconds["denoise"] / rows
+    return drawn
+
+
+def _drawn(
+    arguments: argparse.Namespace, pipeline: Pipeline, work: Work, watched: Mapping[str, Any]
 ) -> PipelineOutput:
-    batches = pipeline.count_batches(request)
-    with _progress(arguments, pipeline, len(request.sampling.table) * batches) as (on_step, tensors):
-        watched = {
-            **options,
-            "callback_on_step_end": on_step,
-            "callback_on_step_end_tensor_inputs": tensors,
-        }
-        if not _interpolates(arguments):
-            return pipeline(arguments.prompt, **watched)
-        del watched["num_images_per_prompt"]
-        return pipeline.interpolate(
-            arguments.prompt,
-            arguments.to_prompt,
-            frames=_frames(arguments),
-            to_seed=arguments.to_seed,
-            **watched,
-        )
+    options: dict[str, Any] = {**work.options, **watched}
+    if not interpolates(arguments):
+        return pipeline(work.task.prompt, **options)
+    assert isinstance(work.task.prompt, str)  # so the request was built
+    del options["num_images_per_prompt"]
+    ends = (arguments.to_prompt, arguments.to_seed)
+    return pipeline.interpolate(
+        work.task.prompt, ends[0], frames=_frames(arguments), to_seed=ends[1], **options
+    )
 
 
-def _save(arguments: argparse.Namespace, output: PipelineOutput) -> list[Path]:
-    if not _interpolates(arguments):
-        return save(output, arguments.output)
-    return save_frames(output, arguments.output, _fps(arguments))
+def _save(
+    arguments: argparse.Namespace, target: Path | None, output: PipelineOutput, first: int, total: int
+) -> list[Path]:
+    if interpolates(arguments):
+        return save_frames(output, target, _fps(arguments))
+    if target == STDOUT:
+        write_to_stdout(output)
+        return [STDOUT]
+    return save(output, target, arguments.quality, first=first, total=total)
 
 
-def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None) -> Pipeline:
-    """The pipeline on a backend that admits the request; says which one, where that was left to us."""
-    from sdrt.runtime.backends import AUTO, RequestShape
-    from sdrt.runtime.loading import longest_prompt
+def _load(arguments: argparse.Namespace, bundle: Bundle, requests: Sequence[Request]) -> Pipeline:
+    """The pipeline on a backend that admits the requests; says which one, where that was left to us."""
+    from sdrt.runtime.backends import AUTO
     from sdrt.runtime.pipeline import Pipeline
 
-    limits = bundle.manifest.limits
-    shape = None
-    if request is not None:
-        images = max(limits.min_batch, min(len(request.conditions), limits.max_batch))
-        chunks = longest_prompt(bundle, request)
-        size, picture = (request.height, request.width), request.picture is not None
-        shape = RequestShape(images, *size, request.guided, chunks, picture)
     if not arguments.quiet:
         tell_of_long_work("sd-run")
     pipeline = Pipeline.load(
@@ -181,13 +277,42 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None
         device=arguments.device,
         threads=arguments.threads,
         verify=arguments.verify,
-        request_shape=shape,
+        request_shape=_shape(bundle, requests),
     )
     if arguments.backend == AUTO and not arguments.quiet:
-        # What is the matter, without what could be done about it: that is in the error of a named backend.
-        reasons = [reason.partition("; ")[0] for reason in pipeline.backend_reasons]
-        say("sd-run", f"backend {pipeline.backend} ({'; '.join(reasons)})")
+        _say_backend(pipeline, verbose=arguments.verbose)
     return pipeline
+
+
+def _shape(bundle: Bundle, requests: Sequence[Request]) -> RequestShape | None:
+    """The most that any request asks for; of sizes the first one's."""
+    from sdrt.runtime.backends import RequestShape
+    from sdrt.runtime.loading import longest_prompt
+
+    if not requests:
+        return None
+    limits = bundle.manifest.limits
+    images = max(len(request.conditions) for request in requests)
+    return RequestShape(
+        max(limits.min_batch, min(images, limits.max_batch)),
+        requests[0].height,
+        requests[0].width,
+        any(request.guided for request in requests),
+        max(longest_prompt(bundle, request) for request in requests),
+        any(request.picture is not None for request in requests),
+    )
+
+
+def _say_backend(pipeline: Pipeline, *, verbose: bool) -> None:
+    """Which backend was taken; why no other before it, if asked for or if a GPU is there."""
+    from sdrt.runtime.backends import NO_DRIVER
+
+    reasons = pipeline.backend_reasons
+    why = ""
+    if verbose or not any(NO_DRIVER in reason for reason in reasons):
+        # What is the matter, without what could be done about it: that is in the error of a named backend.
+        why = f" ({'; '.join(reason.partition('; ')[0] for reason in reasons)})"
+    say("sd-run", f"backend {pipeline.backend}{why}")
 
 
 @contextmanager
@@ -238,23 +363,21 @@ def _can_preview(console: Console, pipeline: Pipeline) -> bool:
     return True
 
 
-def _report(
-    arguments: argparse.Namespace, paths: list[Path], output: PipelineOutput, seconds: dict[str, float]
-) -> None:
-    # An animation is one path for all of its frames.
-    seeds = [recipe["seed"] for recipe in output.recipes][: len(paths)]
+def _report(arguments: argparse.Namespace, drawn: Drawn, seconds: Mapping[str, float]) -> None:
+    named = list(zip(drawn.paths, drawn.seeds, strict=True))
     if arguments.json:
         document = {
-            "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, seeds, strict=True)],
-            "seed": seeds[0],
+            "images": [{"path": str(path), "seed": seed} for path, seed in named],
+            "seed": drawn.seeds[0],
             "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
         }
         put(json.dumps(document))
     elif not arguments.quiet:
-        for path, seed in zip(paths, seeds, strict=True):
-            put(f"{path}  seed {seed}")
         parts = ", ".join(f"{stage} {seconds[stage]:.2f}" for stage in STAGES if stage in seconds)
-        put(f"{seconds['command']:.2f} s ({parts})")
+        lines = [f"{path}  seed {seed}" for path, seed in named]
+        for line in (*lines, f"{seconds['command']:.2f} s ({parts})"):
+            # What holds the picture itself has no room for words about it.
+            say("sd-run", line) if STDOUT in drawn.paths else put(line)
 
 
 if __name__ == "__main__":

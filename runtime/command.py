@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, NoReturn
 
 from sdrt.runtime.errors import EXIT_INTERRUPTED, OutputError, SdrtError, UsageError
@@ -19,12 +20,44 @@ from sdrt.runtime.printable import printable
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit with status 2."""
+    """An argument parser whose errors are one line and exit with status 2.
+
+    Attributes:
+        also_called: Options by names that other tools have for them, which mean the same here.
+        not_called: What to say of names that may mean something else.
+    """
+
+    also_called: Mapping[str, str] = MappingProxyType({})
+    not_called: Mapping[str, str] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit."""
+        """Print one line, of an option that there is not with the nearest that there is, and exit."""
         line = printable(" ".join(message.split()))
+        if "unrecognized arguments" in line:
+            wrong = [word.partition("=")[0] for word in line.split() if word.startswith("-")]
+            near = [found for found in map(self._nearest, wrong) if found]
+            line += f" (did you mean {near[0]}?)" if near else ""
         self.exit(UsageError.exit_status, f"{self.prog}: {line} (see {self.prog} --help)\n")
+
+    def own_words(self, words: Sequence[str]) -> list[str]:
+        """A command line with its options by our names: of other tools', and with underscores for dashes."""
+        found: list[str] = []
+        for index, word in enumerate(words):
+            if word == "--":
+                return [*found, *words[index:]]
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                name = name.replace("_", "-")
+            found.append(self.also_called.get(name, name) + equals + value if name.startswith("-") else word)
+        return found
+
+    def _nearest(self, name: str) -> str | None:
+        import difflib
+
+        known = [option for action in self._actions for option in action.option_strings]
+        begun = [option for option in known if option.startswith(name)] if name.startswith("--") else []
+        near = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        return self.not_called.get(name) or next(iter(near), None)
 
 
 def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) -> int:

@@ -8,16 +8,38 @@ import errno
 import fcntl
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from sdrt.runtime.errors import OutputError
 
+_ANYONE_WRITES: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _AT_FDCWD: Final = -100  # linux/fcntl.h
 _RENAME_NOREPLACE: Final = 1  # linux/fs.h
 _RENAME_EXCHANGE: Final = 2
 _ASIDE: Final = "-old"  # ends the name of a folder that is away while another takes its place
+
+
+def place_of(path: Path) -> Path:
+    """Where a file that a user named is written: at a symbolic link's end, which stays a link.
+
+    Raises:
+        OutputError: A file is there that is read-only (for root too, whom the system would let), or links
+            lead in a circle.
+    """
+    linked = os.path.islink(path)  # noqa: PTH114 - Path.is_symlink raises for a name that is too long
+    place = Path(os.path.realpath(path)) if linked else path
+    try:
+        mode = place.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):  # new, or a folder that whoever writes will miss
+        return place
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {explain(error)}") from error
+    if stat.S_ISREG(mode) and not (mode & _ANYONE_WRITES and os.access(place, os.W_OK)):
+        raise OutputError(f"cannot write {path}: the file is read-only; give another name, or chmod u+w it")
+    return place
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -71,6 +93,7 @@ def explain(error: OSError) -> str:
         errno.EROFS: "the file system is read-only",
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
+        errno.ELOOP: "links lead in a circle",
         errno.EISDIR: "there is a folder of that name",
         errno.ENAMETOOLONG: "the file name is too long",
     }

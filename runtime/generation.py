@@ -200,6 +200,8 @@ class Generation:
         for step, (kind, draw) in enumerate(zip(self._kinds(request, hook), table.draws, strict=True)):
             if hook is not None:
                 hook.check()
+                if hook.interrupted_after is not None:
+                    break
             if uploads_noise and draw >= 0:
                 loop.set_noise(source.draw(arguments["drawn"] + int(draw), shape))
             loop.step(kind)

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -72,6 +72,25 @@ def read_image(source: Any, what: str = "image") -> NDArray[np.uint8]:
 
         colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
     return np.array(colours)
+
+
+@contextmanager
+def opened_picture(path: str | Path, what: str, formats: Sequence[str]) -> Iterator[Image]:
+    """A picture's file with its header and metadata read, no pixel decoded.
+
+    Raises:
+        UsageError: There is no such file, or it is no picture of one of Pillow's ``formats``.
+    """
+    from PIL import Image
+
+    name = os.fsdecode(path)
+    label = f"{what} {name[:300]}"
+    with (
+        _decoding(label),
+        _regular_file(name, label) as stream,
+        Image.open(stream, formats=list(formats)) as image,
+    ):
+        yield image
 
 
 def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = False) -> NDArray[np.float32]:

@@ -1,95 +1,120 @@
-"""Pictures on disk: PNG with the whole recipe inside."""
+"""Pictures on disk: PNG, JPEG and WebP with the whole recipe inside."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sdrt.runtime.files import write_atomically
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.files import place_of, write_atomically
+from sdrt.runtime.recipe_metadata import exif, png_text, xmp
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+DEFAULT_QUALITY: Final = 95  # of a JPEG: above it files grow and nothing is seen
+_MAX_SIDE: Final = {"WEBP": 16_383, "JPEG": 65_535}
+_MAX_SEGMENT: Final = 65_500  # bytes of a JPEG's EXIF or XMP, whose length is a word of 16 bits
 
-def png_bytes(image: Image, recipe: Mapping[str, Any]) -> bytes:
-    """Encode a picture as PNG with two text chunks.
 
-    ``parameters`` is the text that A1111's web UI writes and reads; ``sdrt`` is the recipe as JSON.
+class RecipeLeftOutWarning(UserWarning):
+    """A picture was written without its recipe, which is too long for the file's format."""
+
+
+def picture_bytes(
+    image: Image, suffix: str, recipe: Mapping[str, Any], *, quality: int | None = None
+) -> bytes:
+    """Encode a picture with its recipe inside (`sdrt.runtime.recipe_metadata` says where).
+
+    Args:
+        image: RGB.
+        suffix: A key of `FORMATS`, in any case.
+        recipe: What drew it, as plain data.
+        quality: 1 to 100, of what loses something: a JPEG, by default 95, or a WebP, which by default loses
+            nothing. A PNG never does.
+
+    Raises:
+        UsageError: Another suffix or quality, or a side too long for the format.
     """
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_itxt("parameters", parameters_text(recipe))
-    info.add_itxt("sdrt", json.dumps(recipe, ensure_ascii=False, sort_keys=True))
+    kind = checked_format(suffix, quality)
+    if max(image.size) > _MAX_SIDE.get(kind, max(image.size)):
+        raise UsageError(
+            f"a {kind} has at most {_MAX_SIDE[kind]} pixels a side: give a name that ends in .png"
+        )
+    options: dict[str, Any] = {"pnginfo": png_text(recipe)}
+    if kind != "PNG":
+        options = {"exif": exif(recipe), "xmp": xmp(recipe)}
+    if kind == "JPEG":
+        options |= {"exif": b"Exif\0\0" + options["exif"]}
+        if max(map(len, options.values())) > _MAX_SEGMENT:
+            warnings.warn(
+                "the recipe is too long for a JPEG and was left out: a PNG or WebP holds it",
+                RecipeLeftOutWarning,
+                stacklevel=2,
+            )
+            options = {}
+        # Chroma at full size: halved, thin red on blue is smeared whatever the quality.
+        options |= {"quality": DEFAULT_QUALITY if quality is None else quality, "subsampling": 0}
+    if kind == "WEBP":
+        options |= {"lossless": True} if quality is None else {"quality": quality}
     stream = io.BytesIO()
-    image.save(stream, format="PNG", pnginfo=info)
+    image.save(stream, format=kind, **options)
     return stream.getvalue()
 
 
-def parameters_text(recipe: Mapping[str, Any]) -> str:
-    """The recipe in A1111's form: prompt, negative prompt, then ``Key: value`` pairs on one line."""
-    karras = recipe["karras"] or recipe.get("sigma_schedule") == "karras"
-    sampler = _A1111_SAMPLERS.get(recipe["sampler"], recipe["sampler"])
-    pairs = {
-        "Steps": recipe["num_inference_steps"],
-        "Sampler": sampler + (" Karras" if karras else ""),
-        "CFG scale": recipe["guidance_scale"],
-        "Seed": recipe["seed"],
-        "Size": f"{recipe['width']}x{recipe['height']}",
-        **({"Denoising strength": recipe["strength"]} if "strength" in recipe else {}),
-        # A1111 counts the layer that it stops at, from the end.
-        **({"Clip skip": recipe["clip_skip"] + 1} if "clip_skip" in recipe else {}),
-        **({} if recipe["eta"] is None else {"Eta": recipe["eta"]}),
-        "RNG": _A1111_GENERATORS[recipe["rng"]],
-        "Model": recipe["model"],
-        "Version": f"sdrt {recipe['version']}",
-    }
-    lines = [recipe["prompt"]]
-    if recipe["negative_prompt"]:
-        lines.append(f"Negative prompt: {recipe['negative_prompt']}")
-    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
-    return "\n".join(lines)
+def checked_format(suffix: str, quality: int | None = None) -> str:
+    """Pillow's name of the format that a file's ending stands for.
+
+    Raises:
+        UsageError: There is none, or ``quality`` is out of its range.
+    """
+    if suffix.lower() not in FORMATS:
+        raise UsageError(f"a picture cannot be written as {suffix!r}: one of {', '.join(FORMATS)}")
+    if quality is not None and not (isinstance(quality, int) and 1 <= quality <= 100):
+        raise UsageError(f"quality is {quality!r}: a whole number from 1 to 100")
+    return FORMATS[suffix.lower()]
 
 
-_A1111_SAMPLERS: Final = {
-    "ddim": "DDIM",
-    "dpm2": "DPM2",
-    "dpm2_a": "DPM2 a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "dpmpp_sde": "DPM++ SDE",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "lcm": "LCM",
-    "lms": "LMS",
-    "pndm": "PLMS",
-    "tcd": "TCD",
-    "unipc": "UniPC",
-}
-# "NV" is its name for Philox on any device.
-_A1111_GENERATORS: Final = {"philox": "NV", "cpu": "CPU"}
+def png_bytes(image: Image, recipe: Mapping[str, Any]) -> bytes:
+    """Encode a picture as PNG with its recipe in two text chunks."""
+    return picture_bytes(image, ".png", recipe)
 
 
-def _quoted(value: object) -> str:
-    """As A1111 does it: a value that would break the line apart is written as a JSON string."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text
+def save_image(
+    image: Image, path: str | Path, recipe: Mapping[str, Any], *, quality: int | None = None
+) -> None:
+    """Write a picture and its recipe as what the file's name ends in; whole or not at all.
+
+    Args:
+        image: RGB.
+        path: Ends in .png, .jpg, .jpeg or .webp. A symbolic link is followed.
+        recipe: Of `sdrt.runtime.output.PipelineOutput.recipes`.
+        quality: See `picture_bytes`.
+
+    Raises:
+        UsageError: Another ending or quality.
+        OutputError: The file cannot be written, or is read-only.
+    """
+    place = place_of(Path(path))
+    write_atomically(place, picture_bytes(image, Path(path).suffix, recipe, quality=quality))
 
 
 def save_png(image: Image, path: str | Path, recipe: Mapping[str, Any]) -> None:
-    """Write a picture and its recipe; whole or not at all.
+    """Write a picture and its recipe as PNG; see `save_image`.
 
     Raises:
-        OutputError: The file cannot be written.
+        UsageError: The name ends in something else than .png.
+        OutputError: The file cannot be written, or is read-only.
     """
-    write_atomically(Path(path), png_bytes(image, recipe))
+    if Path(path).suffix.lower() != ".png":
+        raise UsageError(f"save_png writes PNG, and {path} does not end in .png: save_image writes others")
+    save_image(image, path, recipe)
 
 
 def slug(prompt: str, limit: int = 40) -> str:

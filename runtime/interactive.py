@@ -1,7 +1,8 @@
 """``sd-run --interactive``: a loop that stays warm, driven by lines of JSON.
 
 Standard input has one request a line, standard output one result a line, in the same order; the first line of
-output says that the loop is ready. A bad request is answered and the next one works.
+output says that the loop is ready. A bad request is answered and the next one works. The recipe of a result
+is a request that draws it again.
 
 ::
 
@@ -117,7 +118,7 @@ def _draw(
     in_result = target == Path(BASE64)
     if not in_result:
         check_output(target)
-    drawn = pipeline(**{**defaults, **request, **_inline_pictures(request)})
+    drawn = pipeline(**{**defaults, **request, **inline_pictures(request)})
     saving = time.perf_counter()
     if in_result:
         places = {"png": [base64.b64encode(png).decode("ascii") for png in encoded(drawn)]}
@@ -144,8 +145,12 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
     return request
 
 
-def _inline_pictures(request: Mapping[str, Any]) -> dict[str, bytes]:
-    """Pictures that come in the request itself, as ``data:image/png;base64,…`` in place of a path."""
+def inline_pictures(request: Mapping[str, Any]) -> dict[str, bytes]:
+    """Pictures that come in a request itself, as ``data:image/png;base64,…`` in place of a path.
+
+    Raises:
+        UsageError: Such an address is damaged.
+    """
     pictures = {}
     for name in ("image", "mask_image"):
         value = request.get(name)

@@ -12,21 +12,35 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import noise_source
 from sdrt.runtime.prompt_chunks import Blend, Prompt
+from sdrt.runtime.recipes import OF_FRAMES
 from sdrt.runtime.request import Request, build_request, latent_shape
 from sdrt.runtime.request_checks import whole
 from sdrt.runtime.request_texts import MAX_IMAGES
 from sdrt.runtime.start import NOISE, draws_at_start, slerp
 
 
+def request_of_frames(manifest: Manifest, prompt: Any, options: Mapping[str, Any]) -> Request:
+    """The request behind the recipe of a frame, or of all of them where it names none.
+
+    Raises:
+        UsageError: As `interpolated_request`.
+    """
+    rest = {name: value for name, value in options.items() if name not in OF_FRAMES}
+    to_prompt, to_seed, frames, frame = (options.get(name) for name in OF_FRAMES)
+    return interpolated_request(manifest, prompt, to_prompt, frames, to_seed, {**rest, "frame": frame})
+
+
 def interpolated_request(
     manifest: Manifest,
     prompt: str,
     to_prompt: str | None,
-    frames: int,
+    frames: Any,
     to_seed: int | None,
     options: Mapping[str, Any],
 ) -> Request:
-    """The request whose images are the frames; see `Pipeline.interpolate`.
+    """The request whose images are the frames, or the one that is the option ``frame``.
+
+    See `Pipeline.interpolate`.
 
     Raises:
         UsageError: An argument is out of range, or nothing differs between the ends.
@@ -45,6 +59,10 @@ def interpolated_request(
         raise UsageError("latents are given: an interpolation makes its own from the seeds")
     if options.get("num_images_per_prompt") not in (None, 1):
         raise UsageError("num_images_per_prompt is given: frames says how many pictures there are")
+    options = dict(options)
+    frame = options.pop("frame", None)
+    if frame is not None and not 0 <= whole("frame", frame) < count:
+        raise UsageError(f"frame is {frame}: of {count} frames the first is 0 and the last {count - 1}")
     first = build_request(manifest, prompt, options)
     last = build_request(
         manifest,
@@ -62,7 +80,7 @@ def interpolated_request(
     text = {
         **first.texts[0],
         "to_prompt": last.texts[0]["prompt"],
-        "to_seed": last.seeds[0],
+        **({} if to_seed is None else {"to_seed": last.seeds[0]}),
         "frames": count,
     }
     if first.conditions == last.conditions and first.seeds == last.seeds:
@@ -70,7 +88,7 @@ def interpolated_request(
     (start,), (finish,) = first.conditions, last.conditions
     assert isinstance(start, Prompt)
     assert isinstance(finish, Prompt)
-    return replace(
+    every = replace(
         first,
         conditions=[start if start == finish else Blend(start, finish, share) for share in shares],
         negatives=first.negatives * count,
@@ -79,4 +97,18 @@ def interpolated_request(
         latents=(
             None if to_seed is None else np.concatenate([slerp(noise, to_noise, share) for share in shares])
         ),
+    )
+    return every if frame is None else _only(every, whole("frame", frame))
+
+
+def _only(request: Request, frame: int) -> Request:
+    """The request for one of its images."""
+    one = slice(frame, frame + 1)
+    return replace(
+        request,
+        conditions=request.conditions[one],
+        negatives=request.negatives[one],
+        texts=request.texts[one],
+        seeds=request.seeds[one],
+        latents=None if request.latents is None else request.latents[one],
     )

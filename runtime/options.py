@@ -9,6 +9,7 @@ from sdrt.runtime.callbacks import StepEndCallback
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.noise import Rng
 from sdrt.runtime.output import OutputType
+from sdrt.runtime.recipes import FIELDS
 
 
 class DrawOptions(TypedDict, total=False):
@@ -29,7 +30,7 @@ class DrawOptions(TypedDict, total=False):
 
     From what:
 
-    * ``seed``: image i gets ``seed + i``; or a list of N seeds; by default random ones;
+    * ``seed``: image i gets ``seed + i``; or a list of N seeds; -1, and by default, a random one;
     * ``rng``: ``philox`` gives the noise of PyTorch's CUDA generator, ``cpu`` of its CPU generator;
     * ``latents``: float32 [N, C, h, w] of unit variance, in place of noise drawn from the seeds: a NumPy
       array, or on a GPU an array of it (``__cuda_array_interface__`` or DLPack);
@@ -53,20 +54,27 @@ class DrawOptions(TypedDict, total=False):
     * ``guidance_interval``: (start, stop) as shares of the steps, outside of which w is 1 (Kynkäänniemi et
       al. 2024), so that only one half runs there;
     * ``guidance_rescale``: phi of Lin et al. 2023, section 3.4, 0 to 1;
-    * ``sampler``: a name in `sdrt.runtime.solvers.SAMPLERS`; by default the bundle's;
+    * ``sampler``: a name in `sdrt.runtime.solvers.SAMPLERS`, or what A1111 or diffusers call it, with a
+      schedule or without (``DPM++ 2M Karras``: `sdrt.runtime.sampler_names`); by default the bundle's;
     * ``karras``, ``spacing``, ``sigma_schedule``, ``timesteps``, ``sigmas``, ``eta``, ``solver_order``,
       ``lower_order_final``, ``original_inference_steps``: see `sdrt.runtime.solvers_table.SamplerOptions`;
       ``karras`` is short for the ``sigma_schedule`` of that name. A sampler that adds noise draws ``philox``
       on the device, inside the step's graph; the CPU generator's numbers are made on the host, and each
       step that adds noise then begins with an upload.
 
+    A recipe of `sdrt.runtime.output.PipelineOutput.recipes` is a call's arguments, too: what only informs
+    (``backend``, ``version`` …) is passed over, and what it was drawn from must be there.
+
     And out:
 
     * ``output_type``: ``pil``, ``numpy``, ``latents`` (no decoding), or ``device``: pictures and latents stay
-      in the device's memory, and only fault words are downloaded;
+      in the device's memory, and only fault words are downloaded; or as diffusers has them ``np`` (float32 in
+      [0, 1], in steps of 1/255) and ``latent`` (the latents as ``images``, too);
     * ``callback_on_step_end``: called as ``f(pipeline, step, timestep, state)`` after each step of each batch
-      of images; a dict it returns may hold ``latents`` to go on with. An exception it raises ends the run
-      and leaves the pipeline usable;
+      of images; a dict it returns may hold ``latents`` to go on with, beside the rest of ``state`` as it
+      was. An exception it raises ends the run and leaves the pipeline usable; after
+      ``pipeline._interrupt = True`` no further step is done, and what there is is decoded, as in diffusers
+      (in a batch that had not begun, noise); the recipe says so in ``interrupted_after_step``;
     * ``callback_on_step_end_tensor_inputs``: what ``state`` holds, each at the cost of a download a step:
       ``latents``, ``denoised`` (the guess of the clean latents, float32 [N, C, h, w]) and ``preview`` (that
       guess as a small picture, uint8 [N, h, w, 3]). With ``()`` nothing is copied and nothing waits.
@@ -117,28 +125,49 @@ JSON_OPTIONS: Final = tuple(
 )
 
 
-# What else an option is called: by the command, or by diffusers.
+# What else an option is called: by the command, by diffusers, or by other tools.
 _CALLED: Final = {
     "steps": "num_inference_steps",
+    "ddim_steps": "num_inference_steps",
+    "sampling_steps": "num_inference_steps",
     "num_images": "num_images_per_prompt",
+    "n": "num_images_per_prompt",
+    "n_iter": "num_images_per_prompt",
+    "batch_size": "num_images_per_prompt",
     "mask": "mask_image",
+    "init_image": "image",
+    "denoising_strength": "strength",
     "generator": "seed",
     "scheduler": "sampler",
+    "sampler_name": "sampler",
     "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "scale": "guidance_scale",
+    "negative": "negative_prompt",
+    "neg_prompt": "negative_prompt",
+    "callback": "callback_on_step_end",
 }
 
 
-def check_names(options: Mapping[str, Any], allowed: Sequence[str], what: str) -> None:
+def check_names(
+    options: Mapping[str, Any], allowed: Sequence[str], what: str, also: Sequence[str] = FIELDS
+) -> None:
     """Refuse an option that there is not.
+
+    Args:
+        options: By name.
+        allowed: Names that there are.
+        what: Has them, for the message.
+        also: Names that are taken and not told of: those that recipes have.
 
     Raises:
         UsageError: Names it, and the nearest that there is.
     """
     for name in options:
-        if name not in allowed:
+        if name not in allowed and name not in also:
             import difflib
 
-            near = [_CALLED.get(str(name), "")] if str(name) in _CALLED else []
-            near = near or difflib.get_close_matches(str(name), allowed, n=1)
+            known = _CALLED.get(str(name).lower().replace("-", "_"))
+            near = [known] if known in allowed else difflib.get_close_matches(str(name), allowed, n=1)
             hint = f", did you mean {near[0]}?" if near else ":"
             raise UsageError(f"{what} has no {str(name)[:100]}{hint} there is {', '.join(allowed)}")

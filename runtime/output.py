@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from sdrt.runtime.denoise import DenoiseLoop
 from sdrt.runtime.devices import Buffer, Device
+from sdrt.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from sdrt.runtime.canvas import Canvas
 
-OutputType = Literal["pil", "numpy", "latents", "device"]
-OUTPUT_TYPES: Final = ("pil", "numpy", "latents", "device")
+OutputType = Literal["pil", "numpy", "latents", "device", "np", "latent"]
+OUTPUT_TYPES: Final = ("pil", "numpy", "latents", "device", "np", "latent")
+WITHOUT_PICTURES: Final = ("latents", "latent")
 
 
 class BlackImageWarning(UserWarning):
@@ -33,12 +35,14 @@ class PipelineOutput:
 
     Attributes:
         images: Pillow images, or one uint8 array [N, H, W, 3] for ``output_type="numpy"``; empty for
-            ``"latents"``. For ``"device"`` that array in the device's memory (on the CPU a NumPy array).
+            ``"latents"``. For ``"device"`` that array in the device's memory (on the CPU a NumPy array). As
+            diffusers has them, for ``"np"`` float32 [N, H, W, 3] in [0, 1], for ``"latent"`` the latents.
         latents: float32 [N, C, h, w], the final latents; for ``"device"`` in the device's memory.
         recipes: For each image everything that drew it, as plain data: ``prompt``, ``negative_prompt``,
             ``seed``, ``height``, ``width``, ``num_inference_steps``, ``guidance_scale``, ``sampler``,
-            ``karras``, ``eta``, ``rng``, what else was asked for, SDXL's sizes, given pictures' SHA-256,
-            ``backend``, ``model``, ``model_sha256``, ``version``.
+            ``karras``, ``eta``, ``rng``, what else was asked for, SDXL's sizes, given pictures' file names
+            and SHA-256, ``backend``, ``model``, ``model_sha256``, ``version``. As arguments of a call they
+            draw the image again (see `sdrt.runtime.recipes`).
         timings: Seconds per stage: ``text_encoder``, ``denoise``, ``vae_decoder`` by the device's clock,
             ``vae_encoder`` and ``invert`` where a picture was given, by wall clock, ``step``, the mean of one
             step, and ``total``, wall clock from call to return.
@@ -62,15 +66,15 @@ class Collected:
     def finish(self) -> tuple[Any, NDArray[np.float32]]:
         """Images as ``output_type`` says, and latents."""
         latents = np.stack([self._latents[image] for image in range(self._images)])
-        if self._output_type == "latents":
-            return [], latents
+        if self._output_type in WITHOUT_PICTURES:
+            return latents if self._output_type == "latent" else [], latents
         pixels = np.stack([self._pixels[image] for image in range(self._images)])
         _warn_of_black(pixels)
         if self._canvas is not None:
             from sdrt.runtime.canvas import finish
 
             pixels = finish(pixels, self._canvas)
-        return (pixels if self._output_type == "numpy" else _pillow(pixels)), latents
+        return _AS[self._output_type](pixels), latents
 
     def add(
         self, batch: Sequence[int], latents: NDArray[np.float32], pixels: NDArray[np.uint8] | None
@@ -124,7 +128,35 @@ def _warn_of_black(pixels: NDArray[np.uint8]) -> None:
         )
 
 
+def checked_output_type(given: object) -> OutputType:
+    """What a call is to give back.
+
+    Raises:
+        UsageError: There is no such thing.
+    """
+    for known in OUTPUT_TYPES:
+        if given == known:
+            return known
+    if given == "pt":
+        raise UsageError(
+            "output_type is 'pt': sdrt does without PyTorch; of output_type='np', "
+            "torch.from_numpy(output.images).permute(0, 3, 1, 2) is that tensor"
+        )
+    raise UsageError(f"output_type is {given!r}: one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _in_unit_interval(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return pixels.astype(np.float32) / np.float32(255)
+
+
 def _pillow(pixels: NDArray[np.uint8]) -> list[Image]:
     from PIL import Image  # 20 ms that a caller who wants arrays need not spend
 
     return [Image.fromarray(picture) for picture in pixels]
+
+
+_AS: Final[Mapping[OutputType, Callable[[NDArray[np.uint8]], Any]]] = {
+    "pil": _pillow,
+    "numpy": lambda pixels: pixels,
+    "np": _in_unit_interval,
+}

@@ -19,6 +19,7 @@ from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.noise import Rng
 from sdrt.runtime.request import Request, with_sampling
 from sdrt.runtime.request_checks import whole
+from sdrt.runtime.request_picture import picture_recipe
 from sdrt.runtime.request_texts import MAX_IMAGES
 from sdrt.runtime.solvers import SamplerTable
 
@@ -63,7 +64,7 @@ def build_variations(
     from sdrt.runtime.canvas import clip_pixels
     from sdrt.runtime.image_files import read_image
 
-    if prompt is not None:
+    if prompt not in (None, ""):  # such as a recipe has it
         raise UsageError("a prompt is given: this bundle draws variations of an image and reads no text")
     if options.get("image") is None:
         raise UsageError("the image is missing: this bundle draws variations of one")
@@ -79,7 +80,7 @@ def build_variations(
     text = {
         "prompt": "",
         "negative_prompt": "",
-        "image_sha256": hashlib.sha256(shown.tobytes()).hexdigest(),
+        **picture_recipe(options, "image", shown),
     }
     return with_sampling(manifest, options, rng, None, [picture] * images, [None] * images, [text] * images)
 

@@ -34,14 +34,16 @@ from sdrt.runtime.loading import check_gpu, condition_encoder, load_component, l
 from sdrt.runtime.noise import DEFAULT_RNG, Rng, noise_source
 from sdrt.runtime.options import DrawOptions
 from sdrt.runtime.output import (
-    OUTPUT_TYPES,
+    WITHOUT_PICTURES,
     BlackImageWarning,
     Collected,
     DeviceCollected,
     OutputType,
     PipelineOutput,
+    checked_output_type,
 )
 from sdrt.runtime.prompts import PromptEncoder
+from sdrt.runtime.recipes import check_embeddings
 from sdrt.runtime.request import Request, build_request, checked_size, latent_shape
 from sdrt.runtime.request_picture import PictureTask
 from sdrt.runtime.schedule import check_integer
@@ -92,6 +94,7 @@ class Pipeline:
         self._embeddings: dict[str, str] = {}  # name → SHA-256 of its file
         self._closed = False
         self._cancelled = threading.Event()
+        self._interrupt = False  # diffusers' name: a callback sets it, and no further step is done
         self._busy = threading.Lock()
 
     @classmethod
@@ -305,9 +308,8 @@ class Pipeline:
             self._busy.release()
 
     def _call(self, request: Request, options: Mapping[str, Any], started: float) -> PipelineOutput:
-        output_type = options.get("output_type", "pil")
-        if output_type not in OUTPUT_TYPES:
-            raise UsageError(f"output_type is {output_type!r}: one of {', '.join(OUTPUT_TYPES)}")
+        output_type = checked_output_type(options.get("output_type", "pil"))
+        check_embeddings(options.get("embeddings"), self._embeddings)
         if (
             output_type == "device"
             and request.picture is not None
@@ -323,6 +325,7 @@ class Pipeline:
         with self._alone():
             self._check_open()
             self._cancelled.clear()
+            self._interrupt = False
             manifest = self.bundle.manifest
             return self._draw(
                 with_device_latents(self._device, manifest, request), output_type, hook, started
@@ -331,7 +334,7 @@ class Pipeline:
     def _draw(
         self, request: Request, output_type: OutputType, hook: StepHook, started: float
     ) -> PipelineOutput:
-        decodes = output_type != "latents"
+        decodes = output_type not in WITHOUT_PICTURES
         batches = list(self._batches(request))
         for images, chunks in sorted({(len(batch), chunks) for batch, chunks in batches}):
             # What is refused is so before any drawing.
@@ -348,14 +351,22 @@ class Pipeline:
         canvas = None if request.picture is None else request.picture.canvas
         on_device = DeviceCollected(self._device, wanted) if output_type == "device" else None
         collected = on_device or Collected(output_type, wanted, canvas)
+        rows, steps = len(request.sampling.table), 0
+        unfinished: dict[int, int] = {}
         for batch, chunks in batches:
             generation = self._generations.ready(request, len(batch), chunks, hook, decodes=decodes)
             stages = generation.draw(request, batch, collected, hook, known, decodes=decodes)
             seconds = {**seconds, **{name: seconds.get(name, 0.0) + value for name, value in stages.items()}}
+            done = rows if hook.interrupted_after is None else hook.interrupted_after
+            steps += done
+            if done < rows:
+                unfinished |= dict.fromkeys(batch, done)
+            if hook.interrupted_after is not None:
+                hook.interrupted_after = 0  # of the batches that follow
         images, latents = collected.finish()
-        seconds["step"] = seconds["denoise"] / (len(request.sampling.table) * len(batches))
+        seconds["step"] = seconds["denoise"] / max(steps, 1)
         seconds["total"] = time.perf_counter() - started
-        return PipelineOutput(images, latents, self._recipes(request), seconds)
+        return PipelineOutput(images, latents, self._recipes(request, unfinished), seconds)
 
     def _known(self, task: PictureTask) -> KnownPicture:
         """The picture of a task; the shapes that were drawn make room where memory is too small."""
@@ -397,7 +408,7 @@ class Pipeline:
             self._executors[name] = self._load_more(name)
         return self._executors[name]
 
-    def _recipes(self, request: Request) -> tuple[dict[str, Any], ...]:
+    def _recipes(self, request: Request, unfinished: Mapping[int, int]) -> tuple[dict[str, Any], ...]:
         provenance = self.bundle.manifest.provenance
         origin = {
             "backend": self.backend,
@@ -405,7 +416,10 @@ class Pipeline:
             "model_sha256": str(provenance.get("source_sha256", "")),
             "version": sdrt.__version__,
         }
-        return tuple({**recipe, **self._taught(recipe), **origin} for recipe in request.recipes())
+        recipes = request.recipes()
+        for image, steps in unfinished.items():
+            recipes[image]["interrupted_after_step"] = steps
+        return tuple({**recipe, **self._taught(recipe), **origin} for recipe in recipes)
 
     def _taught(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """The embeddings of textual inversion that a recipe's texts may name, with their files' SHA-256."""

@@ -15,6 +15,7 @@ from sdrt.runtime.noise import DEFAULT_RNG, RNGS, Rng
 from sdrt.runtime.options import OPTIONS, check_names
 from sdrt.runtime.prompt_chunks import COMMA_LOOKBACK, Prompt, check_clip_skip
 from sdrt.runtime.prompt_syntax import PromptSyntaxWarning, remarks_on
+from sdrt.runtime.recipes import GIVEN, playable
 from sdrt.runtime.request_checks import flag, whole
 from sdrt.runtime.request_picture import PictureTask, build_picture
 from sdrt.runtime.request_sampling import Sampling, build_sampling
@@ -75,7 +76,7 @@ class Request:
             **({} if self.picture is None else self.picture.recipe),
         }
         if self.latents_given:
-            shared["latents"] = "given"  # the seed alone does not give this picture
+            shared["latents"] = GIVEN  # the seed alone does not give this picture
         return [{**text, "seed": seed, **shared} for text, seed in zip(self.texts, self.seeds, strict=True)]
 
 
@@ -93,7 +94,11 @@ def build_request(
         UsageError: An argument is unknown, of a wrong type or out of range; the message says what is allowed.
     """
     check_names(options, OPTIONS, "the pipeline")
-    options = {name: value for name, value in options.items() if value is not None}
+    options = playable(options, manifest)
+    if options.get("frames") is not None:
+        from sdrt.runtime.interpolation import request_of_frames
+
+        return request_of_frames(manifest, prompt, options)
     rng = options.get("rng", DEFAULT_RNG)
     if rng not in RNGS:
         raise UsageError(f"rng is {rng!r}; choose one of {', '.join(RNGS)}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from numpy.typing import NDArray
+
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.manifest import Manifest
+from sdrt.runtime.recipes import check_pixels, pixels_sha256
 from sdrt.runtime.request_checks import number, share, whole
 
 if TYPE_CHECKING:
@@ -67,9 +71,10 @@ def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt:
     variation = _variation(options, masked=masked, has_prompt=has_prompt)
     if not has_prompt and variation is None:
         raise UsageError("the prompt is missing: what shall be drawn?")
-    canvas = _canvas(manifest, options)
+    canvas, shown = _canvas(manifest, options)
     strength = _strength(options.get("strength"), masked=masked)
-    return PictureTask(canvas, strength, variation, _recipe(options, canvas, strength, variation))
+    way = {"strength": strength} if variation is None else {"variation": variation}
+    return PictureTask(canvas, strength, variation, {**shown, **way})
 
 
 def _check_encoder(manifest: Manifest) -> None:
@@ -105,33 +110,39 @@ def _strength(given: object, *, masked: bool) -> float:
     return strength
 
 
-def _canvas(manifest: Manifest, options: Mapping[str, Any]) -> Canvas:
+def _canvas(manifest: Manifest, options: Mapping[str, Any]) -> tuple[Canvas, dict[str, Any]]:
+    """The canvas, and what the recipe says of it."""
     from sdrt.runtime.canvas import fit
     from sdrt.runtime.image_files import read_image, read_mask
 
-    mask = options.get("mask_image")
-    height, width = (options.get(name) for name in ("height", "width"))
-    return fit(
-        read_image(options["image"]),
-        manifest.limits,
-        mask=None if mask is None else read_mask(mask, may_be_black=options.get("expand") is not None),
-        expand=options.get("expand"),
-        height=None if height is None else whole("height", height),
-        width=None if width is None else whole("width", width),
+    image, given = read_image(options["image"]), options.get("mask_image")
+    recipe = picture_recipe(options, "image", image)
+    mask = None
+    if given is not None:
+        mask = read_mask(given, may_be_black=options.get("expand") is not None)
+        recipe |= picture_recipe(options, "mask_image", mask)
+    height, width = (
+        None if options.get(name) is None else whole(name, options[name]) for name in ("height", "width")
     )
-
-
-def _recipe(
-    options: Mapping[str, Any], canvas: Canvas, strength: float, variation: float | None
-) -> dict[str, Any]:
-    """Pictures by the SHA-256 of what the model was shown: their names say nothing elsewhere."""
-    import hashlib
-
-    recipe: dict[str, Any] = {"image_sha256": hashlib.sha256(canvas.image.tobytes()).hexdigest()}
+    expand = options.get("expand")
+    canvas = fit(image, manifest.limits, mask=mask, expand=expand, height=height, width=width)
     if canvas.mask is not None:
-        recipe["mask_sha256"] = hashlib.sha256(canvas.mask.tobytes()).hexdigest()
-    if options.get("expand") is not None:
-        recipe["expand"] = [int(pixels) for pixels in options["expand"]]
-    if variation is not None:
-        return {**recipe, "variation": variation}
-    return {**recipe, "strength": strength}
+        # Sizes say here what the picture is resized to before anything else: if none was asked for, none is.
+        recipe |= {"height": height, "width": width, "output_size": list(canvas.crop)}
+    if expand is not None:
+        recipe["expand"] = [int(pixels) for pixels in expand]
+    return canvas, recipe
+
+
+def picture_recipe(options: Mapping[str, Any], name: str, pixels: NDArray[Any]) -> dict[str, Any]:
+    """A given picture in the recipe: the file's name as it was given, if it is one, and the pixels' SHA-256.
+
+    Raises:
+        UsageError: It is not the one that the options, of a recipe, say.
+    """
+    digest = pixels_sha256(pixels)
+    check_pixels(options, name, digest)
+    source = options[name]
+    path = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
+    file = {name: path} if path.isprintable() and path else {}  # JSON holds no name that is not Unicode
+    return {**file, f"{name.removesuffix('_image')}_sha256": digest}

@@ -15,6 +15,7 @@ from sdrt.runtime.loop_buffers import MAX_ROWS
 from sdrt.runtime.manifest import Manifest
 from sdrt.runtime.options import OPTIONS
 from sdrt.runtime.request_checks import flag, number, share, whole
+from sdrt.runtime.sampler_names import find_sampler
 from sdrt.runtime.schedule import NoiseSchedule
 from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, first_step, make_table
 
@@ -59,8 +60,8 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     defaults = manifest.defaults
     sampler = options.get("sampler")
     sampler = defaults.sampler if sampler is None else sampler
-    if not isinstance(sampler, str):
-        raise UsageError(f"sampler is {sampler!r}: a name is wanted, one of {', '.join(SAMPLERS)}")
+    sampler, implied = find_sampler(sampler)
+    options = _with_implied(options, implied)
     karras = flag("karras", options.get("karras", False))
     eta = options.get("eta")
     eta = None if eta is None else number("eta", eta)
@@ -98,6 +99,16 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         embedded_guidance=_embedded(table, scale, interval, rescale) if told else None,
         recipe=recipe,
     )
+
+
+def _with_implied(options: Mapping[str, Any], implied: Mapping[str, str]) -> Mapping[str, Any]:
+    """The options with those that the sampler's name implies, as ``DPM++ 2M Karras`` does."""
+    for name, value in implied.items():
+        if options.get(name) not in (None, value):
+            raise UsageError(
+                f"sampler is {options['sampler']!r} and {name} {options[name]!r}: they contradict each other"
+            )
+    return {**options, **implied}
 
 
 def _scale(given: object) -> float | list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, Final
@@ -13,6 +14,7 @@ from sdrt.runtime.request_checks import whole
 from sdrt.runtime.tokenizer import checked_text
 
 MAX_IMAGES: Final = 1000
+RANDOM_SEED: Final = -1  # as in A1111's web UI
 
 
 def per_image_texts(
@@ -55,16 +57,20 @@ def per_image_texts(
 
 
 def per_image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
-    """A seed per image; ``None`` draws a random one, which is not the same as 0.
+    """A seed per image; ``None``, which is not the same as 0, and -1 draw a random one.
 
     Raises:
         UsageError: One is no seed, or there are not as many as images.
     """
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4))
     if isinstance(seed, Sequence):
         if len(seed) != images:
             raise UsageError(f"{len(seed)} seeds for {images} images: give one, or one per image")
-        return [validate_seed(value) for value in seed]
-    first = validate_seed(seed)
+        return [_seed(value) for value in seed]
+    first = _seed(RANDOM_SEED if seed is None else seed)
     return [(first + index) % 2**64 for index in range(images)]
+
+
+def _seed(given: Any) -> int:
+    if isinstance(given, numbers.Integral) and given == RANDOM_SEED:
+        return int.from_bytes(os.urandom(4))
+    return validate_seed(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,28 +17,44 @@ if TYPE_CHECKING:
 
 DEFAULT_ANIMATION: Final = ".webp"
 BASE64: Final = "base64"  # for `--interactive`, as output: pictures come in the result, nothing is written
+STDOUT: Final = Path("-")  # as output: the picture's bytes on standard output
 
 
-def check_output(output: Path | None, *, animated: bool = False) -> None:
+def check_output(
+    output: Path | None, *, animated: bool = False, to_stdout: bool = False, quality: int | None = None
+) -> None:
     """Refuse a place that cannot be written.
 
     Args:
-        output: A name that ends in ``.png`` (of frames also ``.webp``), or a folder; by default the current
-            one.
+        output: A name that ends in .png, .jpg, .jpeg or .webp (of frames .png or .webp), or a folder; by
+            default the current one.
         animated: Whether frames are to be written.
+        to_stdout: Whether ``-`` may stand for standard output.
+        quality: See `sdrt.runtime.images.picture_bytes`.
 
     Raises:
-        UsageError: Another kind of file.
-        OutputError: The folder does not exist, is none, or may not be written.
+        UsageError: Another kind of file, a quality out of its range or of a PNG, or standard output where it
+            cannot be taken.
+        OutputError: The folder does not exist, is none, or may not be written; or the file is read-only.
     """
+    from sdrt.runtime.files import place_of
+    from sdrt.runtime.images import FORMATS, checked_format
+
     target = Path() if output is None else output
+    checked_format(".png", quality)
+    if target == STDOUT:
+        _check_stdout(allowed=to_stdout and not animated)
+        return
     if "\0" in str(target):
         raise OutputError(f"cannot write {str(target)!r}: no file name has a NUL in it")
-    suffixes = (DEFAULT_ANIMATION, ".png") if animated else (".png",)
+    suffixes = (DEFAULT_ANIMATION, ".png") if animated else tuple(FORMATS)
     named = target.suffix.lower() in suffixes
     folder = target.parent if named else target
     if target.suffix and not named and not _is_folder(target):
-        raise UsageError(f"--output is {target}: a name that ends in {' or '.join(suffixes)}, or a folder")
+        *most, last = suffixes
+        raise UsageError(
+            f"--output is {target}: a name that ends in {', '.join(most)} or {last}, or a folder"
+        )
     if not _is_folder(folder):
         exists = os.path.lexists(folder)
         reason = (
@@ -46,14 +63,34 @@ def check_output(output: Path | None, *, animated: bool = False) -> None:
         raise OutputError(f"cannot write {target}: {reason}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {target}: no permission to write in {folder}")
+    if named:
+        place_of(target)
 
 
-def save(output: PipelineOutput, target: Path | None) -> list[Path]:
-    """Write every picture of a call as PNG with its recipe, all or none.
+def _check_stdout(*, allowed: bool) -> None:
+    if not allowed:
+        raise UsageError("--output is -: only one picture, no frames and no answers, goes to standard output")
+    if sys.stdout is None or sys.stdout.isatty():
+        raise UsageError("--output is -, and standard output is a terminal or closed: redirect it to a file")
+
+
+def save(
+    output: PipelineOutput,
+    target: Path | None,
+    quality: int | None = None,
+    *,
+    first: int = 0,
+    total: int | None = None,
+) -> list[Path]:
+    """Write every picture of a call with its recipe, all or none.
 
     Args:
         output: Of a pipeline, with Pillow images.
-        target: See `check_output`; where it gives no name, each picture's prompt and seed do.
+        target: See `check_output`; where it gives no name, each picture's prompt and seed do, and it is a
+            PNG.
+        quality: See `sdrt.runtime.images.picture_bytes`.
+        first: How many pictures of other calls come before these under the same name.
+        total: How many pictures share the name; by default those of this call.
 
     Returns:
         One path per picture.
@@ -61,11 +98,32 @@ def save(output: PipelineOutput, target: Path | None) -> list[Path]:
     Raises:
         OutputError: A file cannot be written.
     """
-    from sdrt.runtime.files import write_all_atomically
+    from sdrt.runtime.files import place_of, write_all_atomically
 
-    paths = _paths(target, output.recipes)
-    write_all_atomically(dict(zip(paths, encoded(output), strict=True)))
+    paths = _paths(target, output.recipes, first, len(output.recipes) if total is None else total)
+    places = map(place_of, paths)
+    files = encoded(output, paths[0].suffix, quality)
+    write_all_atomically(dict(zip(places, files, strict=True)))
     return paths
+
+
+def write_to_stdout(output: PipelineOutput) -> None:
+    """Write the one picture of a call to standard output, as PNG.
+
+    Raises:
+        OutputError: It cannot be written there, or nobody reads it.
+    """
+    from sdrt.runtime.files import explain
+
+    (picture,) = encoded(output)
+    try:
+        sys.stdout.flush()
+        with open(sys.stdout.fileno(), "wb", closefd=False) as stream:
+            stream.write(picture)
+    except BrokenPipeError as error:
+        raise OutputError("cannot write to standard output: its reader has gone away") from error
+    except OSError as error:
+        raise OutputError(f"cannot write to standard output: {explain(error)}") from error
 
 
 def check_frames(target: Path | None, fps: float) -> None:
@@ -99,7 +157,7 @@ def save_frames(output: PipelineOutput, target: Path | None, fps: float) -> list
     import numpy as np
 
     from sdrt.runtime.animation import animation_bytes
-    from sdrt.runtime.files import write_all_atomically
+    from sdrt.runtime.files import place_of, write_all_atomically
     from sdrt.runtime.images import slug
 
     if target is not None and _is_folder(target):
@@ -108,39 +166,40 @@ def save_frames(output: PipelineOutput, target: Path | None, fps: float) -> list
         paths = [target / f"{stem}-{number:0{digits}}.png" for number in range(len(output.recipes))]
         write_all_atomically(dict(zip(paths, encoded(output), strict=True)))
         return paths
-    recipe = {name: value for name, value in output.recipes[0].items() if name != "frame"}
+    recipe = {name: value for name, value in output.recipes[0].items() if name != "frame"} | {"fps": fps}
     if target is None:
         target = _free_name(Path(f"{slug(recipe['prompt'])}-{recipe['seed']}{DEFAULT_ANIMATION}"), ())
     frames = np.stack([np.asarray(image) for image in output.images])
-    write_all_atomically({target: animation_bytes(frames, target.suffix.lower(), fps, recipe)})
+    write_all_atomically({place_of(target): animation_bytes(frames, target.suffix.lower(), fps, recipe)})
     return [target]
 
 
-def encoded(output: PipelineOutput) -> list[bytes]:
-    """Every picture of a call as PNG with its recipe."""
-    from sdrt.runtime.images import png_bytes
+def encoded(output: PipelineOutput, suffix: str = ".png", quality: int | None = None) -> list[bytes]:
+    """Every picture of a call with its recipe; see `sdrt.runtime.images.picture_bytes`."""
+    from sdrt.runtime.images import picture_bytes
 
     pictures = zip(output.images, output.recipes, strict=True)
-    return [png_bytes(image, recipe) for image, recipe in pictures]
+    return [picture_bytes(image, suffix, recipe, quality=quality) for image, recipe in pictures]
 
 
 def _is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
 
 
-def _paths(target: Path | None, recipes: Sequence[Mapping[str, Any]]) -> list[Path]:
+def _paths(target: Path | None, recipes: Sequence[Mapping[str, Any]], first: int, total: int) -> list[Path]:
     """One file per picture; several pictures for one name get ``-1``, ``-2`` … before the suffix."""
-    from sdrt.runtime.images import slug
+    from sdrt.runtime.images import FORMATS, slug
 
-    if target is None or target.suffix.lower() != ".png" or _is_folder(target):
+    if target is None or target.suffix.lower() not in FORMATS or _is_folder(target):
         folder = Path() if target is None else target
         paths: dict[Path, None] = {}
         for recipe in recipes:
             paths[_free_name(folder / f"{slug(recipe['prompt'])}-{recipe['seed']}.png", paths)] = None
         return list(paths)
-    if len(recipes) == 1:
+    if total == 1:
         return [target]
-    return [target.with_stem(f"{target.stem}-{index}") for index in range(1, len(recipes) + 1)]
+    numbers = range(first + 1, first + len(recipes) + 1)
+    return [target.with_stem(f"{target.stem}-{number}") for number in numbers]
 
 
 def _free_stem(folder: Path) -> str:

@@ -158,7 +158,9 @@ def make_table(
     does not have.
     """
     if name not in SAMPLERS:
-        raise UsageError(_unknown_sampler(name))
+        from sdrt.runtime.sampler_names import unknown_sampler  # which knows what others call them
+
+        raise UsageError(unknown_sampler(name))
     options = SamplerOptions() if options is None else options
     if karras:
         options = replace(options, sigma_schedule="karras")
@@ -256,12 +258,3 @@ def run_table(
             saved = x
         x = new_x
     return x
-
-
-def _unknown_sampler(name: str) -> str:
-    import difflib
-
-    as_ours = name.lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
-    near = difflib.get_close_matches(as_ours, SAMPLERS, n=1, cutoff=0.4)
-    hint = f" did you mean {near[0]}?" if near else ""
-    return f"unknown sampler {name!r}:{hint} allowed are {', '.join(sorted(SAMPLERS))}"

@@ -19,12 +19,12 @@ A_STEP = r"[1-9]\d*/\d"
 class OnTerminal:
     """``sd-run`` with stderr on a terminal of its own."""
 
-    def __init__(self, work: Path, *arguments: str) -> None:
+    def __init__(self, work: Path, *arguments: str, command: str = SD_RUN) -> None:
         self._own, theirs = pty.openpty()
         self.shown = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end inside a character
         self.process = subprocess.Popen(
-            [SD_RUN, *arguments],
+            [command, *arguments],
             stdout=subprocess.PIPE,
             stderr=theirs,
             cwd=work,

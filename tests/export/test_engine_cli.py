@@ -43,8 +43,9 @@ def test_a_bundle_alone_gets_engines() -> None:
     assert [options.flavour for options in arguments.engines] == [RTX, "onnxruntime-cuda"]
 
 
-def test_an_architecture_takes_the_place_of_the_model() -> None:
-    arguments = parse(["--architecture", "sd15", "--random-weights", "out", "--weights-seed", "7"])
+@pytest.mark.parametrize("seed", [["--weights-seed", "7"], ["--weights_seed=7"]])  # dashes or underscores
+def test_an_architecture_takes_the_place_of_the_model(seed: list[str]) -> None:
+    arguments = parse(["--architecture", "sd15", "--random-weights", "out", *seed])
     assert (arguments.mode, arguments.model, arguments.out) == ("export", None, Path("out"))
     assert (arguments.architecture, arguments.weights_seed) == ("sd15", 7)
 

@@ -14,12 +14,11 @@ from PIL import Image, ImageSequence
 
 from sdrt.runtime.animation import (
     ANIMATION_SUFFIXES,
-    RECIPE_NAMESPACE,
     animation_bytes,
     check_animation,
 )
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.images import parameters_text
+from sdrt.runtime.recipe_metadata import RECIPE_NAMESPACE, parameters_text
 
 RECIPE: dict[str, Any] = {
     "prompt": "a red apple 🍎 <&> \x00\n\ufffe",

@@ -73,14 +73,6 @@ def test_recipe_is_everything_and_plain_data(pipeline: Pipeline) -> None:
     assert len(recipe["model_sha256"]) == 64
 
 
-@pytest.mark.parametrize("options", [{}, {"sampler": "ddim", "eta": 0.5, "rng": "cpu"}, {"karras": True}])
-def test_recipe_draws_the_same_picture_again(pipeline: Pipeline, options: dict[str, Any]) -> None:
-    first = pipeline("a cat", negative_prompt="a dog", seed=9, height=20, **{**SHORT, **options})
-    about = {"backend", "model", "model_sha256", "version"}
-    again = {key: value for key, value in first.recipes[0].items() if key not in about}
-    assert_equal(pipeline(**again, output_type="numpy"), first)
-
-
 def test_output_types(pipeline: Pipeline) -> None:
     arguments = {**SHORT, "seed": 1, "num_images_per_prompt": 2}
     arrays = pipeline("x", **arguments)
@@ -93,6 +85,19 @@ def test_output_types(pipeline: Pipeline) -> None:
     assert latents.images == []
     assert np.array_equal(latents.latents, arrays.latents)
     assert "vae_decoder" not in latents.timings
+
+
+def test_output_types_of_diffusers(pipeline: Pipeline) -> None:
+    arguments = {**SHORT, "seed": 1, "num_images_per_prompt": 3}
+    arrays = pipeline("x", **arguments)
+    floats = pipeline("x", **{**arguments, "output_type": "np"}).images
+    assert (floats.dtype, floats.shape) == (np.float32, (3, 16, 16, 3))
+    assert np.array_equal((floats * 255).round().astype(np.uint8), arrays.images)  # as its numpy_to_pil does
+    latent = pipeline("x", **{**arguments, "output_type": "latent"})
+    assert np.array_equal(latent.images, arrays.latents)
+    assert np.array_equal(latent.latents, arrays.latents)
+    with pytest.raises(UsageError, match=r"does without PyTorch; of output_type='np', torch.from_numpy"):
+        pipeline("x", **{**arguments, "output_type": "pt"})
 
 
 def test_latents_output_does_not_decode(fresh: OpenPipeline) -> None:
@@ -134,6 +139,15 @@ def test_no_seed_draws_another_picture_each_time_and_says_its_seed(pipeline: Pip
     first, second = pipeline("x", **SHORT), pipeline("x", **SHORT)
     assert first.recipes[0]["seed"] != second.recipes[0]["seed"]
     assert_equal(pipeline("x", seed=first.recipes[0]["seed"], **SHORT), first)
+
+
+def test_a_seed_of_minus_one_is_random(pipeline: Pipeline) -> None:
+    """As in A1111's web UI; in a list each of its own."""
+    first, second = (pipeline("x", seed=-1, **SHORT).recipes[0]["seed"] for _ in range(2))
+    assert first != second
+    seeds = [recipe["seed"] for recipe in pipeline(["x"] * 3, seed=[-1, 7, -1], **SHORT).recipes]
+    assert seeds[1] == 7
+    assert len({*seeds, first, second}) == 5
 
 
 def test_seed_zero_is_a_seed(pipeline: Pipeline) -> None:
@@ -406,6 +420,37 @@ def test_callback_may_change_in_place_and_hand_back(pipeline: Pipeline) -> None:
     assert np.array_equal(negated.latents, -plain.latents)
 
 
+def test_callback_that_hands_back_all_it_was_given(pipeline: Pipeline) -> None:
+    """As those of diffusers do, changed or not."""
+    watched: dict[str, Any] = {"callback_on_step_end_tensor_inputs": ["latents", "denoised"], "seed": 1}
+    expected = pipeline("a", seed=1, **SHORT)
+    assert_equal(pipeline("a", callback_on_step_end=lambda *given: given[-1], **watched, **SHORT), expected)
+    other = np.zeros((1, 4, 8, 8), np.float32)
+    with pytest.raises(UsageError, match="returned denoised: only 'latents' can be changed"):
+        pipeline("a", callback_on_step_end=lambda *_: {"denoised": other}, **watched, **SHORT)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_interrupt_as_in_diffusers(pipeline: Pipeline, last: int) -> None:
+    """No step is done after it, what there is is decoded, the recipe says so, and the next call is whole."""
+    seen: list[Array] = []
+
+    def stop(caller: Pipeline, step: int, _timestep: float, state: dict[str, Any]) -> None:
+        seen.append(state["latents"])
+        caller._interrupt = step == last
+
+    arguments: dict[str, Any] = {**SHORT, "seed": 1, "num_images_per_prompt": 3}
+    output = pipeline("a", callback_on_step_end=stop, **arguments)
+    assert len(seen) == last + 1
+    assert np.array_equal(output.latents[:2], seen[-1])
+    assert np.array_equal(output.latents[2:], pipeline.initial_latents(3))  # of a batch that never began
+    assert output.images.shape == (3, 16, 16, 3)
+    done = [recipe.get("interrupted_after_step") for recipe in output.recipes]
+    assert done == ([2, 2, 0] if last == 1 else [None, None, 0])
+    assert output.timings["step"] == pytest.approx(output.timings["denoise"] / (last + 1))
+    assert "interrupted_after_step" not in pipeline("a", **arguments).recipes[2]
+
+
 def test_exception_in_the_callback_leaves_the_pipeline_usable(pipeline: Pipeline) -> None:
     expected = pipeline("a", seed=1, **SHORT)
 
@@ -666,17 +711,17 @@ class MainMemoryTensor:
         ({"num_images_per_prompt": 2.0}, "num_images_per_prompt is 2.0"),
         ({"num_images_per_prompt": 10**9}, "images in one call: at most 1000"),
         ({"prompt": ["a"] * 501, "num_images_per_prompt": 2}, "1002 images in one call: at most 1000"),
-        ({"seed": -1}, "seed is -1; it must be at least 0 and below"),
+        ({"seed": -2}, "seed is -2; it must be at least 0 and below"),
         ({"seed": 2**64}, "below 2"),
         ({"seed": 1.5}, "seed is 1.5; it must be an integer"),
         ({"seed": "1"}, "it must be an integer"),
         ({"seed": True}, "seed is True"),
         ({"seed": [1, 2]}, "2 seeds for 1 images: give one, or one per image"),
-        ({"seed": [-1]}, "seed is -1"),
+        ({"seed": [-2]}, "seed is -2"),
         ({"rng": "mersenne"}, "rng is 'mersenne'; choose one of philox, cpu"),
         ({"rng": ["cpu"]}, "choose one of philox, cpu"),
         ({"sampler": "eular"}, "unknown sampler 'eular': did you mean euler.*ddim, .*euler"),
-        ({"sampler": "DPM++ 2M"}, "did you mean dpm"),
+        ({"sampler": "DPM++ 2S a"}, "unknown sampler .DPM.* 2S a"),
         ({"sampler": "quite different"}, r"allowed are ddim, .*euler"),
         ({"sampler": 5}, "sampler is 5: a name is wanted, one of ddim"),
         ({"sampler": "ddim", "karras": True}, "ddim has no karras: use it with"),

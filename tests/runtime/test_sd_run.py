@@ -17,7 +17,9 @@ import pytest
 from PIL import Image
 from sd_run_terminal import A_STEP, SD_RUN, OnTerminal
 
+from sdrt.runtime import backends
 from sdrt.runtime.cli import main
+from sdrt.runtime.errors import BackendError
 from sdrt.runtime.pipeline import Pipeline
 
 CPU = ("--backend", "onnxruntime-cpu")  # `auto` says what it took; a backend that was named is no news
@@ -63,7 +65,7 @@ def test_whole_process(tiny_bundle: Path, work: Path) -> None:
     command = [SD_RUN, "a red apple", "--bundle", str(tiny_bundle), "--steps", "2", "--seed", "5"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
     assert result.returncode == 0
-    assert re.fullmatch(r"sd-run: backend [a-z-]+ \(.*\)\n", result.stderr)
+    assert re.fullmatch(r"sd-run: backend [a-z-]+( \(.*\))?\n", result.stderr)
     first, second = result.stdout.splitlines()
     assert first == "a-red-apple-5.png  seed 5"
     assert re.fullmatch(
@@ -324,10 +326,22 @@ def test_defaults_are_the_bundles(run: Run, work: Path) -> None:
     assert (work / "a.png").read_bytes() == (work / "b.png").read_bytes()
 
 
-def test_backend_that_auto_took_and_why(run: Run) -> None:
-    _, err = run("x", "--backend", "auto")
-    assert re.fullmatch(r"sd-run: backend ([a-z-]+) \(.*\1: .*\)\n", err)
+def test_backend_that_auto_took_and_why(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU is nothing to be told about each time; a GPU that is not used is."""
+
+    def not_there(_number: int = 0) -> backends.Gpu:
+        raise BackendError(f"{backends.NO_DRIVER}: libcuda.so.1: cannot open; install the driver")
+
+    def unusable(_number: int = 0) -> backends.Gpu:
+        raise BackendError("no NVIDIA GPU number 0 can be used: cuDeviceGet says no")
+
+    why = r"sd-run: backend ([a-z-]+) \(tensorrt.*{}.*\1: .*\)\n"
+    monkeypatch.setattr(backends, "find_gpu", not_there)
+    assert re.fullmatch(r"sd-run: backend [a-z-]+\n", run("x", "--backend", "auto")[1])
+    assert re.fullmatch(why.format("libcuda.so.1"), run("x", "--backend", "auto", "--verbose")[1])
     assert run("x", "--backend", "auto", "--quiet")[1] == ""
+    monkeypatch.setattr(backends, "find_gpu", unusable)
+    assert re.fullmatch(why.format("cuDeviceGet says no"), run("x", "--backend", "auto")[1])
 
 
 def test_unverified_and_threads(run: Run, work: Path) -> None:

@@ -213,7 +213,10 @@ def test_what_a_prompt_may_mean_elsewhere_is_said_once(run: Run) -> None:
         (["x", "--to-prompt", "y", "--output", "a.gif"], "a name that ends in .webp or .png"),
         (["--to-seed", "3", "--image", "picture.png"], "need a PROMPT"),
         (["--image", "picture.png", "--to-seed", "3", "x", "--variation", "0.2"], "variation is given"),
-        (["x", "--output", "a.webp"], "a name that ends in .png, or a folder"),
+        (["x", "--output", "a.gif"], "a name that ends in .png, .jpg, .jpeg or .webp, or a folder"),
+        (["x", "--to-prompt", "y", "--output", "-"], "no frames and no answers"),
+        (["x", "--to-prompt", "y", "--prompt", "z"], "go from one PROMPT"),
+        (["x", "--output", "a.jpg", "--quality", "101"], "quality is 101: a whole number from 1 to 100"),
     ],
 )
 def test_refused(run: Run, work: Path, arguments: list[str], words: str) -> None:
@@ -295,7 +298,11 @@ def test_pictures_in_lines_of_json(tiny_bundle: Path, work: Path, capsys: pytest
     with Pipeline.load(tiny_bundle, backend="onnxruntime-cpu") as pipeline:
         interactive.serve(pipeline, {}, None, load_seconds=0, warm_up=False, stream=io.BytesIO(lines))
     _, *answers = map(json.loads, capsys.readouterr().out.splitlines())
-    assert answers[0]["png"] == answers[1]["png"]
+    named, inline = answers[0]["recipes"][0], answers[1]["recipes"][0]
+    assert named.pop("image") == "picture.png"
+    assert named == inline  # and so the pictures
+    first, second = (Image.open(io.BytesIO(base64.b64decode(answer["png"][0]))) for answer in answers[:2])
+    assert np.array_equal(np.asarray(first), np.asarray(second))
     with Image.open(io.BytesIO(base64.b64decode(answers[2]["png"][0]))) as image:
         assert np.array_equal(np.asarray(image)[:, :8], pixels(work / "picture.png")[:, :8])
     assert [len(answer.get("png", [])) for answer in answers] == [1, 1, 1, 2, 1, 0, 0]

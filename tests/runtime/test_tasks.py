@@ -193,7 +193,7 @@ def test_frames_from_a_picture(pipeline: Pipeline) -> None:
         ({"frames": 1, "to_seed": 2}, "frames is 1: a whole number from 2 to 1000"),
         ({"frames": 3}, "nothing differs"),
         ({"frames": 3, "to_prompt": ["b"]}, "to_prompt is list: one text"),
-        ({"frames": 3, "to_seed": -1}, "seed is -1"),
+        ({"frames": 3, "to_seed": -2}, "seed is -2"),
         ({"frames": 3, "to_seed": 2, "num_images_per_prompt": 2}, "frames says how many"),
         ({"frames": 3, "to_seed": 2, "latents": np.zeros((1, 4, 8, 8), np.float32)}, "latents are given"),
         ({"frames": 3, "to_prompt": "b", "image": PICTURE, "variation": 0.2}, "variation is given"),
