@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.cli_options import parser, pipeline_options
-from sdrt.runtime.command import put, quick_start, run_command, say, tell_of_long_work
-from sdrt.runtime.saving import BASE64, check_frames, check_output, save, save_frames
+from sdrt.runtime.command import ReaderGoneError, put, quick_start, run_command, say, tell_of_long_work
+from sdrt.runtime.entry import enter
+from sdrt.runtime.interrupts import telling, undone
+from sdrt.runtime.saving import (
+    BASE64,
+    PictureFiles,
+    check_frames,
+    check_output,
+    is_folder,
+    save_animation,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,12 +82,18 @@ def _run(arguments: argparse.Namespace) -> None:
             serve(pipeline, options, arguments.output, load_seconds=loaded, warm_up=arguments.warm_up)
             return
         assert request is not None
-        output = _draw(arguments, pipeline, request, options)
-        saving = time.perf_counter()
-        paths = _save(arguments, output)
-        ended = time.perf_counter()
-    seconds = {"load": loaded, **output.timings, "save": ended - saving, "command": ended - started}
-    _report(arguments, paths, output, seconds)
+        files = PictureFiles(arguments.output, frames=_interpolates(arguments))
+        with telling(files.last_words):
+            if not _interpolates(arguments) or is_folder(arguments.output):
+                options["callback_on_batch_end"] = files
+            output = _draw(arguments, pipeline, request, options)
+            paths, saving = files.paths, time.perf_counter()
+            if not paths:
+                paths = [save_animation(output, arguments.output, _fps(arguments))]
+            ended = time.perf_counter()
+            saved = files.seconds + ended - saving
+            seconds = {"load": loaded, **output.timings, "save": saved, "command": ended - started}
+            _report(arguments, paths, output, seconds)
 
 
 def _load_for(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Request | None, Pipeline]:
@@ -154,12 +169,6 @@ def _draw(
         )
 
 
-def _save(arguments: argparse.Namespace, output: PipelineOutput) -> list[Path]:
-    if not _interpolates(arguments):
-        return save(output, arguments.output)
-    return save_frames(output, arguments.output, _fps(arguments))
-
-
 def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None) -> Pipeline:
     """The pipeline on a backend that admits the request; says which one, where that was left to us."""
     from sdrt.runtime.backends import AUTO, RequestShape
@@ -190,7 +199,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, request: Request | None
     return pipeline
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(
     arguments: argparse.Namespace, pipeline: Pipeline, steps: int
 ) -> Iterator[tuple[Callable[[Pipeline, int, float, dict[str, Any]], None] | None, tuple[str, ...]]]:
@@ -221,7 +230,7 @@ def _progress(
             view.update(state["preview"])
         bar.advance(task)
 
-    with Live(view, console=console, transient=True):
+    with Live(view, console=console, transient=True) as live, undone(live.stop):
         yield on_step, (("preview",) if shows else ())
 
 
@@ -241,6 +250,14 @@ def _can_preview(console: Console, pipeline: Pipeline) -> bool:
 def _report(
     arguments: argparse.Namespace, paths: list[Path], output: PipelineOutput, seconds: dict[str, float]
 ) -> None:
+    """Tell what was drawn: of pictures that are saved, and nobody has to read it."""
+    with contextlib.suppress(ReaderGoneError):
+        _tell(arguments, paths, output, seconds)
+
+
+def _tell(
+    arguments: argparse.Namespace, paths: list[Path], output: PipelineOutput, seconds: dict[str, float]
+) -> None:
     # An animation is one path for all of its frames.
     seeds = [recipe["seed"] for recipe in output.recipes][: len(paths)]
     if arguments.json:
@@ -258,4 +275,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(enter("sd-run", lambda: main))
