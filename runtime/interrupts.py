@@ -102,18 +102,30 @@ def hold() -> None:
 
 
 def _woken(_number: int, _frame: object) -> None:
-    """The thread has been told: see `signal.set_wakeup_fd`."""
+    """The thread has been told (`signal.set_wakeup_fd`): a call that the signal broke off is no error yet.
+
+    Not for ever: the main thread may hold a lock that somebody needs to clear up.
+    """
+    if not _PROCESS.depth:
+        time.sleep(TOGETHER)
+
+
+def _next(read: int) -> None:
+    """Wait for a signal that means an end; libraries may have handlers for others."""
+    while os.read(read, 1)[0] not in SIGNALS:
+        pass
 
 
 def _wait(read: int) -> None:
-    while os.read(read, 1):
+    while True:
+        _next(read)
         if not _PROCESS.unwinds or _PROCESS.raised:
             _end(read)
         _PROCESS.raised = True
 
 
 def _end(read: int) -> None:
-    _thread.start_new_thread(_insist, (read,))
+    _tried(lambda: _thread.start_new_thread(_insist, (read,)))
     with _PROCESS.gate:
         if _PROCESS.status is None:
             _PROCESS.ending = True
@@ -126,9 +138,9 @@ def _end(read: int) -> None:
 def _insist(read: int) -> None:
     """Whoever interrupts once more does not want to wait."""
     began = time.monotonic()
-    while os.read(read, 1):
-        if time.monotonic() - began > TOGETHER:
-            os._exit(EXIT_INTERRUPTED)
+    while time.monotonic() - began < TOGETHER:
+        _next(read)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _tried(work: Callable[[], object]) -> None:

@@ -28,6 +28,9 @@ class SideBySide(Generic[Key, Value]):
             work: Called with every key.
             keys: Each once.
             threads: How many calls there are at once.
+
+        Raises:
+            RuntimeError: The system gives no thread.
         """
         self._work, self._keys = work, tuple(keys)
         self._waiting = deque(keys)
@@ -37,9 +40,10 @@ class SideBySide(Generic[Key, Value]):
         self._then: Callable[[], object] | None = None  # what is left for the last thread to do
         self._ended = threading.Condition()
         for _ in range(min(threads, len(keys))):
-            with self._ended:
+            thread = threading.Thread(target=self._run, name="sdrt-side", daemon=True)
+            with self._ended:  # it waits for this
+                thread.start()
                 self._running += 1
-            threading.Thread(target=self._run, name="sdrt-side", daemon=True).start()
 
     def results(self) -> dict[Key, Value]:
         """Wait for all of them, and give them away.

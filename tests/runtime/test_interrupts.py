@@ -91,6 +91,13 @@ def test_nohup_is_kept(folder: Path) -> None:
     assert process.returncode == 0
 
 
+def test_other_signals_are_no_interrupt(folder: Path) -> None:
+    body = "import signal; signal.signal(signal.SIGALRM, print); signal.alarm(1); ready(); time.sleep(1.5)"
+    process = started(folder, body)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 0
+
+
 def test_a_folder_that_is_written_to_is_removed(folder: Path) -> None:
     """While another thread goes on to write into it, for as long as there is one."""
     body = """
