@@ -55,6 +55,9 @@ class PictureFiles:
     """The files of a call's pictures, each with its recipe: its ``callback_on_batch_end``.
 
     What was finished is saved before the next batch is begun, each picture whole, whatever happens later.
+
+    Attributes:
+        seconds: What that has taken.
     """
 
     def __init__(self, target: Path | None, *, frames: bool = False) -> None:
@@ -84,11 +87,11 @@ class PictureFiles:
         from sdrt.runtime.files import clear_leftovers, write_atomically
 
         started = time.perf_counter()
+        if not self._total:
+            with contextlib.suppress(OSError):
+                clear_leftovers(self._folder())
+            self._stem = _free_stem(self._folder()) if self._frames else ""
         with finishing():
-            if not self._total:
-                with contextlib.suppress(OSError):
-                    clear_leftovers(self._folder())
-                self._stem = _free_stem(self._folder()) if self._frames else ""
             self._total = batch.total
             for number, recipe, data in zip(batch.numbers, batch.recipes, encoded(batch), strict=True):
                 path = self._path(number, recipe)
