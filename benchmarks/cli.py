@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from sdrt.benchmarks.bench_options import parser
 from sdrt.runtime.command import Parser, put, run_command
+from sdrt.runtime.entry import enter
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
+from sdrt.runtime.interrupts import unwinding
 
 if TYPE_CHECKING:
     from sdrt.benchmarks.document import Document
@@ -48,7 +50,8 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> None:
 
             write_report(document, arguments.report)
 
-    recorder = measure(arguments, ["sd-bench", *words], write, InterruptedRunError)
+    with unwinding():  # what was measured is kept, and programs that were started are ended
+        recorder = measure(arguments, ["sd-bench", *words], write, InterruptedRunError)
     document = recorder.document(complete=True)
     if not document.measurements and document.failures:
         first = document.failures[0]
@@ -89,7 +92,12 @@ def _peers(words: list[str]) -> int:
     )
     peers.add_arguments(commands)
     arguments = commands.parse_args(words)
-    return run_command("sd-bench", lambda: peers.run(arguments))
+
+    def act() -> None:
+        with unwinding():  # what is half installed is removed
+            peers.run(arguments)
+
+    return run_command("sd-bench", act)
 
 
 def _render(words: list[str]) -> int:
@@ -114,4 +122,4 @@ def _render(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(enter("sd-bench", lambda: main))

@@ -17,7 +17,8 @@ from sdrt.export.cli_options import DEFAULT_BATCH, DEFAULT_CHUNKS, parse
 from sdrt.export.engine_flavours import check_flavour
 from sdrt.export.engine_options import parse_extent
 from sdrt.runtime.bundle import Bundle
-from sdrt.runtime.command import put, run_command, say
+from sdrt.runtime.command import ReaderGoneError, put, run_command, say
+from sdrt.runtime.entry import enter
 from sdrt.runtime.errors import OutputError, SdrtError, UsageError
 from sdrt.runtime.files import explain, writing
 from sdrt.runtime.manifest import MANIFEST_NAME
@@ -135,7 +136,7 @@ class _Lines:
             return
         try:
             put(line)
-        except BrokenPipeError:
+        except ReaderGoneError:
             self._silent = True
         except OutputError as error:
             self._silent = True
@@ -238,4 +239,4 @@ def _report_lines(report: ParityReport, out: Path, seconds: float) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(enter("sd-export", lambda: main))

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from sdrt.runtime.engines import (
 )
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.files import new_folder, writing
+from sdrt.runtime.interrupts import finishing, undone
 from sdrt.runtime.manifest import FileEntry
 
 LAYERS_NAME: Final = "layers.json"
@@ -151,13 +153,17 @@ def engine_key(
 @contextlib.contextmanager
 def _engines_folder(place: Path) -> Any:
     """The bundle's folder of engines; one that was made here and stayed empty goes again."""
-    with writing(place):
-        place.mkdir(exist_ok=True)
-    try:
+    with contextlib.ExitStack() as undo:
+        with finishing(), writing(place):
+            place.mkdir(exist_ok=True)
+            undo.callback(_remove_if_empty, place)
+            undo.enter_context(undone(partial(_remove_if_empty, place)))
         yield
-    finally:
-        with contextlib.suppress(OSError):  # it is not empty
-            place.rmdir()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def _existing(place: Path, key: EngineKey) -> EngineManifest | None:

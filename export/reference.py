@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.checkpoint_files import TOKENIZERS
 from sdrt.export.tokenizer_json import write_tokenizer_folder
 from sdrt.export.weights import load_module
+from sdrt.runtime.files import temporary_folder
 
 
 def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.Module] | None = None) -> Any:
@@ -109,6 +108,6 @@ def _reference_tokenizer(checkpoint: Checkpoint, encoder: str) -> Any:
     if checkpoint.random_seed is None:
         return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
     pad = next(token for token, number in tokenizer.vocabulary.ids.items() if number == tokenizer.ids["pad"])
-    with tempfile.TemporaryDirectory() as temporary:
-        write_tokenizer_folder(Path(temporary), pad=pad)
+    with temporary_folder() as temporary:
+        write_tokenizer_folder(temporary, pad=pad)
         return CLIPTokenizer.from_pretrained(temporary, model_max_length=length)

@@ -13,10 +13,10 @@ The names below are loaded on first use, so that ``sd-run --help`` does not wait
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # a command imports this before it can be interrupted: nothing here may take long
 if TYPE_CHECKING:
+    from typing import Any
+
     from sdrt.runtime.bundle import Bundle
     from sdrt.runtime.errors import (
         BackendError,
@@ -79,6 +79,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f"sdrt.runtime.{_HOME[name]}"), name)
 
 

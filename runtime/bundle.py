@@ -11,6 +11,7 @@ from sdrt.runtime.errors import BundleError
 from sdrt.runtime.limits import MAX_MANIFEST_BYTES
 from sdrt.runtime.manifest import MANIFEST_NAME, Component, FileEntry, Manifest
 from sdrt.runtime.manifest_json import from_json
+from sdrt.runtime.side_by_side import SideBySide
 from sdrt.runtime.untrusted import open_regular, read_limited
 from sdrt.runtime.verified_files import FileState, VerifiedFiles, hashed
 
@@ -93,11 +94,8 @@ class Bundle:
         ]
         if not entries:
             return
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(max_workers=2, thread_name_prefix="sdrt-verify") as pool:
-            for _ in pool.map(check, entries):
-                pass
+        with SideBySide(check, entries, 2) as hashing:
+            hashing.results()
         known.save()
 
     def is_verified(self, entries: Sequence[FileEntry]) -> bool:

@@ -14,11 +14,19 @@ from sdrt.runtime.errors import CancelledError, UsageError
 from sdrt.runtime.solvers import SamplerTable
 
 if TYPE_CHECKING:
+    from sdrt.runtime.output import FinishedBatch
     from sdrt.runtime.pipeline import Pipeline
 
+BatchEndCallback = Callable[["Pipeline", "FinishedBatch"], object]
 StepEndCallback = Callable[["Pipeline", int, float, dict[str, Any]], "dict[str, Any] | None"]
 CheckFaults = Callable[[], None]  # waits, and raises what the fault words say
 TENSORS: Final = ("latents", "denoised", "preview")
+
+
+def check_function(name: str, given: object) -> None:
+    """Raise UsageError unless an option is a function, or None."""
+    if given is not None and not callable(given):
+        raise UsageError(f"{name} is {type(given).__name__}: a function is wanted")
 
 
 class StepHook:
@@ -45,8 +53,7 @@ class StepHook:
         Raises:
             UsageError: It is no function, or asks for what cannot be given.
         """
-        if callback is not None and not callable(callback):
-            raise UsageError(f"callback_on_step_end is {type(callback).__name__}: a function is wanted")
+        check_function("callback_on_step_end", callback)
         if (
             isinstance(tensors, str)
             or not isinstance(tensors, Collection)

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sdrt.runtime.cli_options import ONE_PROMPT, check_usage, interpolates, parsed, parser, pipeline_options
 from sdrt.runtime.cli_prompts import Task, has_prompt, read_tasks
-from sdrt.runtime.command import Parser, put, quick_start, run_command, say, tell_of_long_work
+from sdrt.runtime.command import (
+    Parser,
+    ReaderGoneError,
+    put,
+    quick_start,
+    run_command,
+    say,
+    tell_of_long_work,
+)
+from sdrt.runtime.entry import enter
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.interrupts import NOTHING_LEFT, telling, undone
 from sdrt.runtime.saving import (
     BASE64,
     STDOUT,
+    PictureFiles,
     check_frames,
     check_output,
-    save,
-    save_frames,
+    is_folder,
+    save_animation,
+    told,
     write_to_stdout,
 )
 
@@ -83,9 +95,11 @@ def _run(commands: Parser, arguments: argparse.Namespace) -> None:
 
             serve(pipeline, options, arguments.output, load_seconds=loaded, warm_up=arguments.warm_up)
             return
-        drawn = _draw(arguments, pipeline, works)
-    seconds = {"load": loaded, **drawn.seconds, "command": time.perf_counter() - started}
-    _report(arguments, drawn, seconds)
+        drawn = Drawn(works)
+        with telling(drawn.last_words):
+            _draw(arguments, pipeline, works, drawn)
+            seconds = {"load": loaded, **drawn.seconds, "command": time.perf_counter() - started}
+            _report(arguments, drawn, seconds)
 
 
 def _replayed(commands: Parser, arguments: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,42 +215,83 @@ def _fps(arguments: argparse.Namespace) -> Any:
     return DEFAULT_FPS if arguments.fps is None else arguments.fps
 
 
-class Drawn(NamedTuple):
-    """What was drawn and saved: where (None: to standard output), the seeds, and seconds per stage."""
+class Drawn:
+    """What a command has drawn and saved so far.
 
-    paths: list[Path]
-    seeds: list[int]
-    seconds: dict[str, float]
+    Attributes:
+        paths: Of the pictures, in their order; `STDOUT` for standard output.
+        seeds: Likewise.
+        seconds: Per stage, of all calls together.
+    """
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        """Nothing yet of these calls."""
+        self.paths: list[Path] = []
+        self.seeds: list[int] = []
+        self.seconds: dict[str, float] = {}
+        self._wanted = sum(work.images for work in works)
+        self._totals: dict[Path | None, int] = {}
+        for work in works:
+            self._totals[work.target] = self._totals.get(work.target, 0) + work.images
+        self._files: dict[Path | None, PictureFiles] = {}
+
+    def files_of(self, work: Work, *, frames: bool, quality: int | None) -> PictureFiles:
+        """Where a call's pictures go; a name that several calls have is numbered over all of theirs."""
+        target = work.target
+        if target not in self._files:
+            total = self._totals[target]
+            self._files[target] = PictureFiles(target, frames=frames, quality=quality, total=total)
+        self._files[target].next_call()
+        return self._files[target]
+
+    def add(self, paths: Sequence[Path], output: PipelineOutput, saving: float) -> None:
+        """Note a call that is finished, and how long saving its pictures took."""
+        self.paths.extend(paths)
+        # An animation is one path for all of its frames.
+        self.seeds.extend([recipe["seed"] for recipe in output.recipes][: len(paths)])
+        for stage, value in {**output.timings, "save": saving}.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
+    def last_words(self) -> str:
+        """What is said of an interrupt: how many pictures are saved, and where."""
+        paths = [path for files in self._files.values() for path in files.paths]
+        return f"interrupted; {told(paths, self._wanted)}" if paths else NOTHING_LEFT
 
 
-def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Work]) -> Drawn:
-    """Draw call by call, and save each before the next."""
+def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Work], drawn: Drawn) -> None:
+    """Draw call by call; pictures are saved as soon as their batch is finished."""
     rows = 0
     for work in works:
         assert work.request is not None  # nothing here is interactive
         rows += len(work.request.sampling.table) * pipeline.count_batches(work.request)
-    # A name that several calls have is numbered over all of their pictures.
-    totals: dict[Path | None, int] = {}
-    saved: dict[Path | None, int] = {}
-    for work in works:
-        totals[work.target] = totals.get(work.target, 0) + work.images
-    drawn = Drawn([], [], {})
     with _progress(arguments, pipeline, rows) as (on_step, tensors):
         watched = {"callback_on_step_end": on_step, "callback_on_step_end_tensor_inputs": tensors}
         for work in works:
-            output = _drawn(arguments, pipeline, work, watched)
-            saving = time.perf_counter()
-            before = saved.get(work.target, 0)
-            paths = _save(arguments, work.target, output, before, totals[work.target])
-            saved[work.target] = before + work.images
-            output.timings["save"] = time.perf_counter() - saving
-            drawn.paths.extend(paths)
-            # An animation is one path for all of its frames.
-            drawn.seeds.extend([recipe["seed"] for recipe in output.recipes][: len(paths)])
-            for stage, value in output.timings.items():
-                drawn.seconds[stage] = drawn.seconds.get(stage, 0.0) + value
+            _draw_and_save(arguments, pipeline, work, watched, drawn)
     drawn.seconds["step"] = drawn.seconds["denoise"] / rows
-    return drawn
+
+
+def _draw_and_save(
+    arguments: argparse.Namespace,
+    pipeline: Pipeline,
+    work: Work,
+    watched: Mapping[str, Any],
+    drawn: Drawn,
+) -> None:
+    """One call: its pictures one batch after the other, or all of its frames, or the picture for a pipe."""
+    target, animated = work.target, interpolates(arguments)
+    if target == STDOUT or (animated and not is_folder(target)):
+        output = _drawn(arguments, pipeline, work, watched)
+        started = time.perf_counter()
+        if target == STDOUT:
+            write_to_stdout(output)
+        paths = [STDOUT if target == STDOUT else save_animation(output, target, _fps(arguments))]
+        drawn.add(paths, output, time.perf_counter() - started)
+        return
+    files = drawn.files_of(work, frames=animated, quality=arguments.quality)
+    before, seconds = len(files.paths), files.seconds
+    output = _drawn(arguments, pipeline, work, {**watched, "callback_on_batch_end": files})
+    drawn.add(files.paths[before:], output, files.seconds - seconds)
 
 
 def _drawn(
@@ -251,17 +306,6 @@ def _drawn(
     return pipeline.interpolate(
         work.task.prompt, ends[0], frames=_frames(arguments), to_seed=ends[1], **options
     )
-
-
-def _save(
-    arguments: argparse.Namespace, target: Path | None, output: PipelineOutput, first: int, total: int
-) -> list[Path]:
-    if interpolates(arguments):
-        return save_frames(output, target, _fps(arguments))
-    if target == STDOUT:
-        write_to_stdout(output)
-        return [STDOUT]
-    return save(output, target, arguments.quality, first=first, total=total)
 
 
 def _load(arguments: argparse.Namespace, bundle: Bundle, requests: Sequence[Request]) -> Pipeline:
@@ -315,7 +359,7 @@ def _say_backend(pipeline: Pipeline, *, verbose: bool) -> None:
     say("sd-run", f"backend {pipeline.backend}{why}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(
     arguments: argparse.Namespace, pipeline: Pipeline, steps: int
 ) -> Iterator[tuple[Callable[[Pipeline, int, float, dict[str, Any]], None] | None, tuple[str, ...]]]:
@@ -346,7 +390,7 @@ def _progress(
             view.update(state["preview"])
         bar.advance(task)
 
-    with Live(view, console=console, transient=True):
+    with Live(view, console=console, transient=True) as live, undone(live.stop):
         yield on_step, (("preview",) if shows else ())
 
 
@@ -364,6 +408,12 @@ def _can_preview(console: Console, pipeline: Pipeline) -> bool:
 
 
 def _report(arguments: argparse.Namespace, drawn: Drawn, seconds: Mapping[str, float]) -> None:
+    """Tell what was drawn: of pictures that are saved, and nobody has to read it."""
+    with contextlib.suppress(ReaderGoneError):
+        _tell(arguments, drawn, seconds)
+
+
+def _tell(arguments: argparse.Namespace, drawn: Drawn, seconds: Mapping[str, float]) -> None:
     named = list(zip(drawn.paths, drawn.seeds, strict=True))
     if arguments.json:
         document = {
@@ -381,4 +431,4 @@ def _report(arguments: argparse.Namespace, drawn: Drawn, seconds: Mapping[str, f
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(enter("sd-run", lambda: main))

@@ -7,16 +7,19 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NoReturn
 
 from sdrt.runtime.errors import EXIT_INTERRUPTED, OutputError, SdrtError, UsageError
+from sdrt.runtime.interrupts import NOTHING_LEFT, hold, is_watched, last_words, telling, unwinding
 from sdrt.runtime.printable import printable
+
+
+class ReaderGoneError(OutputError):
+    """Standard output is a pipe that nobody reads any more (``| head``): where the work stands, no error."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,13 +66,13 @@ class Parser(argparse.ArgumentParser):
 def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) -> int:
     """Run a command's body and turn what it raises into one line on stderr and an exit status.
 
-    SIGTERM ends it as Ctrl-C does, so that temporary files are removed. With ``quiet`` warnings are not
-    shown.
+    In a process of the command's own signals end it as `sdrt.runtime.interrupts.watch` says. In another
+    program, SIGTERM and SIGHUP end it as Ctrl-C does. With ``quiet`` warnings are not shown.
     """
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
     try:
-        with _signals_as_interrupts(), _one_line_warnings(name, quiet=quiet):
+        with telling(lambda: NOTHING_LEFT), _interrupts(), _one_line_warnings(name, quiet=quiet):
             command()
         with _output_errors():  # while they can still be reported
             print(end="", flush=True)  # noqa: T201
@@ -77,18 +80,19 @@ def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) 
         say(name, str(error))
         return error.exit_status
     except KeyboardInterrupt:
-        say(name, "interrupted; nothing unfinished was left behind")
+        say(name, last_words())
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): no error, and nothing left to say it to.
-        _discard_output()
-        return 0
     except Exception as error:
+        hold()  # what is removed before the end looks like an error from here
         if os.environ.get("SDRT_TRACEBACK"):
             raise
         say(name, f"internal error: {type(error).__name__}: {error} (SDRT_TRACEBACK=1 shows where)")
         return SdrtError.exit_status
     return 0
+
+
+def _interrupts() -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if is_watched() else unwinding()
 
 
 _BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
@@ -121,8 +125,10 @@ def put(line: str) -> None:
     """One line on stdout, at once; control characters as escapes, as they are in JSON.
 
     Raises:
-        OutputError: It cannot be written there.
+        ReaderGoneError: Nobody reads it any more.
+        OutputError: It cannot be written there for another reason.
     """
+    hold()
     with _output_errors():
         print(printable(line), flush=True)  # noqa: T201
 
@@ -131,8 +137,9 @@ def put(line: str) -> None:
 def _output_errors() -> Iterator[None]:
     try:
         yield
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        _discard_output()
+        raise ReaderGoneError("cannot write to standard output: its reader has gone") from error
     except OSError as error:
         from sdrt.runtime.files import explain  # 20 ms that `--help` need not wait for
 
@@ -147,10 +154,14 @@ def _discard_output() -> None:
 
 
 def say(name: str, message: str) -> None:
-    """One line on stderr, with the command's name before it; control characters as escapes."""
-    if sys.stderr is None:
-        return
-    sys.stderr.write(f"{name}: {printable(' '.join(message.split()))}\n")
+    """One line on stderr, with the command's name before it; control characters as escapes.
+
+    Where it cannot be written, there is nothing.
+    """
+    hold()
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"{name}: {printable(' '.join(message.split()))}\n")
 
 
 def tell_of_long_work(name: str) -> None:
@@ -168,24 +179,6 @@ class _Said(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self._name, record.getMessage())
-
-
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _signals_as_interrupts() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a closed terminal, end the block as Ctrl-C does; in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

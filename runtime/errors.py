@@ -68,7 +68,7 @@ class DeviceMemoryError(BackendError):
 
 
 class OutputError(SdrtError):
-    """A result could not be written; nothing was left behind."""
+    """A result could not be written; nothing unfinished was left behind."""
 
     exit_status = 8
 

@@ -9,17 +9,24 @@ import fcntl
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
+from sdrt.runtime.c_library import c_library
 from sdrt.runtime.errors import OutputError
+from sdrt.runtime.interrupts import finishing, undone
 
 _ANYONE_WRITES: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _AT_FDCWD: Final = -100  # linux/fcntl.h
 _RENAME_NOREPLACE: Final = 1  # linux/fs.h
 _RENAME_EXCHANGE: Final = 2
 _ASIDE: Final = "-old"  # ends the name of a folder that is away while another takes its place
+# Names of what is not finished, as `write_all_atomically` and `new_folder` make them.
+_FILE: Final = re.compile(r"\.sdrt-\d+-\d+-[0-9a-f]{8}\.tmp")
+_FOLDER: Final = re.compile(rf"\.(.+)\.part-[0-9a-f]{{16}}({_ASIDE})?", re.DOTALL)
 
 
 def place_of(path: Path) -> Path:
@@ -58,30 +65,41 @@ def write_all_atomically(files: Mapping[Path, bytes]) -> None:
     Raises:
         OutputError: As for `write_atomically`; no new file is left and every older one is kept.
     """
-    # Not `tempfile`, whose files ignore the umask.
-    suffix = f"{os.getpid()}-{os.urandom(4).hex()}.tmp"
-    waiting = {path: path.parent / f".sdrt-{index}-{suffix}" for index, path in enumerate(files)}
+    waiting: dict[Path, Path] = {}
     path = Path()
-    try:
-        for path, data in files.items():
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            _write_new(waiting[path], data)
-        for path, temporary in waiting.items():
-            temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {explain(error)}") from error
-    finally:
-        for temporary in waiting.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+    with finishing(), contextlib.ExitStack() as opened:
+        try:
+            for path, data in files.items():
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                _write(opened.enter_context(_new_file(path, waiting)), data)
+            for path, temporary in waiting.items():
+                temporary.replace(path)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {explain(error)}") from error
+        finally:
+            for temporary in waiting.values():
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
 
 
-def _write_new(file: Path, data: bytes) -> None:
-    with file.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _new_file(path: Path, waiting: dict[Path, Path]) -> IO[bytes]:
+    """A file beside ``path``, whose name is put into ``waiting``; it is locked until it is closed."""
+    # Not `tempfile`, whose files ignore the umask.
+    while True:
+        name = f".sdrt-{len(waiting)}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
+        waiting[path] = path.parent / name
+        stream = waiting[path].open("xb")
+        with contextlib.suppress(BlockingIOError):
+            if _lock(stream.fileno()):
+                return stream
+        stream.close()  # another process took it for one that was left behind
+
+
+def _write(stream: IO[bytes], data: bytes) -> None:
+    stream.write(data)
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def explain(error: OSError) -> str:
@@ -126,19 +144,41 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = path.absolute()
     if os.path.lexists(path) and not replace:
         raise _taken(path)
-    prefix = f".{path.name}.part-"
-    with writing(path):
-        _clear_abandoned(path, prefix)
-        temporary = path.with_name(f"{prefix}{os.urandom(8).hex()}")
+    with contextlib.ExitStack() as undo:
+        with writing(path):
+            clear_leftovers(path.parent)
+        with finishing(), writing(path):
+            temporary = _unfinished_folder(path, undo)
+        yield temporary
+        with finishing(), writing(path):
+            _move_into_place(temporary, path, replace=replace)
+            _remove(temporary)  # after an exchange this is the old folder
+
+
+def _unfinished_folder(path: Path, undo: contextlib.ExitStack) -> Path:
+    """A new folder beside ``path``, locked; ``undo`` removes it, and so does an interrupt."""
+    while True:
+        temporary = path.with_name(f".{path.name}.part-{os.urandom(8).hex()}")
         temporary.mkdir()
-    with _locked(temporary):
-        try:
-            yield temporary
-            with writing(path):
-                _move_into_place(temporary, path, replace=replace)
-        finally:
-            # After an exchange this is the old folder; after an error the unfinished one.
-            _remove(temporary)
+        undo.callback(_remove, temporary)
+        undo.enter_context(undone(partial(_remove_while_written, temporary)))
+        # Another process may take it for one that was left behind, until it is locked.
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            undo.enter_context(_locked(temporary))
+            if os.path.lexists(temporary):
+                return temporary
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder where the system has its temporary files; it is gone afterwards, whatever ends the block."""
+    import tempfile
+
+    with contextlib.ExitStack() as undo:
+        with finishing():
+            folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="sdrt-")))
+            undo.enter_context(undone(partial(_remove_while_written, folder)))
+        yield folder
 
 
 def _taken(path: Path) -> OutputError:
@@ -169,7 +209,7 @@ def _move_into_place(temporary: Path, path: Path, *, replace: bool) -> None:
 def _renameat2(old: Path, new: Path, flags: int) -> int:
     """renameat2(2): 0, or the error number; ENOSYS where the system has no such call."""
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        renameat2 = c_library().renameat2
     except (OSError, AttributeError):
         return errno.ENOSYS
     names = os.fsencode(old), os.fsencode(new)
@@ -188,29 +228,64 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _clear_abandoned(path: Path, prefix: str) -> None:
-    """Delete the unfinished folders of processes that are gone (killed, power cut).
+def _remove_while_written(path: Path) -> None:
+    """The same, of a folder that another thread writes into for a moment longer."""
+    for _ in range(100):
+        _remove(path)
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.01)
 
-    A live process holds a lock on its folder, which other containers and hosts that share the file system
-    see too; a process id they would not.
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what processes that are gone (killed, power cut) left unfinished in a folder.
+
+    A live process holds a lock on what it writes, which other containers and hosts that share the file system
+    see too; a process id they would not. A folder that was away when its process was killed is put back.
+
+    Raises:
+        OSError: The folder cannot be read.
     """
-    ours = re.compile(f"{re.escape(prefix)}[0-9a-f]{{16}}({_ASIDE})?")
-    for found in path.parent.iterdir():
-        if not ours.fullmatch(found.name):
+    for found in folder.iterdir():
+        unfinished = _FOLDER.fullmatch(found.name)
+        if not unfinished and not _FILE.fullmatch(found.name):
             continue
-        if found.name.endswith(_ASIDE) and not os.path.lexists(path):
-            found.rename(path)
-            continue
-        with contextlib.suppress(OSError), _locked(found):
-            _remove(found)
+        with contextlib.suppress(OSError):  # somebody's, or gone
+            if unfinished and unfinished[2]:
+                _clear_aside(found, folder / unfinished[1])
+            elif found.is_symlink():  # it made room for a folder
+                found.unlink()
+            else:
+                with _locked(found):
+                    _remove(found)
+
+
+def _clear_aside(aside: Path, place: Path) -> None:
+    """Put back what was at ``place``, or delete it, unless whoever put it aside is still at work."""
+    with contextlib.suppress(FileNotFoundError), _locked(aside.with_name(aside.name.removesuffix(_ASIDE))):
+        pass
+    if os.path.lexists(place):
+        _remove(aside)
+    else:
+        aside.rename(place)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder; BlockingIOError if another process has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder or file; BlockingIOError if another process has it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock what is open there, until it is closed; whether it still has a name.
+
+    Raises:
+        BlockingIOError: Another process has it.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return os.fstat(descriptor).st_nlink > 0

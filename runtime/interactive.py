@@ -33,9 +33,10 @@ import numpy as np
 
 from sdrt.runtime.command import put
 from sdrt.runtime.errors import SdrtError, UsageError
+from sdrt.runtime.interrupts import telling
 from sdrt.runtime.options import JSON_OPTIONS, check_names
 from sdrt.runtime.printable import printable
-from sdrt.runtime.saving import BASE64, check_output, encoded, save
+from sdrt.runtime.saving import BASE64, PictureFiles, check_output, encoded
 from sdrt.runtime.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -118,14 +119,18 @@ def _draw(
     in_result = target == Path(BASE64)
     if not in_result:
         check_output(target)
-    drawn = pipeline(**{**defaults, **request, **inline_pictures(request)})
-    saving = time.perf_counter()
+    request = {**defaults, **request, **inline_pictures(request)}
     if in_result:
+        drawn = pipeline(**request)
+        saving = time.perf_counter()
         places = {"png": [base64.b64encode(png).decode("ascii") for png in encoded(drawn)]}
+        saved = time.perf_counter() - saving
     else:
-        places = {"paths": [str(path) for path in save(drawn, target)]}
-    ended = time.perf_counter()
-    seconds = {**drawn.timings, "save": ended - saving, "request": ended - started}
+        files = PictureFiles(target)
+        with telling(files.last_words):
+            drawn = pipeline(**request, callback_on_batch_end=files)
+        places, saved = {"paths": [str(path) for path in files.paths]}, files.seconds
+    seconds = {**drawn.timings, "save": saved, "request": time.perf_counter() - started}
     seeds = [recipe["seed"] for recipe in drawn.recipes]
     return {**places, "seeds": seeds, "seconds": _rounded(seconds), "recipes": drawn.recipes}
 

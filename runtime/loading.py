@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from sdrt.runtime.backends import Choice, load_executor
@@ -21,6 +20,7 @@ from sdrt.runtime.text_encoders import open_tokenizers, text_encoders
 from sdrt.runtime.tokenizer import Tokenizer
 
 MAX_DEVICES: Final = 64
+AT_ONCE: Final = 2  # components that are loaded at the same time: loading one is partly single-threaded
 
 
 def check_gpu(device: int, stream: object) -> None:
@@ -75,18 +75,24 @@ def longest_prompt(bundle: Bundle, request: Request) -> int:
     return max(len(planner.plan(prompt).chunks) for prompt in long)
 
 
-def load_parts(
-    bundle: Bundle, load: Callable[[str], Executor]
-) -> tuple[dict[str, Executor], list[Tokenizer]]:
-    """Every component that a drawing needs, and the tokenizers, which are read meanwhile.
+def needed(bundle: Bundle) -> list[str]:
+    """The components that every drawing needs, the largest first: it takes the longest to load."""
+    return sorted(bundle.manifest.required_components, key=lambda name: -_size(bundle, name))
 
-    Components two at a time: loading one is partly single-threaded. The largest first, it takes the longest.
+
+def executor_of(
+    executors: dict[str, Executor], load_more: Callable[[str], Executor] | None, name: str
+) -> Executor:
+    """A component of ``executors``; one that is not there yet is loaded.
+
+    Raises:
+        BackendError: It cannot be.
     """
-    names = sorted(bundle.manifest.required_components, key=lambda name: -_size(bundle, name))
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="sdrt-load") as pool:
-        loading = {name: pool.submit(load, name) for name in names}
-        tokenizers = open_tokenizers(bundle)
-        return {name: future.result() for name, future in loading.items()}, tokenizers
+    if name not in executors:
+        if load_more is None:
+            raise BackendError(f"this pipeline was made without the {name}")
+        executors[name] = load_more(name)
+    return executors[name]
 
 
 def load_component(

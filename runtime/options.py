@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict
 
-from sdrt.runtime.callbacks import StepEndCallback
+from sdrt.runtime.callbacks import BatchEndCallback, StepEndCallback
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.noise import Rng
 from sdrt.runtime.output import OutputType
@@ -77,7 +77,10 @@ class DrawOptions(TypedDict, total=False):
       (in a batch that had not begun, noise); the recipe says so in ``interrupted_after_step``;
     * ``callback_on_step_end_tensor_inputs``: what ``state`` holds, each at the cost of a download a step:
       ``latents``, ``denoised`` (the guess of the clean latents, float32 [N, C, h, w]) and ``preview`` (that
-      guess as a small picture, uint8 [N, h, w, 3]). With ``()`` nothing is copied and nothing waits.
+      guess as a small picture, uint8 [N, h, w, 3]). With ``()`` nothing is copied and nothing waits;
+    * ``callback_on_batch_end``: called as ``f(pipeline, batch)`` with the pictures of each batch as soon as
+      they are finished (`sdrt.runtime.output.FinishedBatch`), so that they can be saved before the next
+      one is begun.
     """
 
     negative_prompt: str | Sequence[str] | None
@@ -115,6 +118,7 @@ class DrawOptions(TypedDict, total=False):
     output_type: OutputType
     callback_on_step_end: StepEndCallback | None
     callback_on_step_end_tensor_inputs: Sequence[str]
+    callback_on_batch_end: BatchEndCallback | None
 
 
 OPTIONS: Final = tuple(DrawOptions.__annotations__)

@@ -54,6 +54,23 @@ class PipelineOutput:
     timings: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedBatch:
+    """Pictures of a call that are finished while others are not: what ``callback_on_batch_end`` is given.
+
+    Attributes:
+        numbers: Which of the call's pictures they are, from 0.
+        total: How many the call draws.
+        images: As `PipelineOutput.images`, of these alone; for ``"device"`` a list of arrays [1, H, W, 3].
+        recipes: Likewise.
+    """
+
+    numbers: tuple[int, ...]
+    total: int
+    images: Any
+    recipes: tuple[dict[str, Any], ...]
+
+
 class Collected:
     """Pictures and latents of one batch after the other, in main memory."""
 
@@ -68,13 +85,19 @@ class Collected:
         latents = np.stack([self._latents[image] for image in range(self._images)])
         if self._output_type in WITHOUT_PICTURES:
             return latents if self._output_type == "latent" else [], latents
-        pixels = np.stack([self._pixels[image] for image in range(self._images)])
-        _warn_of_black(pixels)
+        _warn_of_black(np.stack([self._pixels[image] for image in range(self._images)]))
+        return self.pictures(range(self._images)), latents
+
+    def pictures(self, numbers: Sequence[int]) -> Any:
+        """Those with these numbers, as ``output_type`` says; of latents none."""
+        if self._output_type in WITHOUT_PICTURES:
+            return []
+        pixels = np.stack([self._pixels[image] for image in numbers])
         if self._canvas is not None:
             from sdrt.runtime.canvas import finish
 
             pixels = finish(pixels, self._canvas)
-        return _AS[self._output_type](pixels), latents
+        return _AS[self._output_type](pixels)
 
     def add(
         self, batch: Sequence[int], latents: NDArray[np.float32], pixels: NDArray[np.uint8] | None
@@ -102,6 +125,10 @@ class DeviceCollected:
         for name, rows in self._rows.items():
             for image, source in dict(zip(batch, loop.arena.rows(name), strict=True)).items():
                 self._device.copy(source, rows[image])
+
+    def pictures(self, numbers: Sequence[int]) -> list[Buffer]:
+        """Those with these numbers, uint8 [1, H, W, 3] each."""
+        return [self._rows["pixels"][image] for image in numbers]
 
     def finish(self) -> tuple[Buffer, Buffer]:
         """uint8 images [N, H, W, 3] and float32 latents [N, C, h, w]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -10,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, Unpack
+from typing import Any, Final, NoReturn, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +26,22 @@ from sdrt.runtime.backends import (
     open_device,
 )
 from sdrt.runtime.bundle import ALWAYS, Bundle, Verify, sha256
-from sdrt.runtime.callbacks import StepHook
+from sdrt.runtime.c_library import trim_memory
+from sdrt.runtime.callbacks import BatchEndCallback, StepHook, check_function
 from sdrt.runtime.devices import Device
 from sdrt.runtime.encode import Pictures
-from sdrt.runtime.errors import BackendError, DeviceMemoryError, UsageError
+from sdrt.runtime.errors import DeviceMemoryError, UsageError
 from sdrt.runtime.executors import Executor
+from sdrt.runtime.forks import keep_in_children
 from sdrt.runtime.generation import Generations
-from sdrt.runtime.loading import check_gpu, condition_encoder, load_component, load_parts
+from sdrt.runtime.loading import (
+    AT_ONCE,
+    check_gpu,
+    condition_encoder,
+    executor_of,
+    load_component,
+    needed,
+)
 from sdrt.runtime.noise import DEFAULT_RNG, Rng, noise_source
 from sdrt.runtime.options import DrawOptions
 from sdrt.runtime.output import (
@@ -38,6 +49,7 @@ from sdrt.runtime.output import (
     BlackImageWarning,
     Collected,
     DeviceCollected,
+    FinishedBatch,
     OutputType,
     PipelineOutput,
     checked_output_type,
@@ -47,8 +59,10 @@ from sdrt.runtime.recipes import check_embeddings
 from sdrt.runtime.request import Request, build_request, checked_size, latent_shape
 from sdrt.runtime.request_picture import PictureTask
 from sdrt.runtime.schedule import check_integer
+from sdrt.runtime.side_by_side import SideBySide
 from sdrt.runtime.solvers import inversion_table
 from sdrt.runtime.start import KnownPicture, slerp, with_device_latents
+from sdrt.runtime.text_encoders import open_tokenizers
 from sdrt.runtime.tokenizer import Tokenizer
 
 __all__ = ["BlackImageWarning", "Pipeline", "PipelineOutput"]
@@ -89,13 +103,17 @@ class Pipeline:
         self._executors = dict(executors)
         self._load_more = load_more
         self._encoder = condition_encoder(bundle, executors, device, tokenizers)
-        self._pictures = Pictures(lambda: self._executor("vae_encoder"), device, bundle.manifest)
+        # Nothing here leads back to the pipeline: when its last user lets go, threads and memory are free.
+        encoder = partial(executor_of, self._executors, load_more, "vae_encoder")
+        self._pictures = Pictures(encoder, device, bundle.manifest)
         self._generations = Generations(self._device, self._executors, self._encoder, bundle.manifest)
         self._embeddings: dict[str, str] = {}  # name → SHA-256 of its file
         self._closed = False
         self._cancelled = threading.Event()
         self._interrupt = False  # diffusers' name: a callback sets it, and no further step is done
         self._busy = threading.Lock()
+        self._process = os.getpid()
+        keep_in_children(self)
 
     @classmethod
     def load(
@@ -148,9 +166,11 @@ class Pipeline:
             admit(bundle, bundle.manifest.required_components, choice.name, verify=bool(verify))
         with ExitStack() as undo:
             opened = open_device(choice, stream)
-            undo.callback(opened.close)
             load = partial(load_component, bundle, choice, opened, threads, verify)
-            executors, tokenizers = load_parts(bundle, load)
+            loading = SideBySide(load, needed(bundle), AT_ONCE)
+            undo.callback(loading.leave, opened.close)
+            tokenizers = open_tokenizers(bundle)  # meanwhile
+            executors = loading.results()
             pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load, tokenizers)
             undo.pop_all()
         return pipeline
@@ -158,9 +178,13 @@ class Pipeline:
     def close(self) -> None:
         """Give back buffers, graphs, engines and the device. Closing again does nothing.
 
+        Nor does it in a child that a fork made: what there is belongs to the parent.
+
         Raises:
             UsageError: It is drawing.
         """
+        if os.getpid() != self._process:
+            return
         with self._alone():
             if self._closed:
                 return
@@ -171,10 +195,28 @@ class Pipeline:
             del self._encoder, self._pictures, self._generations
             self._executors.clear()
             self._device.close()
+        trim_memory()
+
+    def __del__(self, at_the_end: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Free everything now, and give the memory back to the system: the allocator would keep much."""
+        self.__dict__.clear()
+        if not at_the_end():
+            trim_memory()
 
     def __enter__(self) -> Self:
         """The pipeline itself."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            UsageError: Always; it says what to do.
+        """
+        raise UsageError(
+            "a pipeline cannot be pickled or copied, it holds threads and a device's memory: hand on the "
+            f"bundle's path, {str(self.bundle.path)!r}, and call Pipeline.load with it where it is to draw"
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -296,7 +338,12 @@ class Pipeline:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other calls out: they would write into the same buffers."""
+        """Keep other calls out, which would write into the same buffers, and other processes."""
+        if os.getpid() != self._process:
+            raise UsageError(
+                "the pipeline was loaded before this process was forked from another, where its threads "
+                "have stayed: call Pipeline.load in the child"
+            )
         if not self._busy.acquire(blocking=False):
             raise UsageError(
                 "the pipeline is drawing already, in another thread or around this callback: wait for it, or "
@@ -322,17 +369,24 @@ class Pipeline:
             options.get("callback_on_step_end_tensor_inputs", ("latents",)),
             self._cancelled,
         )
+        finished = options.get("callback_on_batch_end")
+        check_function("callback_on_batch_end", finished)
         with self._alone():
             self._check_open()
             self._cancelled.clear()
             self._interrupt = False
             manifest = self.bundle.manifest
             return self._draw(
-                with_device_latents(self._device, manifest, request), output_type, hook, started
+                with_device_latents(self._device, manifest, request), output_type, hook, finished, started
             )
 
     def _draw(
-        self, request: Request, output_type: OutputType, hook: StepHook, started: float
+        self,
+        request: Request,
+        output_type: OutputType,
+        hook: StepHook,
+        finished: BatchEndCallback | None,
+        started: float,
     ) -> PipelineOutput:
         decodes = output_type not in WITHOUT_PICTURES
         batches = list(self._batches(request))
@@ -363,6 +417,10 @@ class Pipeline:
                 unfinished |= dict.fromkeys(batch, done)
             if hook.interrupted_after is not None:
                 hook.interrupted_after = 0  # of the batches that follow
+            if finished is not None:
+                numbers, recipes = tuple(dict.fromkeys(batch)), self._recipes(request, unfinished)
+                pictures, own = collected.pictures(numbers), tuple(recipes[number] for number in numbers)
+                finished(self, FinishedBatch(numbers, wanted, pictures, own))
         images, latents = collected.finish()
         seconds["step"] = seconds["denoise"] / max(steps, 1)
         seconds["total"] = time.perf_counter() - started
@@ -402,11 +460,7 @@ class Pipeline:
 
     def _executor(self, name: str) -> Executor:
         """One of the components that not every drawing needs, loaded when it is first wanted."""
-        if name not in self._executors:
-            if self._load_more is None:
-                raise BackendError(f"this pipeline was made without the {name}")
-            self._executors[name] = self._load_more(name)
-        return self._executors[name]
+        return executor_of(self._executors, self._load_more, name)
 
     def _recipes(self, request: Request, unfinished: Mapping[int, int]) -> tuple[dict[str, Any], ...]:
         provenance = self.bundle.manifest.provenance

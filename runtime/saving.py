@@ -1,18 +1,21 @@
-"""Where the command's pictures go: checked before anything is drawn, written whole or not at all."""
+"""Where the command's pictures go: checked before anything is drawn, each written whole, and soon."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
+import time
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.errors import OutputError, UsageError
+from sdrt.runtime.interrupts import NOTHING_LEFT, finishing
 
 if TYPE_CHECKING:
-    from sdrt.runtime.output import PipelineOutput
+    from sdrt.runtime.output import FinishedBatch, PipelineOutput
 
 
 DEFAULT_ANIMATION: Final = ".webp"
@@ -50,12 +53,12 @@ def check_output(
     suffixes = (DEFAULT_ANIMATION, ".png") if animated else tuple(FORMATS)
     named = target.suffix.lower() in suffixes
     folder = target.parent if named else target
-    if target.suffix and not named and not _is_folder(target):
+    if target.suffix and not named and not is_folder(target):
         *most, last = suffixes
         raise UsageError(
             f"--output is {target}: a name that ends in {', '.join(most)} or {last}, or a folder"
         )
-    if not _is_folder(folder):
+    if not is_folder(folder):
         exists = os.path.lexists(folder)
         reason = (
             f"{folder} is not a folder" if exists else f"the folder {folder} does not exist; make it first"
@@ -74,37 +77,108 @@ def _check_stdout(*, allowed: bool) -> None:
         raise UsageError("--output is -, and standard output is a terminal or closed: redirect it to a file")
 
 
-def save(
-    output: PipelineOutput,
-    target: Path | None,
-    quality: int | None = None,
-    *,
-    first: int = 0,
-    total: int | None = None,
-) -> list[Path]:
-    """Write every picture of a call with its recipe, all or none.
+class PictureFiles:
+    """The files of a call's pictures, each with its recipe: its ``callback_on_batch_end``.
 
-    Args:
-        output: Of a pipeline, with Pillow images.
-        target: See `check_output`; where it gives no name, each picture's prompt and seed do, and it is a
-            PNG.
-        quality: See `sdrt.runtime.images.picture_bytes`.
-        first: How many pictures of other calls come before these under the same name.
-        total: How many pictures share the name; by default those of this call.
+    What was finished is saved before the next batch is begun, each picture whole, whatever happens later.
 
-    Returns:
-        One path per picture.
-
-    Raises:
-        OutputError: A file cannot be written.
+    Attributes:
+        seconds: What that has taken.
     """
-    from sdrt.runtime.files import place_of, write_all_atomically
 
-    paths = _paths(target, output.recipes, first, len(output.recipes) if total is None else total)
-    places = map(place_of, paths)
-    files = encoded(output, paths[0].suffix, quality)
-    write_all_atomically(dict(zip(places, files, strict=True)))
-    return paths
+    def __init__(
+        self,
+        target: Path | None,
+        *,
+        frames: bool = False,
+        quality: int | None = None,
+        total: int | None = None,
+    ) -> None:
+        """Nothing is written yet.
+
+        Args:
+            target: See `check_output`; where it gives no name, each picture's prompt and seed do, and it is a
+                PNG.
+            frames: Whether the pictures are frames of an animation, and ``target`` a folder for them.
+            quality: See `sdrt.runtime.images.picture_bytes`.
+            total: How many pictures there are, where those of several calls share the target.
+        """
+        self._target, self._frames, self._quality = target, frames, quality
+        self._saved: dict[int, Path] = {}
+        self._first = 0  # number of the call's first picture
+        self._given_total, self._total = total, 0
+        self._stem = ""
+        self.seconds = 0.0
+
+    @property
+    def paths(self) -> list[Path]:
+        """One per picture that is saved, in their order."""
+        return [self._saved[number] for number in sorted(self._saved)]
+
+    def next_call(self) -> None:
+        """Count on: the pictures that follow are another call's."""
+        self._first = len(self._saved)
+
+    def __call__(self, _pipeline: object, batch: FinishedBatch) -> None:
+        """Write the pictures of a batch; an interrupt waits for it.
+
+        Raises:
+            OutputError: A file cannot be written; the message says how many are saved.
+        """
+        from sdrt.runtime.files import clear_leftovers, place_of, write_atomically
+
+        started = time.perf_counter()
+        if not self._total:
+            with contextlib.suppress(OSError):
+                clear_leftovers(self._folder())
+            self._stem = _free_stem(self._folder()) if self._frames else ""
+        with finishing():
+            self._total = batch.total if self._given_total is None else self._given_total
+            files = encoded(batch, self._suffix(), self._quality)
+            for own, recipe, data in zip(batch.numbers, batch.recipes, files, strict=True):
+                number = self._first + own
+                path = self._path(number, recipe)
+                try:
+                    write_atomically(place_of(path), data)
+                except OutputError as error:
+                    raise OutputError(f"{error}{'; ' if self._saved else ''}{self._told()}") from error
+                self._saved[number] = path
+        self.seconds += time.perf_counter() - started
+
+    def last_words(self) -> str:
+        """What is said of an interrupt: how many pictures are saved, and where."""
+        return f"interrupted; {self._told()}" if self._saved else NOTHING_LEFT
+
+    def _told(self) -> str:
+        if not self._saved:
+            return ""
+        return told(self.paths, self._total)
+
+    def _folder(self) -> Path:
+        target = Path() if self._target is None else self._target
+        return target.parent if _is_name(target) else target
+
+    def _suffix(self) -> str:
+        return self._target.suffix if self._target is not None and _is_name(self._target) else ".png"
+
+    def _path(self, number: int, recipe: Mapping[str, Any]) -> Path:
+        """Several pictures for one name get ``-1``, ``-2`` … before the suffix."""
+        from sdrt.runtime.images import slug
+
+        if self._frames:
+            return self._folder() / f"{self._stem}-{number:0{max(4, len(str(self._total - 1)))}}.png"
+        if self._target is None or not _is_name(self._target):
+            name = f"{slug(recipe['prompt'])}-{recipe['seed']}.png"
+            return _free_name(self._folder() / name, self._saved.values())
+        if self._total == 1:
+            return self._target
+        return self._target.with_stem(f"{self._target.stem}-{number + 1}")
+
+
+def told(paths: Sequence[Path], total: int) -> str:
+    """What is said of pictures that are saved where more were asked for."""
+    where = f"{paths[0]}" if len(paths) == 1 else f"{paths[0]} to {paths[-1]}"
+    return f"of {total} pictures {len(paths)} were finished and saved, each whole: {where}"
 
 
 def write_to_stdout(output: PipelineOutput) -> None:
@@ -134,72 +208,59 @@ def check_frames(target: Path | None, fps: float) -> None:
     """
     from sdrt.runtime.animation import check_animation
 
-    named = target is not None and not _is_folder(target)
+    named = not is_folder(target)
     check_animation(target.suffix.lower() if target is not None and named else DEFAULT_ANIMATION, fps)
 
 
-def save_frames(output: PipelineOutput, target: Path | None, fps: float) -> list[Path]:
-    """Write the frames of an interpolation, all or none.
+def save_animation(output: PipelineOutput, target: Path | None, fps: float) -> Path:
+    """Write the frames of an interpolation into one animated file, whole or not at all.
 
     Args:
         output: Of `Pipeline.interpolate`, with Pillow images.
-        target: An animated file, or a folder for one numbered PNG per frame; by default an animated WebP
-            named after prompt and seed.
-        fps: Frames per second of an animated file.
+        target: Its name; by default an animated WebP named after prompt and seed.
+        fps: Frames per second.
 
     Returns:
-        The animated file, or one path per frame.
+        The file.
 
     Raises:
         UsageError: ``fps`` is out of range.
-        OutputError: A file cannot be written.
+        OutputError: It cannot be written.
     """
     import numpy as np
 
     from sdrt.runtime.animation import animation_bytes
-    from sdrt.runtime.files import place_of, write_all_atomically
+    from sdrt.runtime.files import place_of, write_atomically
     from sdrt.runtime.images import slug
 
-    if target is not None and _is_folder(target):
-        digits = max(4, len(str(len(output.recipes) - 1)))
-        stem = _free_stem(target)
-        paths = [target / f"{stem}-{number:0{digits}}.png" for number in range(len(output.recipes))]
-        write_all_atomically(dict(zip(paths, encoded(output), strict=True)))
-        return paths
     recipe = {name: value for name, value in output.recipes[0].items() if name != "frame"} | {"fps": fps}
     if target is None:
         target = _free_name(Path(f"{slug(recipe['prompt'])}-{recipe['seed']}{DEFAULT_ANIMATION}"), ())
     frames = np.stack([np.asarray(image) for image in output.images])
-    write_all_atomically({place_of(target): animation_bytes(frames, target.suffix.lower(), fps, recipe)})
-    return [target]
+    write_atomically(place_of(target), animation_bytes(frames, target.suffix.lower(), fps, recipe))
+    return target
 
 
-def encoded(output: PipelineOutput, suffix: str = ".png", quality: int | None = None) -> list[bytes]:
-    """Every picture of a call with its recipe; see `sdrt.runtime.images.picture_bytes`."""
+def encoded(
+    output: PipelineOutput | FinishedBatch, suffix: str = ".png", quality: int | None = None
+) -> list[bytes]:
+    """Every picture of a call, or of a batch, with its recipe; see `sdrt.runtime.images.picture_bytes`."""
     from sdrt.runtime.images import picture_bytes
 
     pictures = zip(output.images, output.recipes, strict=True)
     return [picture_bytes(image, suffix, recipe, quality=quality) for image, recipe in pictures]
 
 
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+def is_folder(path: Path | None) -> bool:
+    """Whether a folder was named."""
+    return path is not None and os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises for too long a name
 
 
-def _paths(target: Path | None, recipes: Sequence[Mapping[str, Any]], first: int, total: int) -> list[Path]:
-    """One file per picture; several pictures for one name get ``-1``, ``-2`` … before the suffix."""
-    from sdrt.runtime.images import FORMATS, slug
+def _is_name(path: Path) -> bool:
+    """Whether it is one picture's."""
+    from sdrt.runtime.images import FORMATS
 
-    if target is None or target.suffix.lower() not in FORMATS or _is_folder(target):
-        folder = Path() if target is None else target
-        paths: dict[Path, None] = {}
-        for recipe in recipes:
-            paths[_free_name(folder / f"{slug(recipe['prompt'])}-{recipe['seed']}.png", paths)] = None
-        return list(paths)
-    if total == 1:
-        return [target]
-    numbers = range(first + 1, first + len(recipes) + 1)
-    return [target.with_stem(f"{target.stem}-{number}") for number in numbers]
+    return path.suffix.lower() in FORMATS and not is_folder(path)
 
 
 def _free_stem(folder: Path) -> str:

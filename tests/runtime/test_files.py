@@ -390,20 +390,19 @@ def test_kill_in_the_middle_keeps_the_old_folder_and_the_next_run_clears_up(tmp_
 
 
 @pytest.mark.parametrize("name", ["out", "a*b", "[x]", "a**b", "?"])
-def test_only_abandoned_folders_of_this_name_are_removed(tmp_path: Path, name: str) -> None:
-    abandoned = f".{name}.part-0123456789abcdef"
-    kept = [
-        f".{name}2.part-0123456789abcdef",
-        f".{name}.part-mine",
-        f".{name}.part-0123456789abcdef-mine",
-        name + ".bak",
-    ]
-    for folder in (abandoned, *kept):
+def test_only_what_was_left_unfinished_is_removed(tmp_path: Path, name: str) -> None:
+    """Whatever it was to become; and nothing is followed."""
+    abandoned = [f".{name}.part-0123456789abcdef", ".other.part-0123456789abcdef"]
+    kept = [f".{name}.part-mine", f".{name}.part-0123456789abcdef-mine", name + ".bak", "sdrt.tmp"]
+    for folder in (*abandoned, *kept):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_bytes(b"")
+    (tmp_path / ".sdrt-0-17-0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / ".link.part-0123456789abcdef").symlink_to(tmp_path / kept[0])
     with new_folder(tmp_path / name):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {*kept, name}
+    assert all((tmp_path / folder / "file").exists() for folder in kept)
 
 
 def test_a_folder_that_was_away_when_its_process_was_killed_is_put_back(tmp_path: Path) -> None:

@@ -146,14 +146,19 @@ def test_signals(process: Process, work: Path, number: signal.Signals, busy: boo
     assert names(work) == []
 
 
-def test_reader_that_goes_away(process: Process) -> None:
+def test_reader_that_goes_away(process: Process, work: Path) -> None:
+    """The picture is there, but its answer is not: no success."""
     process.answer()
     assert process.process.stdout is not None
     process.process.stdout.close()
     assert process.process.stdin is not None
     process.process.stdin.write(json.dumps({"prompt": "x"}) + "\n")
     process.process.stdin.flush()
-    assert process.process.wait(timeout=60) == 0
+    assert process.process.wait(timeout=60) == 8
+    assert process.process.stderr is not None
+    line = "sd-run: cannot write to standard output: its reader has gone\n"
+    assert process.process.stderr.read() == line
+    assert len(names(work)) == 1
 
 
 def test_nothing_is_drawn_for_an_empty_input(tiny_bundle: Path, work: Path) -> None:

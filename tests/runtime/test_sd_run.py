@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 from sd_run_terminal import A_STEP, SD_RUN, OnTerminal
 
-from sdrt.runtime import backends
+from sdrt.runtime import backends, saving
 from sdrt.runtime.cli import main
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.pipeline import Pipeline
@@ -85,7 +86,7 @@ def test_help_and_version(argument: str) -> None:
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_reader_that_goes_away(tiny_bundle: Path, work: Path, unbuffered: str) -> None:
-    """``sd-run … | true`` is no error, and says nothing."""
+    """``sd-run … | true`` is no error where the picture is saved, and says nothing."""
     command = [SD_RUN, "x", "--bundle", str(tiny_bundle), "--steps", "1", "--seed", "1", *CPU]
     pipe = subprocess.PIPE
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
@@ -134,7 +135,7 @@ def test_no_progress_bar_when_quiet(tiny_bundle: Path, work: Path) -> None:
     assert terminal.shown == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_in_the_middle(tiny_bundle: Path, work: Path, number: signal.Signals) -> None:
     terminal = OnTerminal(work, "x", "--bundle", str(tiny_bundle), "--steps", "499", "--num-images", "100")
     terminal.read(until=A_STEP)
@@ -142,7 +143,73 @@ def test_interrupted_in_the_middle(tiny_bundle: Path, work: Path, number: signal
     assert terminal.end() == 130
     assert "interrupted; nothing unfinished was left behind" in terminal.shown
     assert "Traceback" not in terminal.shown
+    assert terminal.shown.rfind("\x1b[?25h") > terminal.shown.rfind("\x1b[?25l")  # the cursor is shown again
     assert names(work) == []
+
+
+@pytest.mark.parametrize("here", [False, True], ids=["its own process", "somebody else's"])
+def test_what_is_finished_is_saved(
+    tiny_bundle: Path,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    here: bool,
+) -> None:
+    """Batch by batch, each picture whole; an interrupt in the middle of saving waits for the batch."""
+    words = [
+        "x",
+        "--bundle",
+        str(tiny_bundle),
+        "--seed",
+        "1",
+        "--num-images",
+        "64",
+        "--steps",
+        "60",
+        "-o",
+        "a.png",
+    ]
+    if here:
+        encoded, calls = saving.encoded, []
+
+        def interrupted(*arguments: Any) -> list[bytes]:
+            calls.append(arguments)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return encoded(*arguments)
+
+        monkeypatch.setattr(saving, "encoded", interrupted)
+        assert main([*words, *CPU]) == 130
+        said, saved = capsys.readouterr().err, ["a-1.png", "a-2.png", "a-3.png", "a-4.png"]
+    else:
+        terminal = OnTerminal(work, *words, *CPU)
+        deadline = time.monotonic() + 60
+        while not (work / "a-2.png").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.end() == 130
+        said, saved = terminal.shown, sorted(names(work), key=lambda name: int(name[2:-4]))
+    assert 2 <= len(saved) < 64
+    assert len(saved) % 2 == 0
+    assert sorted(saved) == names(work)
+    expected = f"of 64 pictures {len(saved)} were finished and saved, each whole: a-1.png to {saved[-1]}"
+    assert f"sd-run: interrupted; {expected}" in " ".join(said.split())
+    assert all(pixels(work / name).shape == (16, 16, 3) for name in saved)
+
+
+def test_what_is_finished_is_saved_before_a_disk_is_full(
+    run: Run, tiny_bundle: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "a-3.png").mkdir()
+    assert (
+        main(["x", "--bundle", str(tiny_bundle), *CPU, "--num-images", "4", "--steps", "1", "-o", "a.png"])
+        == 8
+    )
+    told = "of 4 pictures 2 were finished and saved, each whole: a-1.png to a-2.png"
+    assert (
+        capsys.readouterr().err == f"sd-run: cannot write a-3.png: there is a folder of that name; {told}\n"
+    )
+    assert names(work) == ["a-1.png", "a-2.png", "a-3.png"]
 
 
 # --- where pictures go

@@ -19,6 +19,7 @@ from sd_run_terminal import A_STEP, OnTerminal
 
 from sdrt.runtime import interactive
 from sdrt.runtime.cli import main
+from sdrt.runtime.denoise import DenoiseLoop
 from sdrt.runtime.pipeline import Pipeline
 
 CPU = ("--backend", "onnxruntime-cpu")
@@ -229,6 +230,23 @@ def test_refused(run: Run, work: Path, arguments: list[str], words: str) -> None
     assert sorted(work.rglob("*")) == before
 
 
+def test_frames_are_saved_as_they_come(run: Run, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[DenoiseLoop] = []
+
+    def start_and_look(self: DenoiseLoop, *arguments: Any, **options: Any) -> None:
+        started.append(self)
+        if len(started) == 2:
+            assert sorted(path.name for path in (work / "frames").iterdir()) == frames[:2]
+        start(self, *arguments, **options)
+
+    start = DenoiseLoop.start
+    frames = [f"frame-{number:04}.png" for number in range(4)]
+    monkeypatch.setattr(DenoiseLoop, "start", start_and_look)
+    run("x", "--to-prompt", "y", "--frames", "4", "--output", "frames")
+    assert sorted(path.name for path in (work / "frames").iterdir()) == frames
+    assert len(started) == 2
+
+
 def test_kinds_of_bundles_say_what_they_need(
     run: Run, inpainting_bundle: Path, variations_bundle: Path, work: Path
 ) -> None:
@@ -267,10 +285,9 @@ def test_preview_elsewhere_is_a_warning(run: Run) -> None:
     assert err == "sd-run: warning: no preview: standard error is no terminal, or --quiet was given\n"
 
 
-@pytest.mark.parametrize("output", ["a.webp", "frames"])
-def test_frames_that_are_interrupted_leave_nothing(tiny_bundle: Path, work: Path, output: str) -> None:
+def test_an_animation_that_is_interrupted_leaves_nothing(tiny_bundle: Path, work: Path) -> None:
     before = sorted(work.rglob("*"))
-    words = ["--to-prompt", "y", "--frames", "50", "--steps", "200", "--output", output]
+    words = ["--to-prompt", "y", "--frames", "50", "--steps", "200", "--output", "a.webp"]
     terminal = OnTerminal(work, "x", "--bundle", str(tiny_bundle), *CPU, *words)
     terminal.read(until=A_STEP)
     terminal.process.send_signal(signal.SIGINT)
