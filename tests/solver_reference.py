@@ -167,6 +167,13 @@ class Steps:
         return self.xs[-1]
 
 
+def step_options(name: str, options: SamplerOptions) -> dict[str, Any]:
+    """What diffusers takes with each step and not with the scheduler."""
+    if name in ("ddim", "tcd"):
+        return {"eta": options.eta or 0.0}  # which is what diffusers' pipelines give
+    return {"order": options.solver_order} if name == "lms" and options.solver_order else {}
+
+
 def diffusers_run(
     name: str,
     scheduler: Any,

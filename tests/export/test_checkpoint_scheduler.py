@@ -22,6 +22,7 @@ from solver_reference import (
     relative_error,
     scheduler_class,
     set_timesteps,
+    step_options,
 )
 
 import tolerances
@@ -78,7 +79,8 @@ def difference(name: str, ours: CheckpointScheduler, scheduler: Any, steps: int)
     start, noise = normal(*SHAPE) * table.init_noise_sigma, normal(len(table), *SHAPE, seed=1)
     if name == "ddpm":  # diffusers adds 1e-10 of noise to the result, we do not
         noise[-1] = 0.0
-    expected = diffusers_run(name, scheduler, model, start, noise).last
+    more = step_options(name, options)
+    expected = diffusers_run(name, scheduler, model, start, noise, **more).last
     return relative_error(run_table(table, model, start, noise), expected)
 
 

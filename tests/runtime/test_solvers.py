@@ -17,6 +17,7 @@ from solver_reference import (
     normal,
     relative_error,
     set_timesteps,
+    step_options,
     widened,
 )
 
@@ -54,13 +55,6 @@ LEVELS = {name: sampler.options for name, sampler in SAMPLERS.items()}
 KNOWN = [
     (name, prediction) for name in SAMPLERS for prediction in PREDICTION_TYPES if known(name, prediction)
 ]
-
-
-def step_options(name: str, options: SamplerOptions) -> dict[str, Any]:
-    """What diffusers takes with each step and not with the scheduler."""
-    if name in ("ddim", "tcd"):
-        return {"eta": options.eta or 0.0}  # which is what diffusers' pipelines give
-    return {"order": options.solver_order} if name == "lms" and options.solver_order else {}
 
 
 def row_noise(name: str, table: SamplerTable) -> FloatArray:
@@ -114,7 +108,9 @@ def test_equals_diffusers_as_it_is(name: str, prediction_type: str) -> None:
     assert_timesteps_equal(table, scheduler)
     assert table.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=tolerances.SIGMAS)
     start, noise = normal(*SHAPE) * table.init_noise_sigma, row_noise(name, table)
-    expected = diffusers_run(name, scheduler, fake_model, start, noise).last
+    expected = diffusers_run(
+        name, scheduler, fake_model, start, noise, **step_options(name, SamplerOptions())
+    ).last
     most = tolerances.SAMPLER_RUN_DEIS if name == "deis" else tolerances.SAMPLER_RUN
     assert relative_error(run_table(table, fake_model, start, noise), expected) <= most
 
@@ -272,7 +268,9 @@ def test_original_inference_steps_are_those_of_diffusers(name: str, original: in
         table = make_table(name, schedule, steps, options)
         assert table.timesteps.tolist() == scheduler.timesteps.tolist()
         start, noise = normal(*SHAPE), row_noise(name, table)
-        expected = diffusers_run(name, scheduler, fake_model, start, noise).last
+        expected = diffusers_run(
+            name, scheduler, fake_model, start, noise, **step_options(name, options)
+        ).last
         result = run_table(table, fake_model, start, noise)
         assert relative_error(result, expected) <= tolerances.SAMPLER_RUN
 
