@@ -48,6 +48,7 @@ from sdrt.export.parity import (
 )
 from sdrt.export.parity_pipeline import check_reading, compared_side
 from sdrt.export.parity_sampling import (
+    SAMPLING_STEPS,
     SamplingProbe,
     check_sampling,
     initial_latents,
@@ -60,6 +61,7 @@ from sdrt.export.pass_weight_storage import store_weights_in_fp16
 from sdrt.export.pass_widen import widen_bfloat16
 from sdrt.export.preview import fit_preview
 from sdrt.export.range_audit import audit_ranges
+from sdrt.export.reference import gate_sampler
 from sdrt.export.weights import check_architectures, release_weights
 from sdrt.runtime.admission import accept
 from sdrt.runtime.bundle import sha256
@@ -73,6 +75,7 @@ from sdrt.runtime.manifest import (
     TokenizerFacts,
 )
 from sdrt.runtime.manifest_json import to_json
+from sdrt.runtime.solvers import make_table
 
 SEED: Final = 20240229  # of the random inputs that components are compared on
 
@@ -332,12 +335,13 @@ def _sample(job: _Job, unet: torch.nn.Module, embeddings: Mapping[str, torch.Ten
 def _first_step(job: _Job, embeddings: Mapping[str, torch.Tensor]) -> list[NDArray[Any]]:
     """What the U-Net is given in the sampling run, at a timestep in the middle; in the order of the table."""
     checkpoint, size = job.checkpoint, gate_size(job.checkpoint, job.options)
+    timesteps = make_table(gate_sampler(checkpoint), checkpoint.schedule, SAMPLING_STEPS).timesteps
     inputs = {
         "sample": initial_latents(checkpoint, size),
         **unet_inputs(checkpoint, size, embeddings),
     }
     given = {name: _rows(job, "rows", rows) for name, rows in inputs.items()}
-    given["timestep"] = np.array([checkpoint.schedule.num_train_timesteps // 2], np.float32)
+    given["timestep"] = timesteps[len(timesteps) // 2 :][:1].astype(np.float32)
     spec = components_of(checkpoint.family)["unet"].resolve(checkpoint.sizes(), "fp32")
     return [given[entry.name] for entry in spec.inputs]
 

@@ -108,7 +108,6 @@ class Task:
     sampler: str
     picture: Array | None = None
     mask: Array | None = None
-    noise: Array | None = None
 
 
 def check_reading(
@@ -220,11 +219,9 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
     name = type(pipeline.scheduler).__name__
     sampler = OWN_SAMPLER.get(name, checkpoint.sampler)
     inpainting = "inpainting_channels" in checkpoint.sizes()
-    noisy = make_table(sampler, checkpoint.schedule, SAMPLING_STEPS).uses_noise
     unlike = name in NONE_EQUAL or (checkpoint.distilled_guidance and not name.startswith(("LCM", "TCD")))
     runge_kutta = name == "PNDMScheduler" and not pipeline.scheduler.config.skip_prk_steps
-    # With a mask the seed's first numbers are spent on the VAE's posterior.
-    if unlike or runge_kutta or (inpainting and noisy):
+    if unlike or runge_kutta:
         import diffusers
 
         # A latent consistency model's own pipeline takes no other.
@@ -240,9 +237,7 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         return Task(side, sampler)
     mask = np.zeros((side, side), np.uint8)
     mask[side // 2 :] = 255
-    shape = (1, checkpoint.sizes()["latent_channels"], *2 * (side // checkpoint.factor,))
-    noise = draws.standard_normal(shape, dtype=np.float32)
-    return Task(side, sampler, draws.integers(0, 256, (side, side, 3), np.uint8), mask, noise)
+    return Task(side, sampler, draws.integers(0, 256, (side, side, 3), np.uint8), mask)
 
 
 def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Drawn:
@@ -257,10 +252,8 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         given = {"callback": lambda _step, _timestep, x: latents.append(x)}
     if task.picture is not None:
         given["image"] = Image.fromarray(task.picture)
-    if task.mask is not None and task.noise is not None:
+    if task.mask is not None:
         given |= {"mask_image": Image.fromarray(task.mask), "strength": 1.0}
-        given["latents"] = torch.from_numpy(task.noise.copy())
-        certain_of_latents(pipeline.vae)
     drawn = pipeline(
         **given,
         height=task.side,
@@ -271,18 +264,6 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         output_type="np",
     )
     return Drawn(latents[-1].numpy(), np.asarray(drawn.images[0]))
-
-
-def certain_of_latents(vae: Any) -> None:
-    """Let a VAE be certain of its latents: samples of its posterior are its mean."""
-    encode = vae.encode
-
-    def certain(*args: Any, **named: Any) -> Any:
-        encoded = encode(*args, **named)
-        encoded.latent_dist.std = torch.zeros_like(encoded.latent_dist.std)
-        return encoded
-
-    vae.encode = certain
 
 
 def _drawn_by_runtime(
@@ -300,7 +281,7 @@ def _drawn_by_runtime(
     if task.picture is not None:
         given["image"] = task.picture
     if task.mask is not None:
-        given |= {"mask_image": task.mask, "latents": task.noise}
+        given["mask_image"] = task.mask
     with Pipeline(Bundle(folder, manifest), executors, HostDevice(), "torch") as pipeline:
         latents = pipeline(
             None if checkpoint.family == "image-variations" else PROMPT,
@@ -324,19 +305,7 @@ def _module(checkpoint: Checkpoint, name: str, unet: torch.nn.Module) -> torch.n
     """The module of one component: the U-Net given, any other loaded."""
     if name == "unet":
         return unet
-    return _Means(wrapped(checkpoint, name)) if name == "vae_encoder" else wrapped(checkpoint, name)
-
-
-class _Means(torch.nn.Module):
-    """A VAE's encoder that is certain of its latents, as `certain_of_latents`."""
-
-    def __init__(self, encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = self.encoder(image)
-        return mean, torch.zeros_like(std)
+    return wrapped(checkpoint, name)
 
 
 def _check_default_size(checkpoint: Checkpoint, pipeline: Any) -> None:
