@@ -35,6 +35,8 @@ RUNTIME_SOURCES: Final = (
     "manifest_json.py",
     "manifest_rules.py",
     "schedule.py",
+    "schedule_edm.py",
+    "solvers_table.py",
 )
 # Whose versions change the graphs that PyTorch's exporter and the passes give.
 LIBRARIES: Final = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")

@@ -19,6 +19,7 @@ from sdrt.export.checkpoint_fields import LatentScaling
 from sdrt.export.weights import load_module
 from sdrt.runtime.components import TensorSpec, components_of
 from sdrt.runtime.guidance_embedding import guidance_embedding
+from sdrt.runtime.schedule import NoiseSchedule
 
 # Of the random inputs of text encoders: how many tokens have an embedding of their own, and the standard
 # deviation of CLIP's embeddings as they are initialised, which training leaves as it is (1.x: 0.014).
@@ -258,6 +259,14 @@ def example_inputs(
     return tuple(_example(checkpoint, component, entry, axes, generator) for entry in spec.inputs)
 
 
+def _timestep_range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """The lowest and the highest timestep that a U-Net is told; an EDM model is told ln(sigma) / 4."""
+    if schedule.edm is None:
+        return 0.0, 999.0
+    first, last = schedule.edm.timesteps(np.array([schedule.edm.sigma_min, schedule.edm.sigma_max]))
+    return float(first), float(last)
+
+
 def _example(
     checkpoint: Checkpoint,
     component: str,
@@ -277,7 +286,8 @@ def _example(
         case "clip_skip":
             return torch.randint(0, checkpoint.text_layers(component), shape, generator=generator)
         case "timestep":
-            return torch.rand(shape, generator=generator) * 999
+            first, last = _timestep_range(checkpoint.schedule)
+            return first + torch.rand(shape, generator=generator) * (last - first)
         case "image":
             return torch.rand(shape, generator=generator) * 2 - 1
         case "time_ids":  # a whole picture of the native size, not cropped

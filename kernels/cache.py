@@ -232,11 +232,13 @@ def _key(*, make: bool) -> bytes:
     """
     path = private_folder("", make=make) / KEY_NAME
     key = _read_key(path)
-    if key is None and make:
-        path.unlink(missing_ok=True)
+    for _ in range(2 if key is None and make else 0):
         with contextlib.suppress(FileExistsError):  # another process was first: its key is as good
             _write_new(path, os.urandom(_KEY_BYTES))
         key = _read_key(path)
+        if key is not None:
+            break
+        path.unlink(missing_ok=True)
     if key is None:
         raise FileNotFoundError(errno.ENOENT, "there is no key", str(path))
     return key

@@ -25,6 +25,8 @@ _REPLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "expand": ("variation",),
     "strength": ("variation",),
     "variation": ("strength",),
+    "height": ("original_size", "target_size"),
+    "width": ("original_size", "target_size"),
     "prompt": ("embeddings",),
     "negative_prompt": ("embeddings",),
 }

@@ -65,7 +65,7 @@ def _without_openvino_telemetry() -> Iterator[None]:
         yield
     finally:
         if not there:
-            del sys.modules[_OPENVINO_TELEMETRY]
+            sys.modules.pop(_OPENVINO_TELEMETRY, None)  # another thread may have been here, too
 
 
 def import_tensorrt(flavour: str) -> Any:

@@ -152,7 +152,12 @@ class OnnxRuntimeCudaExecutor:
         options = quiet_options(self._ort)
         options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
         graph: str | bytes = str(model)
-        content = model.read_bytes() if engine is None else engine.read_plan(verify=self._verify)
+        if engine is None:
+            from sdrt.runtime.first_load import read_graph
+
+            content = read_graph(self._bundle, part)
+        else:
+            content = engine.read_plan(verify=self._verify)
         entry_of_engine = None if engine is None else engine.manifest.files[0]
         admit_rewritten(self._bundle, self.spec.name, BACKEND, entry_of_engine, content)
         if engine is not None:

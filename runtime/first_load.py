@@ -37,14 +37,21 @@ def check_component(bundle: Bundle, part: Component) -> None:
     Raises:
         BundleError: It is no graph that may be loaded, or cannot be read.
     """
-    where = f"{part.model} of {bundle.path}"
+    check_graph(read_graph(bundle, part), f"{part.model} of {bundle.path}", part)
+
+
+def read_graph(bundle: Bundle, part: Component) -> bytes:
+    """The bytes of a component's graph, without its weights.
+
+    Raises:
+        BundleError: It cannot be read, or is larger than any graph is.
+    """
     try:
-        content = read_limited(bundle.file(part.model_entry), limits.MAX_GRAPH_BYTES)
+        return read_limited(bundle.file(part.model_entry), limits.MAX_GRAPH_BYTES)
     except ValueError as error:
         raise BundleError(f"{error}: the weights of a bundle's graph lie beside it") from None
     except OSError as error:
-        raise BundleError(f"{where} cannot be read: {error.strerror}") from error
-    check_graph(content, where, part)
+        raise BundleError(f"{part.model} of {bundle.path} cannot be read: {error.strerror}") from error
 
 
 def check_graph(content: bytes, where: str, part: Component) -> None:

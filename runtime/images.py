@@ -37,7 +37,7 @@ def picture_bytes(
         suffix: A key of `FORMATS`, in any case.
         recipe: What drew it, as plain data.
         quality: 1 to 100, of what loses something: a JPEG, by default 95, or a WebP, which by default loses
-            nothing. A PNG never does.
+            nothing. A PNG has none.
 
     Raises:
         UsageError: Another suffix or quality, or a side too long for the format.
@@ -72,12 +72,14 @@ def checked_format(suffix: str, quality: int | None = None) -> str:
     """Pillow's name of the format that a file's ending stands for.
 
     Raises:
-        UsageError: There is none, or ``quality`` is out of its range.
+        UsageError: There is none, or ``quality`` is out of its range or of a PNG, which has none.
     """
     if suffix.lower() not in FORMATS:
         raise UsageError(f"a picture cannot be written as {suffix!r}: one of {', '.join(FORMATS)}")
     if quality is not None and not (isinstance(quality, int) and 1 <= quality <= 100):
         raise UsageError(f"quality is {quality!r}: a whole number from 1 to 100")
+    if quality is not None and suffix.lower() == ".png":
+        raise UsageError(f"quality is {quality}: a .png has none; it is of a .jpg or .webp that is named")
     return FORMATS[suffix.lower()]
 
 

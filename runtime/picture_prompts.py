@@ -26,7 +26,7 @@ from sdrt.runtime.solvers import SamplerTable
 EMBEDDINGS: Final = "encoder_hidden_states"
 # What a picture in place of a text leaves no room for.
 _WITHOUT: Final = (
-    *("negative_prompt", "clip_skip", "plain_prompt"),
+    *("negative_prompt", "clip_skip", "plain_prompt", "comma_lookback"),
     *("strength", "mask_image", "expand", "variation"),
 )
 _NEUTRAL: Final = ("negative_prompt", "clip_skip", "plain_prompt")  # such as a recipe has them

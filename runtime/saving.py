@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.errors import OutputError, UsageError
 from sdrt.runtime.interrupts import NOTHING_LEFT, finishing
+from sdrt.runtime.printable import printable
 
 if TYPE_CHECKING:
     from sdrt.runtime.output import FinishedBatch, PipelineOutput
@@ -44,7 +45,7 @@ def check_output(
     from sdrt.runtime.images import FORMATS, checked_format
 
     target = Path() if output is None else output
-    checked_format(".png", quality)
+    checked_format(target.suffix if not animated and target.suffix.lower() in FORMATS else ".png", quality)
     if target == STDOUT:
         _check_stdout(allowed=to_stdout and not animated)
         return
@@ -178,7 +179,8 @@ class PictureFiles:
 def told(paths: Sequence[Path], total: int) -> str:
     """What is said of pictures that are saved where more were asked for."""
     where = f"{paths[0]}" if len(paths) == 1 else f"{paths[0]} to {paths[-1]}"
-    return f"of {total} pictures {len(paths)} were finished and saved, each whole: {where}"
+    # Escaped here: an interrupt's last words go to the terminal as they are.
+    return f"of {total} pictures {len(paths)} were finished and saved, each whole: {printable(where)}"
 
 
 def write_to_stdout(output: PipelineOutput) -> None:
