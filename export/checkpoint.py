@@ -71,12 +71,11 @@ class Checkpoint:
         schedule: The scheduler's configuration as a noise schedule.
         sampler: Our sampler that is the scheduler's equal, or the nearest one.
         sampler_options: What the scheduler's configuration says for this sampler, or for others.
-        remarks: What whoever exports must know, each a line.
         tokenizers: One for each text encoder: vocabulary, length and special ids.
         image_processor: Of the image encoder; None where there is none.
         force_zeros_for_empty_prompt: See `sdrt.runtime.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
-        remarks: What the checkpoint asks for and an export leaves out, one line each.
+        remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
 
     path: Path
