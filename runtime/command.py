@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 
 from sdrt.runtime.errors import EXIT_INTERRUPTED, OutputError, SdrtError, UsageError
 from sdrt.runtime.interrupts import NOTHING_LEFT, hold, is_watched, last_words, telling, unwinding
-from sdrt.runtime.printable import printable
+from sdrt.runtime.printable import one_line, printable
 
 
 class ReaderGoneError(OutputError):
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line, of an option that there is not with the nearest that there is, and exit."""
-        line = printable(" ".join(message.split()))
+        line = one_line(message)
         if "unrecognized arguments" in line:
             wrong = [word.partition("=")[0] for word in line.split() if word.startswith("-")]
             near = [found for found in map(self._nearest, wrong) if found]
@@ -161,7 +161,7 @@ def say(name: str, message: str) -> None:
     hold()
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"{name}: {printable(' '.join(message.split()))}\n")
+            sys.stderr.write(f"{name}: {one_line(message)}\n")
 
 
 def tell_of_long_work(name: str) -> None:

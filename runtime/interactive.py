@@ -35,7 +35,7 @@ from sdrt.runtime.command import put
 from sdrt.runtime.errors import SdrtError, UsageError
 from sdrt.runtime.interrupts import telling
 from sdrt.runtime.options import JSON_OPTIONS, check_names
-from sdrt.runtime.printable import printable
+from sdrt.runtime.printable import one_line
 from sdrt.runtime.saving import BASE64, PictureFiles, check_output, encoded
 from sdrt.runtime.untrusted import parse_json
 
@@ -76,7 +76,7 @@ def serve(
         started = time.perf_counter()
         pipeline(**_warm_up_request(pipeline, defaults))
         seconds["warm_up"] = time.perf_counter() - started
-    reasons = [_words(reason) for reason in pipeline.backend_reasons]
+    reasons = [one_line(reason) for reason in pipeline.backend_reasons]
     about = {"backend": pipeline.backend, "reasons": reasons, "seconds": _rounded(seconds)}
     _answer({"ready": about})
     for line in _lines(sys.stdin.buffer if stream is None else stream):
@@ -96,16 +96,11 @@ def _result(
         with _noted_warnings() as noted:
             result = _draw(pipeline, defaults, output, request)
     except SdrtError as error:
-        return {"id": identity, "error": _words(str(error)), "status": error.exit_status}
+        return {"id": identity, "error": one_line(str(error)), "status": error.exit_status}
     except Exception as error:
         words = f"internal error: {type(error).__name__}: {error}"
-        return {"id": identity, "error": _words(words), "status": SdrtError.exit_status}
-    return {"id": identity, **result, **({"warnings": [*map(_words, noted)]} if noted else {})}
-
-
-def _words(text: str) -> str:
-    """A message in one line that a terminal can show."""
-    return printable(" ".join(text.split()))
+        return {"id": identity, "error": one_line(words), "status": SdrtError.exit_status}
+    return {"id": identity, **result, **({"warnings": [*map(one_line, noted)]} if noted else {})}
 
 
 def _draw(
