@@ -71,8 +71,13 @@ def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) 
     """
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
+
+    def warn(message: str) -> None:
+        if not quiet:
+            say(name, f"warning: {message}")
+
     try:
-        with telling(lambda: NOTHING_LEFT), _interrupts(), _one_line_warnings(name, quiet=quiet):
+        with telling(lambda: NOTHING_LEFT), _interrupts(), own_warnings(warn):
             command()
         with _output_errors():  # while they can still be reported
             print(end="", flush=True)  # noqa: T201
@@ -182,15 +187,14 @@ class _Said(logging.Handler):
 
 
 @contextlib.contextmanager
-def _one_line_warnings(name: str, *, quiet: bool) -> Iterator[None]:
-    """Show sdrt's own warnings as a person would want them; leave the libraries' to Python's rules."""
-
+def own_warnings(tell: Callable[[str], object]) -> Iterator[None]:
+    """Inside, sdrt's own warnings are told, each once; the libraries' are not shown."""
     shown: set[str] = set()  # each batch of a call says it again
 
     def show(message: Warning | str, category: type[Warning], *_where: object) -> None:
-        if category.__module__.startswith("sdrt") and not quiet and str(message) not in shown:
+        if category.__module__.startswith("sdrt") and str(message) not in shown:
             shown.add(str(message))
-            say(name, f"warning: {message}")
+            tell(str(message))
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
