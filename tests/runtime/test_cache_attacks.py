@@ -279,7 +279,6 @@ def test_a_record_that_is_none_is_a_miss_at_once(
     assert len(records) == 4
     for record in records:
         mess(record)
-    began = time.perf_counter()
     bundle = Bundle.open()
     unet = PreparedGraph(onnxruntime, source_of(bundle))
     began = time.perf_counter()
