@@ -19,7 +19,7 @@ import pytest
 from sdrt.export import bundle_manifest, bundle_writer, cli
 from sdrt.export.architectures import open_architecture
 from sdrt.export.bundle_manifest import check_manifest, default_size, gate_size, graph_axes
-from sdrt.export.bundle_writer import ExportOptions
+from sdrt.export.bundle_options import ExportOptions
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.graph import AxisRange, save_graph
 from sdrt.export.parity import probe_sizes
