@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sd_run_terminal import SD_RUN
 
 from sdrt.runtime import errors
 from sdrt.runtime.cli import main
@@ -20,7 +21,6 @@ from sdrt.runtime.cli_options import EPILOG
 from sdrt.runtime.solvers import SAMPLERS
 
 USAGE, BUNDLE, NUMERICS, BACKEND, OUTPUT = 2, 3, 6, 7, 8
-SD_RUN = str(Path(sys.executable).with_name("sd-run"))
 Refuse = Callable[..., str]
 
 
