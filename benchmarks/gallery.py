@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from sdrt.benchmarks.gallery_page import page
 from sdrt.benchmarks.gallery_sections import Entry, Section, sections
-from sdrt.runtime.animation import animation_bytes
+from sdrt.runtime.animation import animation_bytes, animation_recipe
 from sdrt.runtime.cli import DEFAULT_FPS
 from sdrt.runtime.cli_options import interpolates, parsed, parser, pipeline_options
 from sdrt.runtime.files import write_all_atomically, write_atomically
@@ -74,8 +74,7 @@ def _draw(pipeline: Pipeline, folder: Path, entry: Entry) -> None:
     recipe = output.recipes[0]
     if interpolates(arguments):
         fps = arguments.fps or DEFAULT_FPS
-        recipe = {name: value for name, value in recipe.items() if name != "frame"} | {"fps": fps}
-        entry.encoded = animation_bytes(output.images, ".webp", fps, recipe)
+        entry.encoded = animation_bytes(output.images, ".webp", fps, animation_recipe(recipe, fps))
     else:
         entry.encoded = png_bytes(Image.fromarray(output.images[0]), recipe)
     entry.picture = output.images[0]

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import sdrt
+from sdrt.export.bundle_options import ExportOptions
 from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.checkpoint_scheduler import DISTILLED
@@ -30,9 +31,6 @@ from sdrt.runtime.manifest import (
 )
 from sdrt.runtime.manifest_json import from_json, to_json
 from sdrt.runtime.untrusted import read_limited
-
-if TYPE_CHECKING:
-    from sdrt.export.bundle_writer import ExportOptions
 
 DEFAULT_STEPS: Final = 20
 DISTILLED_STEPS: Final = 4  # LatentConsistencyModelPipeline's

@@ -26,6 +26,7 @@ from sdrt.export.bundle_manifest import (
     of_small_pictures,
     with_figures,
 )
+from sdrt.export.bundle_options import ExportOptions
 from sdrt.export.checkpoint import Checkpoint
 from sdrt.export.frugal_executor import give_memory_back
 from sdrt.export.graph import TORCH_DTYPES, AxisRange, onnx_from_module, save_graph
@@ -78,34 +79,6 @@ from sdrt.runtime.manifest_json import to_json
 from sdrt.runtime.solvers import make_table
 
 SEED: Final = 20240229  # of the random inputs that components are compared on
-
-
-@dataclass(frozen=True, slots=True)
-class ExportOptions:
-    """What the user asked of an export.
-
-    Attributes:
-        precision: Of weights and arithmetic in the graphs.
-        fp16_weights: Store fp32 weights as fp16 where that loses nothing (precision fp32 only).
-        batch: Images per call.
-        height: Pixels.
-        width: Pixels.
-        chunks: The most chunks of a long prompt.
-        opset: ONNX opset.
-        full_parity: Compare a large model at its own size too: minutes longer.
-        vae_precision: Of the VAE in an fp16 bundle; None: fp16 where that holds it, else fp32.
-    """
-
-    precision: Precision
-    fp16_weights: bool
-    batch: AxisRange
-    height: AxisRange
-    width: AxisRange
-    chunks: int
-    opset: int
-    full_parity: bool = False
-    vae_precision: Precision | None = None
-
 
 Progress = Callable[[str], None]
 

@@ -75,7 +75,7 @@ class Checkpoint:
         image_processor: Of the image encoder; None where there is none.
         force_zeros_for_empty_prompt: See `sdrt.runtime.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
-        remarks: What the checkpoint asks for and an export leaves out or does otherwise, one line each.
+        remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
 
     path: Path

@@ -64,7 +64,8 @@ def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None
 
     try:
         checkpoint = _checkpoint(arguments)
-        from sdrt.export.bundle_writer import ExportOptions, write_bundle
+        from sdrt.export.bundle_options import ExportOptions
+        from sdrt.export.bundle_writer import write_bundle
         from sdrt.export.graph import AxisRange
     except ImportError as error:
         raise SdrtError(f"{error}: pip install 'sdrt[export]'") from error

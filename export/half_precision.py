@@ -19,7 +19,7 @@ from sdrt.export.range_audit import FP16_LARGEST, RangeAudit, TensorRange
 from sdrt.runtime.errors import NumericsError
 
 if TYPE_CHECKING:
-    from sdrt.export.bundle_writer import ExportOptions
+    from sdrt.export.bundle_options import ExportOptions
     from sdrt.export.checkpoint import Checkpoint
     from sdrt.runtime.components import ComponentSpec, Precision
 

@@ -49,6 +49,11 @@ def check_animation(suffix: str, fps: object) -> None:
         raise UsageError(f"fps is {fps!r}: frames per second from {MIN_FPS:g} to {MAX_FPS:g}")
 
 
+def animation_recipe(recipe: Mapping[str, Any], fps: float) -> dict[str, Any]:
+    """What draws an animation, from the recipe of any of its frames."""
+    return {name: value for name, value in recipe.items() if name != "frame"} | {"fps": fps}
+
+
 def animation_bytes(frames: NDArray[np.uint8], suffix: str, fps: float, recipe: Mapping[str, Any]) -> bytes:
     """Encode frames as an animation that runs for ever.
 

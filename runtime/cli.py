@@ -8,11 +8,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sdrt.runtime.cli_options import ONE_PROMPT, check_usage, interpolates, parsed, parser, pipeline_options
+from sdrt.runtime.cli_progress import progress_shown
 from sdrt.runtime.cli_prompts import Task, has_prompt, read_tasks
 from sdrt.runtime.command import (
     Parser,
@@ -25,7 +26,7 @@ from sdrt.runtime.command import (
 )
 from sdrt.runtime.entry import enter
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.interrupts import NOTHING_LEFT, telling, undone
+from sdrt.runtime.interrupts import NOTHING_LEFT, telling
 from sdrt.runtime.saving import (
     BASE64,
     STDOUT,
@@ -39,8 +40,6 @@ from sdrt.runtime.saving import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from sdrt.runtime.backends import RequestShape
     from sdrt.runtime.bundle import Bundle
     from sdrt.runtime.pipeline import Pipeline, PipelineOutput
@@ -264,7 +263,7 @@ def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Wor
     for work in works:
         assert work.request is not None  # nothing here is interactive
         rows += len(work.request.sampling.table) * pipeline.count_batches(work.request)
-    with _progress(arguments, pipeline, rows) as (on_step, tensors):
+    with progress_shown(arguments, pipeline, rows) as (on_step, tensors):
         watched = {"callback_on_step_end": on_step, "callback_on_step_end_tensor_inputs": tensors}
         for work in works:
             _draw_and_save(arguments, pipeline, work, watched, drawn)
@@ -357,54 +356,6 @@ def _say_backend(pipeline: Pipeline, *, verbose: bool) -> None:
         # What is the matter, without what could be done about it: that is in the error of a named backend.
         why = f" ({'; '.join(reason.partition('; ')[0] for reason in reasons)})"
     say("sd-run", f"backend {pipeline.backend}{why}")
-
-
-@contextlib.contextmanager
-def _progress(
-    arguments: argparse.Namespace, pipeline: Pipeline, steps: int
-) -> Iterator[tuple[Callable[[Pipeline, int, float, dict[str, Any]], None] | None, tuple[str, ...]]]:
-    """A callback that moves a bar with each step, above it a preview if asked for, and what it must be given.
-
-    On a terminal; nothing elsewhere.
-    """
-    if arguments.quiet or sys.stderr is None or not sys.stderr.isatty():
-        if arguments.preview:
-            say("sd-run", "warning: no preview: standard error is no terminal, or --quiet was given")
-        yield None, ()
-        return
-    from rich.console import Console
-    from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from sdrt.runtime.preview import TerminalPreview
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console)
-    task = bar.add_task("drawing", total=steps)
-    view = TerminalPreview(bar)
-    shows = arguments.preview and _can_preview(console, pipeline)
-
-    def on_step(_pipeline: Pipeline, _step: int, _timestep: float, state: dict[str, Any]) -> None:
-        if shows:
-            view.update(state["preview"])
-        bar.advance(task)
-
-    with Live(view, console=console, transient=True) as live, undone(live.stop):
-        yield on_step, (("preview",) if shows else ())
-
-
-def _can_preview(console: Console, pipeline: Pipeline) -> bool:
-    """Whether there is something to show and where; says why not."""
-    from sdrt.runtime.preview import TerminalPreview
-
-    if pipeline.bundle.manifest.preview is None:
-        say("sd-run", "warning: no preview: this bundle was written without one; export it again")
-        return False
-    if not TerminalPreview.can_show(console):
-        say("sd-run", "warning: no preview: the terminal does not show 256 colours and Unicode")
-        return False
-    return True
 
 
 def _report(arguments: argparse.Namespace, drawn: Drawn, seconds: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 
 from sdrt.runtime.errors import EXIT_INTERRUPTED, OutputError, SdrtError, UsageError
 from sdrt.runtime.interrupts import NOTHING_LEFT, hold, is_watched, last_words, telling, unwinding
-from sdrt.runtime.printable import printable
+from sdrt.runtime.printable import one_line, printable
 
 
 class ReaderGoneError(OutputError):
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line, of an option that there is not with the nearest that there is, and exit."""
-        line = printable(" ".join(message.split()))
+        line = one_line(message)
         if "unrecognized arguments" in line:
             wrong = [word.partition("=")[0] for word in line.split() if word.startswith("-")]
             near = [found for found in map(self._nearest, wrong) if found]
@@ -71,8 +71,13 @@ def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) 
     """
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no error
+
+    def warn(message: str) -> None:
+        if not quiet:
+            say(name, f"warning: {message}")
+
     try:
-        with telling(lambda: NOTHING_LEFT), _interrupts(), _one_line_warnings(name, quiet=quiet):
+        with telling(lambda: NOTHING_LEFT), _interrupts(), own_warnings(warn):
             command()
         with _output_errors():  # while they can still be reported
             print(end="", flush=True)  # noqa: T201
@@ -161,7 +166,7 @@ def say(name: str, message: str) -> None:
     hold()
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"{name}: {printable(' '.join(message.split()))}\n")
+            sys.stderr.write(f"{name}: {one_line(message)}\n")
 
 
 def tell_of_long_work(name: str) -> None:
@@ -182,15 +187,14 @@ class _Said(logging.Handler):
 
 
 @contextlib.contextmanager
-def _one_line_warnings(name: str, *, quiet: bool) -> Iterator[None]:
-    """Show sdrt's own warnings as a person would want them; leave the libraries' to Python's rules."""
-
+def own_warnings(tell: Callable[[str], object]) -> Iterator[None]:
+    """Inside, sdrt's own warnings are told, each once; the libraries' are not shown."""
     shown: set[str] = set()  # each batch of a call says it again
 
     def show(message: Warning | str, category: type[Warning], *_where: object) -> None:
-        if category.__module__.startswith("sdrt") and not quiet and str(message) not in shown:
+        if category.__module__.startswith("sdrt") and str(message) not in shown:
             shown.add(str(message))
-            say(name, f"warning: {message}")
+            tell(str(message))
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]

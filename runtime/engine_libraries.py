@@ -31,25 +31,23 @@ def import_onnxruntime(backend: str, extra: str) -> Any:
         BackendError: It is not installed.
     """
     switch_telemetry_off()
-    try:
-        return import_module("onnxruntime")
-    except ImportError as error:
-        raise BackendError(
-            f"the backend {backend} needs the package onnxruntime ({first_line(error)}): "
-            f"pip install 'sdrt[{extra}]'"
-        ) from error
+    return _imported("onnxruntime", backend, extra)
 
 
 def import_openvino(backend: str, extra: str) -> Any:
     """The module openvino; arguments and errors as `import_onnxruntime`."""
     with _without_openvino_telemetry():
-        try:
-            return import_module("openvino")
-        except ImportError as error:
-            raise BackendError(
-                f"the backend {backend} needs the package openvino ({first_line(error)}): "
-                f"pip install 'sdrt[{extra}]'"
-            ) from error
+        return _imported("openvino", backend, extra)
+
+
+def _imported(package: str, backend: str, extra: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise BackendError(
+            f"the backend {backend} needs the package {package} ({first_line(error)}): "
+            f"pip install 'sdrt[{extra}]'"
+        ) from error
 
 
 @contextmanager

@@ -67,14 +67,15 @@ def write_all_atomically(files: Mapping[Path, bytes]) -> None:
     """
     waiting: dict[Path, Path] = {}
     path = Path()
-    with finishing(), contextlib.ExitStack() as opened:
+    with finishing():
         try:
-            for path, data in files.items():
-                if path.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-                _write(opened.enter_context(_new_file(path, waiting)), data)
-            for path, temporary in waiting.items():
-                temporary.replace(path)
+            with contextlib.ExitStack() as opened:  # closing a file may fail once more as writing it did
+                for path, data in files.items():
+                    if path.is_dir():
+                        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                    _write(opened.enter_context(_new_file(path, waiting)), data)
+                for path, temporary in waiting.items():
+                    temporary.replace(path)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {explain(error)}") from error
         finally:

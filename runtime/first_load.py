@@ -23,9 +23,9 @@ from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import BackendError, BundleError, SdrtError
 from sdrt.runtime.graph_check import check_graph_file, external_files
 from sdrt.runtime.manifest import Component
+from sdrt.runtime.prepared_folder import WORTH_TELLING
 from sdrt.runtime.untrusted import parse_json, read_limited
 
-WORTH_TELLING: Final = 200_000_000  # bytes of weights, which take seconds
 _COMMAND: Final = ("-P", "-m", "sdrt.runtime.first_load_child")
 _SAID: Final = 1 << 16  # bytes of what the child says
 _STATUSES: Final = {kind.exit_status: kind for kind in (BundleError, BackendError)}

@@ -7,7 +7,6 @@ object: ``component`` before one is loaded; at the end ``done``, or ``error`` wi
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from typing import IO, Any, Final
 
 from sdrt.runtime.backends import BACKENDS, RequestShape
 from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.c_library import c_library
 from sdrt.runtime.devices import HostDevice
 from sdrt.runtime.errors import BundleError, SdrtError
 
@@ -49,7 +49,7 @@ def main() -> None:
 def _limit(memory: int, seconds: float) -> None:
     """End with the parent; take no more than this. The parent looks at the clock, too."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        c_library().prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     cores = os.cpu_count() or 1
     for kind, value in (
         (resource.RLIMIT_CORE, 0),

@@ -23,19 +23,17 @@ import base64
 import json
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from sdrt.runtime.command import put
+from sdrt.runtime.command import own_warnings, put
 from sdrt.runtime.errors import SdrtError, UsageError
 from sdrt.runtime.interrupts import telling
 from sdrt.runtime.options import JSON_OPTIONS, check_names
-from sdrt.runtime.printable import printable
+from sdrt.runtime.printable import one_line
 from sdrt.runtime.saving import BASE64, PictureFiles, check_output, encoded
 from sdrt.runtime.untrusted import parse_json
 
@@ -76,7 +74,7 @@ def serve(
         started = time.perf_counter()
         pipeline(**_warm_up_request(pipeline, defaults))
         seconds["warm_up"] = time.perf_counter() - started
-    reasons = [_words(reason) for reason in pipeline.backend_reasons]
+    reasons = [one_line(reason) for reason in pipeline.backend_reasons]
     about = {"backend": pipeline.backend, "reasons": reasons, "seconds": _rounded(seconds)}
     _answer({"ready": about})
     for line in _lines(sys.stdin.buffer if stream is None else stream):
@@ -93,19 +91,15 @@ def _result(
         request = _request(line)
         identity = request.pop("id", None)
         _check_names(request, defaults)
-        with _noted_warnings() as noted:
+        noted: list[str] = []
+        with own_warnings(noted.append):  # they belong to the request, and come with its result
             result = _draw(pipeline, defaults, output, request)
     except SdrtError as error:
-        return {"id": identity, "error": _words(str(error)), "status": error.exit_status}
+        return {"id": identity, "error": one_line(str(error)), "status": error.exit_status}
     except Exception as error:
         words = f"internal error: {type(error).__name__}: {error}"
-        return {"id": identity, "error": _words(words), "status": SdrtError.exit_status}
-    return {"id": identity, **result, **({"warnings": [*map(_words, noted)]} if noted else {})}
-
-
-def _words(text: str) -> str:
-    """A message in one line that a terminal can show."""
-    return printable(" ".join(text.split()))
+        return {"id": identity, "error": one_line(words), "status": SdrtError.exit_status}
+    return {"id": identity, **result, **({"warnings": [*map(one_line, noted)]} if noted else {})}
 
 
 def _draw(
@@ -202,25 +196,6 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
         while line and not line.endswith(b"\n"):
             line = stream.readline(MAX_LINE_BYTES)
         yield None
-
-
-@contextmanager
-def _noted_warnings() -> Iterator[list[str]]:
-    """sdrt's own warnings belong to the request: they come with its result."""
-    noted: list[str] = []
-    with warnings.catch_warnings():
-        pass_on = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if category.__module__.startswith("sdrt"):
-                if str(message) not in noted:  # each batch of a request says it again
-                    noted.append(str(message))
-            else:
-                pass_on(message, category, *where)
-
-        warnings.showwarning = show  # type: ignore[assignment]
-        warnings.filterwarnings("always", category=UserWarning, module=r"sdrt\..*")
-        yield noted
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

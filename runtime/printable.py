@@ -13,3 +13,8 @@ _CONTROLS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 def printable(text: str) -> str:
     r"""The text with each control character as ``\u`` and four hex digits, which JSON reads back."""
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    """A message as `printable`, its lines and runs of spaces joined."""
+    return printable(" ".join(text.split()))

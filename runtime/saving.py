@@ -231,11 +231,11 @@ def save_animation(output: PipelineOutput, target: Path | None, fps: float) -> P
     """
     import numpy as np
 
-    from sdrt.runtime.animation import animation_bytes
+    from sdrt.runtime.animation import animation_bytes, animation_recipe
     from sdrt.runtime.files import place_of, write_atomically
     from sdrt.runtime.images import slug
 
-    recipe = {name: value for name, value in output.recipes[0].items() if name != "frame"} | {"fps": fps}
+    recipe = animation_recipe(output.recipes[0], fps)
     if target is None:
         target = _free_name(Path(f"{slug(recipe['prompt'])}-{recipe['seed']}{DEFAULT_ANIMATION}"), ())
     frames = np.stack([np.asarray(image) for image in output.images])

@@ -1,8 +1,8 @@
 """Files and JSON that came from somebody else: read within limits, and without waiting; errors of libraries.
 
-A name in a bundle, a checkpoint or a cache may stand for anything: a pipe that nobody writes to, a device
-without an end, a file of gigabytes, JSON nested a million deep. Here each of these is a ``ValueError`` that
-says what was found; the caller makes it an error of its own kind, or, for a cache, a miss.
+A name in a bundle or a checkpoint may stand for anything: a pipe that nobody writes to, a device without an
+end, a file of gigabytes, JSON nested a million deep. Here each of these is a ``ValueError`` that says what
+was found; the caller makes it an error of its own kind. (Caches are read by `sdrt.kernels.cache`.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from sdrt.runtime.errors import SdrtError
 
-MAX_JSON_BYTES: Final = 64 << 20  # CLIP's vocabulary as tokenizer.json has 4 MB; a manifest some 100 kB
+MAX_JSON_BYTES: Final = 64 << 20  # CLIP's vocabulary as tokenizer.json has 4 MB
 MAX_JSON_DEPTH: Final = 64  # what we write nests 8 deep
 _PANIC: Final = "PanicException"  # pyo3's, which a module has for itself
 _MAX_WORDS: Final = 300  # characters of a library's message

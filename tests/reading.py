@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdrt.export.bundle_manifest import TOKENIZER_FILES, draft_manifest
-from sdrt.export.bundle_writer import ExportOptions, reading_options
+from sdrt.export.bundle_options import ExportOptions
+from sdrt.export.bundle_writer import reading_options
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint
 from sdrt.export.graph import AxisRange
 from sdrt.export.modules import wrapped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,6 +15,17 @@ from sdrt.runtime.components import ComponentSpec
 
 # The ranges that `tiny_bundle` was exported with.
 SIZES = ("--height", "16..32", "--width", "16..32", "--batch", "1..2")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch's threads wait for each other where others have the cores: seconds for tiny networks."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 from sdrt.export import bundle_manifest, bundle_writer, cli
 from sdrt.export.architectures import open_architecture
 from sdrt.export.bundle_manifest import check_manifest, default_size, gate_size, graph_axes
-from sdrt.export.bundle_writer import ExportOptions
+from sdrt.export.bundle_options import ExportOptions
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.graph import AxisRange, save_graph
 from sdrt.export.parity import probe_sizes
@@ -111,6 +111,11 @@ def test_a_schedule_of_few_steps_has_a_default_within_it(checkpoint_copy: Path) 
     check_manifest(open_checkpoint(str(checkpoint_copy)), options(AxisRange(16, 16), AxisRange(16, 16)))
 
 
+def complaints(printed: str) -> list[str]:
+    """The lines of standard error but for the remark on the tiny checkpoint's scheduler."""
+    return [line for line in printed.splitlines() if "PNDMScheduler is the checkpoint's" not in line]
+
+
 def test_a_vae_that_is_no_network_costs_no_trace(
     checkpoint_copy: Path,
     tmp_path: Path,
@@ -121,8 +126,9 @@ def test_a_vae_that_is_no_network_costs_no_trace(
     edit(checkpoint_copy / "vae" / "config.json", norm_num_groups=0)
     assert cli.main([str(checkpoint_copy), str(tmp_path / "out")]) == 4
     printed = capsys.readouterr()
-    assert "describes no network" in printed.err
-    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    (line,) = complaints(printed.err)
+    assert "describes no network" in line
+    assert printed.out == ""
 
 
 def test_the_native_size_is_compared_too(checkpoint_copy: Path) -> None:
@@ -234,11 +240,8 @@ def test_what_becomes_of_the_output_never_costs_the_export(
     message = capsys.readouterr().err
     assert status == 0, message
     Bundle.open(out)
-    if reader == "full":
-        assert "warning: cannot write to standard output: the disk is full; the export goes on" in message
-        assert message.count("\n") == 1
-    else:
-        assert message == ""
+    full = "sd-export: warning: cannot write to standard output: the disk is full; the export goes on"
+    assert complaints(message) == ([full] if reader == "full" else [])
     if reader == "ascii":
         assert r"B\xfcndel: " in printed.splitlines()[-1]
         assert "sampling.latents" in printed

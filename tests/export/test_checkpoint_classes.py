@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from checkpoint_damage import (
     shorten_a_matrix,
     write,
 )
+from strange_files import make_device, make_pipe
 
 from sdrt.export import cli
 from sdrt.export.checkpoint import open_checkpoint
@@ -164,15 +165,11 @@ def test_what_is_not_supported_is_refused_by_what_it_is(checkpoint_copy: Path, w
 @pytest.mark.parametrize(
     "file", [INDEX, UNET_CONFIG, "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
 )
-@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize(("make", "kind"), [(make_pipe, "pipe"), (make_device, "device")])
 def test_a_pipe_or_a_device_in_place_of_a_file_is_refused_at_once(
-    checkpoint_copy: Path, file: str, kind: str
+    checkpoint_copy: Path, file: str, make: Callable[[Path], None], kind: str
 ) -> None:
-    (checkpoint_copy / file).unlink()
-    if kind == "pipe":
-        os.mkfifo(checkpoint_copy / file)
-    else:
-        (checkpoint_copy / file).symlink_to("/dev/zero")
+    make(checkpoint_copy / file)
     assert f"is a {kind}: a regular file is wanted" in early_message(checkpoint_copy)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ import tolerances
 from sdrt.kernels.philox import philox_normal
 from sdrt.runtime.solvers import SAMPLERS
 
-# diffusers hands tensors to NumPy in a way that NumPy will stop to accept.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # diffusers hands tensors to NumPy in a way that NumPy will stop to accept.
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
+]
 
 Array = NDArray[Any]
 SEED = 2**32 + 5  # PyTorch's CPU generator knows the low half alone
@@ -66,15 +69,6 @@ def philox_tensor(shape: Sequence[int], generator: Any = None, **_options: Any) 
         drawn.append(philox_normal(each, one.seed, offset=one.drawn))
         one.drawn += 1
     return torch.from_numpy(np.concatenate(drawn))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """PyTorch's threads wait for each other where others have the cores: seconds for tiny networks."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import tolerances
 from sdrt.export import bundle_writer, cli
 from sdrt.export.bundle_manifest import check_manifest
-from sdrt.export.bundle_writer import ExportOptions
+from sdrt.export.bundle_options import ExportOptions
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.engine_writer import islands_of
 from sdrt.export.graph import AxisRange, onnx_from_module

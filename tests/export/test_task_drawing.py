@@ -5,7 +5,6 @@ Noise is that of PyTorch's CPU generator; `test_generators` has every sampler wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,13 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.noise import noise_source
 from sdrt.runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Array = NDArray[Any]
 FACTOR, STEPS = 2, 5
 PROMPT, SEED = "a red apple", 5
 JUST_GUIDED = 1.0 + 2.0**-23  # both halves run, and the conditional one is used
 GUIDED: dict[str, Any] = {"negative_prompt": "a dog", "guidance_scale": 3.0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """PyTorch's threads wait for each other where others have the cores: seconds for tiny networks."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from strange_files import make_device, make_folder, make_nested, make_pipe
 
 from sdrt.kernels.cache import (
     KEY_NAME,
@@ -183,23 +184,9 @@ def _of_another_name(file: Path) -> None:
     file.with_name("other").replace(file)
 
 
-def _nested(file: Path) -> None:
-    file.write_bytes(b"[" * 10**6)
-
-
 def _larger_than_memory(file: Path) -> None:
     with file.open("r+b") as stream:
         stream.truncate(1 << 40)
-
-
-def _pipe(file: Path) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
-def _device(file: Path) -> None:
-    file.unlink()
-    file.symlink_to("/dev/zero")
 
 
 def _linked(file: Path) -> None:
@@ -207,14 +194,9 @@ def _linked(file: Path) -> None:
     file.symlink_to("moved")
 
 
-def _folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
 MESSES = (
     *(_cut, _flipped, _longer, _short, _own_checksum, _own_key, _of_another_name),
-    *(_nested, _larger_than_memory, _pipe, _device, _linked, _folder),
+    *(make_nested, _larger_than_memory, make_pipe, make_device, _linked, make_folder),
 )
 
 
@@ -224,13 +206,13 @@ def test_what_was_not_kept_here_is_as_nothing(kept: Path, mess: Callable[[Path],
     began = time.perf_counter()
     assert read_kept(KIND, NAME, LIMIT) is None
     assert time.perf_counter() - began < AT_ONCE
-    if mess is not _folder:
+    if mess is not make_folder:
         assert write_kept(KIND, NAME, CONTENT)
         assert read_kept(KIND, NAME, LIMIT) == CONTENT
 
 
 @pytest.mark.parametrize(
-    "mess", [*(_cut, _longer, _short, _pipe, _device, _linked), lambda file: file.chmod(0o640)]
+    "mess", [*(_cut, _longer, _short, make_pipe, make_device, _linked), lambda file: file.chmod(0o640)]
 )
 def test_a_key_that_others_may_know_is_made_anew(
     root: Path, kept: Path, mess: Callable[[Path], None]

@@ -1,4 +1,4 @@
-"""Engines for the tests that need a GPU: each backend's are built once for all of them."""
+"""A folder to work in, and engines for the tests that need a GPU: built once for each backend."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import BackendError
 
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the current one."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", params=GPU_BACKENDS)

@@ -23,6 +23,7 @@ import onnxruntime
 import pytest
 from cache_fuzz import KINDS, fuzz
 from cache_runs import replace_bytes, source_of
+from strange_files import make_device, make_nested, make_pipe
 
 from sdrt.runtime import prepared_folder, verified_files
 from sdrt.runtime.bundle import ALWAYS, EMBEDDED, Bundle, Verify
@@ -248,20 +249,6 @@ def test_the_key_covers_all_that_decides_what_is_prepared(cache: Path, tmp_path:
 # --- records
 
 
-def _fifo(record: Path) -> None:
-    record.unlink()
-    os.mkfifo(record)
-
-
-def _endless(record: Path) -> None:
-    record.unlink()
-    record.symlink_to("/dev/zero")
-
-
-def _nested(record: Path) -> None:
-    record.write_bytes(b'{"a":' * 10**6)
-
-
 def _no_record(record: Path) -> None:
     record.write_bytes(b"[]")
 
@@ -270,7 +257,7 @@ def _truncated(record: Path) -> None:
     record.write_bytes(record.read_bytes()[:40])
 
 
-@pytest.mark.parametrize("mess", [_fifo, _endless, _nested, _no_record, _truncated])
+@pytest.mark.parametrize("mess", [make_pipe, make_device, make_nested, _no_record, _truncated])
 def test_a_record_that_is_none_is_a_miss_at_once(
     cache: Path, wanted: Any, mess: Callable[[Path], None]
 ) -> None:
@@ -279,7 +266,6 @@ def test_a_record_that_is_none_is_a_miss_at_once(
     assert len(records) == 4
     for record in records:
         mess(record)
-    began = time.perf_counter()
     bundle = Bundle.open()
     unet = PreparedGraph(onnxruntime, source_of(bundle))
     began = time.perf_counter()

@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 import pytest
 from graph_fuzz import fuzz, with_graph
+from strange_files import make_nested, make_pipe
 
 from sdrt.runtime import Pipeline, admission, first_load, limits
 from sdrt.runtime.admission import admit
@@ -172,17 +173,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     admit(Bundle.open(stranger), ["unet"], CPU, verify=True)  # known as long as the process lives
 
 
-@pytest.mark.parametrize("record", ["fifo", "nested", "other"])
-def test_a_damaged_record_is_none(stranger: Path, child: Child, record: str) -> None:
+@pytest.mark.parametrize("damage", [make_pipe, make_nested, lambda file: file.write_bytes(b"{}")])
+def test_a_damaged_record_is_none(stranger: Path, child: Child, damage: Callable[[Path], None]) -> None:
     bundle = Bundle.open(stranger)
     child("""print('{"done": true}')""")
     admit(bundle, ["unet"], CPU, verify=True)
     (file,) = (Path(os.environ["SDRT_CACHE"]) / "accepted").iterdir()
-    file.unlink()
-    if record == "fifo":
-        os.mkfifo(file)
-    else:
-        file.write_bytes(b"[" * 10**6 if record == "nested" else b"{}")
+    damage(file)
     admission._KNOWN.clear()
     assert not admission.accepted(bundle.component("unet").files, CPU)
 

@@ -7,7 +7,6 @@ import io
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,22 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sd_run_terminal import SD_RUN
 
 from sdrt.runtime import interactive
 from sdrt.runtime.pipeline import Pipeline
 
-SD_RUN = str(Path(sys.executable).with_name("sd-run"))
 SHORT: dict[str, Any] = {"num_inference_steps": 2}
 RESULT = {"id", "paths", "seeds", "seconds", "recipes"}
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that is the current one."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from strange_files import make_device, make_folder, make_pipe
 
 from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.untrusted import library_errors, parse_json, read_json, read_limited
@@ -19,16 +20,11 @@ def test_a_regular_file_is_read_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"), [("fifo", "a pipe"), ("zero", "a device"), ("folder", "a folder")]
+    ("make", "words"), [(make_pipe, "a pipe"), (make_device, "a device"), (make_folder, "a folder")]
 )
-def test_what_is_no_file_is_named(tmp_path: Path, make: str, words: str) -> None:
+def test_what_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], None], words: str) -> None:
     path = tmp_path / "it"
-    if make == "fifo":
-        os.mkfifo(path)
-    elif make == "zero":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
+    make(path)
     with pytest.raises(ValueError, match=words):
         read_limited(path, 10)
 
