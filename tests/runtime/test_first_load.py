@@ -101,6 +101,18 @@ def test_an_altered_graph_is_another_one(stranger: Path, monkeypatch: pytest.Mon
         admit(bundle, ["unet"], CPU, verify=False)
 
 
+@pytest.mark.parametrize("make", [None, os.mkfifo, os.mkdir], ids=["nothing", "pipe", "folder"])
+def test_a_graph_that_is_gone_when_it_is_wanted_is_told(
+    stranger: Path, make: Callable[[Path], None] | None
+) -> None:
+    bundle = Bundle.open(stranger)
+    (stranger / "unet" / "model.onnx").unlink()
+    if make is not None:
+        make(stranger / "unet" / "model.onnx")
+    with pytest.raises(BundleError, match=r"unet/model\.onnx in .* cannot be read"):
+        admit(bundle, ["unet"], CPU, verify=False)
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [
