@@ -302,7 +302,7 @@ def test_engines_that_cannot_be_built_cost_no_bundle(
     with monkeypatch.context() as patch:
         patch.setattr("sdrt.export.engine_writer.run_build", _refuse)
         assert cli.main([str(tiny_checkpoint), str(out), "--engine", flavour, *traced_before]) == 7
-    assert capsys.readouterr().err == "sd-export: not here\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "sd-export: not here"  # after remarks on the model
     bundle = Bundle.open(out)
     assert not (out / "engines").exists()
     assert cli.main([str(out), "--engine", flavour, "--quiet"]) == 0
