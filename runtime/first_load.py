@@ -16,12 +16,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
+from sdrt.kernels.cache import usable_folder
 from sdrt.runtime import limits
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import BackendError, BundleError, SdrtError
+from sdrt.runtime.files import clear_leftovers
 from sdrt.runtime.graph_check import check_graph_file, external_files
+from sdrt.runtime.interrupts import finishing, undone
 from sdrt.runtime.manifest import Component
 from sdrt.runtime.untrusted import parse_json, read_limited
 
@@ -90,13 +94,33 @@ def load_apart(bundle: Bundle, names: Sequence[str], backend: str, *, verify: bo
 
 def _run(job: dict[str, Any], seconds: float) -> tuple[list[dict[str, Any]], int | None]:
     """What the child said, and its exit status; None where its time was up."""
+    status: int | None = None
+    with contextlib.ExitStack() as undo:
+        with finishing():
+            child = _started(job)
+            end = partial(_end, child, job["backend"])
+            undo.enter_context(undone(end))
+            undo.callback(end)
+        try:
+            output, _ = child.communicate(timeout=seconds)
+            status = child.returncode
+        except subprocess.TimeoutExpired as expired:
+            output = expired.stdout or b""
+    said = []
+    for line in output[-_SAID:].decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):
+            said.append(parse_json(line))
+    return [entry for entry in said if isinstance(entry, dict)], status
+
+
+def _started(job: dict[str, Any]) -> subprocess.Popen[bytes]:
     from multiprocessing.spawn import get_executable  # what an embedder has set, where it is not Python's own
 
     # It must find the same packages, and NumPy's BLAS need not reserve memory for threads.
     path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))
     environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
     try:
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [os.fsdecode(get_executable() or ""), *_COMMAND, json.dumps(job)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -106,20 +130,16 @@ def _run(job: dict[str, Any], seconds: float) -> tuple[list[dict[str, Any]], int
         )
     except OSError as error:
         raise BackendError(f"no process can be started to try the bundle in: {error.strerror}") from error
-    status: int | None = None
-    try:
-        output, _ = child.communicate(timeout=seconds)
-        status = child.returncode
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-    finally:
-        child.kill()
-        child.wait()
-    said = []
-    for line in output[-_SAID:].decode("utf-8", "replace").splitlines():
-        with contextlib.suppress(ValueError):
-            said.append(parse_json(line))
-    return [entry for entry in said if isinstance(entry, dict)], status
+
+
+def _end(child: subprocess.Popen[bytes], backend: str) -> None:
+    """End the child, if it is not done, and delete what it was preparing then: nobody holds its locks now."""
+    child.kill()
+    child.wait()
+    folder = usable_folder(backend)
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            clear_leftovers(folder)
 
 
 def _judge(said: list[dict[str, Any]], status: int | None, whose: str, limit: str) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from sdrt.runtime import Pipeline, admission, first_load, limits
 from sdrt.runtime.admission import admit
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.errors import BackendError, BundleError
+from sdrt.runtime.interrupts import NOTHING_LEFT
 
 Child = Callable[[str], None]
 CPU = "onnxruntime-cpu"
@@ -157,12 +159,55 @@ def test_memory_has_a_limit(stranger: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (Path(os.environ["SDRT_CACHE"]) / "accepted").exists()
 
 
-def test_an_interrupt_ends_the_process_too(stranger: Path, child: Child, tmp_path: Path) -> None:
-    child(f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+# A child that is in the middle of preparing something.
+PREPARES = """
+from sdrt.kernels.cache import private_folder
+from sdrt.runtime.files import new_folder
+with new_folder(private_folder("onnxruntime-cpu") / "0123abcd") as folder:
+    (folder / "weights").write_bytes(b"half")
+    (folder.parent.parent / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
+"""
+# A command that tries a bundle with that child.
+TRIES = f"""
+import sys
+from sdrt.runtime import first_load
+from sdrt.runtime.command import run_command
+from sdrt.runtime.entry import enter
+
+first_load._COMMAND = ("-c", "import os, time" + {PREPARES!r})
+
+def body():
+    from sdrt.runtime.admission import admit
+    from sdrt.runtime.bundle import Bundle
+
+    admit(Bundle.open(sys.argv[1]), ["unet"], "onnxruntime-cpu", verify=True)
+
+sys.exit(enter("command", lambda: lambda: run_command("command", body)))
+"""
+
+
+def prepares() -> int:
+    """The child's process id, when it has begun to prepare something."""
+    file = Path(os.environ["SDRT_CACHE"]) / "pid"
+    while not file.exists() or not file.read_text():
+        time.sleep(0.02)
+    return int(file.read_text())
+
+
+def nothing_left(pid: int) -> bool:
+    """Whether neither the process nor what it was preparing is there any more."""
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    return list((Path(os.environ["SDRT_CACHE"]) / CPU).iterdir()) == []
+
+
+def test_an_interrupt_ends_the_process_too(stranger: Path, child: Child) -> None:
+    child(PREPARES)
+    found = []
 
     def interrupt() -> None:
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            time.sleep(0.02)
+        found.append(prepares())
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -170,8 +215,28 @@ def test_an_interrupt_ends_the_process_too(stranger: Path, child: Child, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         admit(Bundle.open(stranger), ["unet"], CPU, verify=True)
     thread.join()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert nothing_left(*found)
+
+
+def test_an_interrupted_command_leaves_nothing_of_the_process(stranger: Path) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-c", TRIES, str(stranger)], stderr=subprocess.PIPE, text=True
+    )
+    pid = prepares()
+    command.send_signal(signal.SIGINT)
+    assert command.communicate(timeout=30)[1] == f"command: {NOTHING_LEFT}\n"
+    assert command.returncode == 130
+    assert nothing_left(pid)
+
+
+def test_a_process_that_was_not_ready_in_time_leaves_nothing(
+    stranger: Path, child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child(PREPARES)
+    monkeypatch.setattr(limits, "FIRST_LOAD_SECONDS", 3.0)
+    with pytest.raises(BundleError, match="not ready in time"):
+        admit(Bundle.open(stranger), ["unet"], CPU, verify=True)
+    assert nothing_left(prepares())
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(
