@@ -63,20 +63,20 @@ def check_graph(content: bytes, where: str, part: Component) -> None:
 
 def load_apart(bundle: Bundle, names: Sequence[str], backend: str, *, verify: bool) -> None:
     """Load and evaluate components in a process of their own; see `sdrt.runtime.admission.admit`."""
-    size = max(sum(entry.size for entry in bundle.component(name).files) for name in names)
+    sizes = [sum(entry.size for entry in bundle.component(name).files) for name in names]
     shape = bundle.manifest.limits
     pixels = shape.min_batch * shape.height.minimum * shape.width.minimum
     memory = (
         limits.FIRST_LOAD_BYTES
-        + size * limits.FIRST_LOAD_BYTES_PER_BYTE
+        + max(sizes) * limits.FIRST_LOAD_BYTES_PER_BYTE  # they are loaded one after the other
         + pixels * limits.FIRST_LOAD_BYTES_PER_PIXEL
     )
     seconds = (
         limits.FIRST_LOAD_SECONDS
-        + size * limits.FIRST_LOAD_SECONDS_PER_BYTE
+        + sum(sizes) * limits.FIRST_LOAD_SECONDS_PER_BYTE
         + pixels * limits.FIRST_LOAD_SECONDS_PER_PIXEL
     )
-    if size >= WORTH_TELLING:
+    if sum(sizes) >= WORTH_TELLING:
         logging.getLogger("sdrt").info(
             "trying %s in a process of its own, once: it was not exported here", bundle.path
         )
@@ -149,14 +149,15 @@ def _judge(said: list[dict[str, Any]], status: int | None, whose: str, limit: st
         return
     if "error" in last:
         raise _STATUSES.get(last.get("status", 0), SdrtError)(str(last["error"]))
+    tried = f"the {last.get('component', 'bundle')} {whose} was tried in a process of its own and"
     if status is None:
-        how = "was not ready in time"
-    elif status < 0:
+        raise BundleError(
+            f"{tried} was not ready in time (limits {limit}): try again when less else runs here; if that "
+            "does not help, it is too large for this computer, or damaged"
+        )
+    if status < 0:
         names = {number.value: number.name for number in signal.Signals}
         how = f"ended it with {names.get(-status, f'signal {-status}')}"
     else:
         how = f"ended it with status {status}"
-    raise BundleError(
-        f"the {last.get('component', 'bundle')} {whose} was tried in a process of its own and {how} (limits "
-        f"{limit}): it is damaged or made to do harm, do not use it"
-    )
+    raise BundleError(f"{tried} {how} (limits {limit}): it is damaged or made to do harm, do not use it")
