@@ -76,6 +76,14 @@ def test_a_bundle_is_tried_once(stranger: Path, monkeypatch: pytest.MonkeyPatch)
         admit(Bundle.open(stranger), ["unet"], "openvino-cpu", verify=True)
 
 
+@pytest.mark.parametrize(("backend", "kept"), [(CPU, [CPU]), ("openvino-cpu", [])])
+def test_what_a_call_can_use_is_kept(stranger: Path, backend: str, kept: list[str]) -> None:
+    """OpenVINO's models are for one shape, here the smallest."""
+    admit(Bundle.open(stranger), ["text_encoder"], backend, verify=True)
+    cache = Path(os.environ["SDRT_CACHE"])
+    assert [folder.name for folder in cache.iterdir() if folder.name.endswith("-cpu")] == kept
+
+
 def test_what_was_exported_here_is_not_tried(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "SDRT_TINY_BUNDLE" in os.environ:
         pytest.skip("the tiny bundle was exported by another process, with another cache")
