@@ -18,7 +18,7 @@ from sdrt.export.engine_child import GRACE, peak_memory
 from sdrt.runtime.errors import BackendError, OutputError, SdrtError, UsageError
 
 OnPhase = Callable[[str, float], None]  # the phase's name, and the share of the build that is done
-COMMAND: Final = (sys.executable, "-m", "sdrt.export.engine_child")
+COMMAND: Final = (sys.executable, "-P", "-m", "sdrt.export.engine_child")
 _POLL: Final = 0.5  # seconds between two looks at the child's memory
 _STATUSES: Final = {kind.exit_status: kind for kind in (UsageError, BackendError, OutputError)}
 

@@ -24,6 +24,7 @@ from sdrt.export.engine_options import (
 )
 from sdrt.export.engine_process import BuildResult, OnPhase, run_build
 from sdrt.kernels.cache import usable_folder
+from sdrt.runtime.admission import EXPORTED, accepted
 from sdrt.runtime.bundle import Bundle, sha256
 from sdrt.runtime.engines import (
     ENGINE_NAME,
@@ -36,8 +37,11 @@ from sdrt.runtime.engines import (
 )
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.files import new_folder, writing
+from sdrt.runtime.first_load import check_component
 from sdrt.runtime.interrupts import finishing, undone
+from sdrt.runtime.limits import MAX_ENGINE_JSON_BYTES
 from sdrt.runtime.manifest import FileEntry
+from sdrt.runtime.untrusted import read_limited
 
 LAYERS_NAME: Final = "layers.json"
 PLAN_NAMES: Final = {ORT_CUDA: "model.onnx"}
@@ -88,7 +92,7 @@ def add_engines(
         listener: Told what happens.
 
     Raises:
-        BundleError: No usable bundle at ``path``.
+        BundleError: No usable bundle at ``path``, or a graph in it that may not be loaded.
         UsageError: The bundle's graphs do not admit a size, or the flavour an option.
         BackendError: The flavour is missing, or cannot build a component.
         ParityError: With a GPU: an engine's outputs are too far from the graph's.
@@ -99,6 +103,7 @@ def add_engines(
     targets = resolve_targets(options.flavour, options.targets)
     bundle = Bundle.open(path)
     names = bundle.manifest.components if components is None else components
+    _refuse_harmful_graphs(bundle, names)
     keys = [engine_key(bundle, name, options, version, targets) for name in names]
     place = bundle.path / ENGINES_FOLDER
     there = {key.component: _existing(place, key) for key in keys}
@@ -117,6 +122,19 @@ def add_engines(
             manifest = _build(bundle, key, options, folder, listener)
             reports[name] = EngineReport(name, target, manifest, new=True)
     return [reports[key.component] for key in keys]
+
+
+def _refuse_harmful_graphs(bundle: Bundle, names: Collection[str]) -> None:
+    """Look through the graphs that this user did not export, before a builder reads them.
+
+    Raises:
+        BundleError: One is no graph that may be loaded.
+    """
+    if bundle.embedded:
+        return
+    for part in map(bundle.component, names):
+        if not accepted(part.files, EXPORTED):
+            check_component(bundle, part)
 
 
 def engine_key(
@@ -170,10 +188,10 @@ def _existing(place: Path, key: EngineKey) -> EngineManifest | None:
     """The engine of just this key, if it is there and whole."""
     folder = place / key.folder_name()
     try:
-        text = (folder / ENGINE_NAME).read_text(encoding="utf-8")
+        text = read_limited(folder / ENGINE_NAME, MAX_ENGINE_JSON_BYTES)
         manifest = engine_from_json(text, f"{folder.name}/{ENGINE_NAME}")
         whole = all((folder / entry.path).stat().st_size == entry.size for entry in manifest.files)
-    except (OSError, UnicodeDecodeError, BundleError):
+    except (OSError, ValueError, BundleError):
         return None
     return manifest if whole and manifest.key == key else None
 
@@ -252,7 +270,7 @@ def timing_cache(options: EngineOptions, key: EngineKey) -> str | None:
 
 
 def islands_of(bundle: Bundle, component: str) -> list[str]:
-    """The float32 islands that the export's range audit proposed for a component; none in older bundles."""
+    """The tensors of a component that its graph keeps in float32 since the export; none in older bundles."""
     ranges: Mapping[str, Any] = getattr(bundle.manifest, "ranges", None) or {}
     audit = ranges.get(component, {})
     return [str(name) for name in audit.get("islands", ())] if isinstance(audit, Mapping) else []

@@ -81,7 +81,7 @@ def insert_islands(model: ir.Model, tensors: Collection[str]) -> IslandReport:
         work.widen_inputs(node)
         for output in node.outputs:
             work.widen_output(output)
-    _drop_idle_casts(model.graph)
+    _drop_idle_casts(model.graph, keep=tensors)
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]
@@ -125,13 +125,16 @@ def _touching(value: ir.Value) -> Iterable[ir.Node]:
     yield from value.consumers()
 
 
-def _drop_idle_casts(graph: ir.Graph) -> None:
-    """Remove casts to fp32 of what is fp32 already, say in front of a softmax whose logits are an island."""
+def _drop_idle_casts(graph: ir.Graph, keep: Collection[str]) -> None:
+    """Remove casts to fp32 of what is fp32 already, say in front of a softmax whose logits are an island.
+
+    Those that make a named tensor stay: an engine's builder asks for the tensors by name once more.
+    """
     for node in list(graph):
         source, output = node.inputs[0] if node.inputs else None, node.outputs[0]
         if node.op_type != "Cast" or source is None or source.dtype != _FP32 or output.is_graph_output():
             continue
-        if integer(node, "to") == int(_FP32):
+        if output.name not in keep and integer(node, "to") == int(_FP32):
             output.replace_all_uses_with(source)
             graph.remove(node, safe=True)
 

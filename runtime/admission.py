@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Final
 
 from sdrt.kernels.cache import read_kept, write_kept
-from sdrt.runtime.bundle import Bundle, sha256
+from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.manifest import FileEntry
 
 KIND: Final = "accepted"  # of a cache's folder
@@ -139,4 +139,4 @@ def _as_found(bundle: Bundle, entry: FileEntry) -> FileEntry:
     """The entry with the SHA-256 that its file has, which need not be the one in the manifest."""
     if bundle.is_verified([entry]):
         return entry
-    return replace(entry, sha256=sha256(bundle.file(entry)))
+    return replace(entry, sha256=bundle.sha256(entry))

@@ -99,11 +99,13 @@ class Backend:
         needs_gpu: Whether it runs on an NVIDIA GPU.
         probe: ``(bundle, gpu, shape) → what it would run``; raises BackendError with the reason if it cannot.
         load: ``(bundle, component, device, threads, verify) → executor``.
+        by_shape: Whether what it keeps from run to run is for one shape: of no use to a call with another.
     """
 
     needs_gpu: bool
     probe: Callable[[Bundle, Gpu | None, RequestShape | None], str]
     load: Callable[[Bundle, str, Device, int | None, Verify], Executor]
+    by_shape: bool = False
 
 
 def choose_backend(
@@ -380,5 +382,7 @@ BACKENDS: Final[Mapping[str, Backend]] = {
     "tensorrt-rtx": Backend(True, _probe_tensorrt("tensorrt-rtx"), _load_tensorrt("tensorrt-rtx")),
     "onnxruntime-cuda": Backend(True, _probe_onnxruntime_cuda, _load_onnxruntime_cuda),
     "onnxruntime-cpu": Backend(False, _probe_cpu("onnxruntime", "cpu"), _load_cpu(_onnxruntime_executor)),
-    "openvino-cpu": Backend(False, _probe_cpu("openvino", "openvino"), _load_cpu(_openvino_executor)),
+    "openvino-cpu": Backend(
+        False, _probe_cpu("openvino", "openvino"), _load_cpu(_openvino_executor), by_shape=True
+    ),
 }

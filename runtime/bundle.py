@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -120,8 +121,23 @@ class Bundle:
         Returns:
             What `VerifiedFiles.remember` wants to know of the file that was hashed.
         """
-        try:
+        with self._reading(entry):
             return self._check(self.file(entry), entry, verify=verify)
+
+    def sha256(self, entry: FileEntry) -> str:
+        """The SHA-256 that a file has by now, which need not be the recorded one.
+
+        Raises:
+            BundleError: It cannot be read any more.
+        """
+        with self._reading(entry):
+            return sha256(self.file(entry))
+
+    @contextlib.contextmanager
+    def _reading(self, entry: FileEntry) -> Iterator[None]:
+        """Inside, a file that cannot be read, or is none, is a BundleError that names it."""
+        try:
+            yield
         except ValueError as error:
             raise BundleError(f"{entry.path} in {self.path} cannot be read: {error}") from None
         except OSError as error:

@@ -50,12 +50,32 @@ STAGES: Final = ("load", "vae_encoder", "invert", "text_encoder", "denoise", "va
 
 
 class Work(NamedTuple):
-    """One call of the pipeline, checked; `request` is None for ``--interactive`` without a picture."""
+    """One call of the pipeline, checked.
+
+    Attributes:
+        task: What the user gave for it alone.
+        options: The pipeline's.
+        request: None for ``--interactive`` without a picture. The picture that it starts from is not kept:
+            the call reads it again, and there may be many calls.
+        picture: Whether it starts from one.
+        target: Where its pictures go.
+    """
 
     task: Task
     options: dict[str, Any]
     request: Request | None
+    picture: bool
     target: Path | None
+
+    @classmethod
+    def of(cls, task: Task, options: dict[str, Any], request: Request | None, target: Path | None) -> Work:
+        """A call with the request that was built to check it."""
+        from dataclasses import replace  # what argparse refuses need not wait for it
+
+        if request is None:
+            return cls(task, options, None, picture=False, target=target)
+        kept = replace(request, picture=None)
+        return cls(task, options, kept, picture=request.picture is not None, target=target)
 
     @property
     def images(self) -> int:
@@ -125,12 +145,15 @@ def _load_for(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[l
 
     bundle = Bundle.open(arguments.bundle, verify=False)
     works = _works(arguments, bundle, options)  # before anything is loaded
-    requests = [work.request for work in works if work.request is not None]
-    for request in requests:
+    for request in _requests(works):
         if arguments.negative_prompt and not request.guided and not arguments.quiet:
             say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
             break
-    return works, _load(arguments, bundle, requests)
+    return works, _load(arguments, bundle, works)
+
+
+def _requests(works: Sequence[Work]) -> list[Request]:
+    return [work.request for work in works if work.request is not None]
 
 
 def _file_and_word(entry: str) -> tuple[str, str | None]:
@@ -144,7 +167,7 @@ def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any
     from sdrt.runtime.request_texts import RANDOM_SEED
 
     if arguments.interactive:
-        return [Work(Task(None, {}), options, _request_of_defaults(bundle, options), arguments.output)]
+        return [Work.of(Task(None, {}), options, _request_of_defaults(bundle, options), arguments.output)]
     if arguments.recipe_prompt is not None:
         tasks = [Task(arguments.recipe_prompt, {})]
     else:
@@ -160,7 +183,7 @@ def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any
         request = _request(arguments, bundle, task, own)
         if "seed" not in task.options and isinstance(seed, int) and seed != RANDOM_SEED:
             seed = (seed + len(request.seeds)) % 2**64
-        works.append(Work(task, own, request, arguments.output if task.output is None else task.output))
+        works.append(Work.of(task, own, request, arguments.output if task.output is None else task.output))
     _check_stdout(works)
     return works
 
@@ -307,7 +330,7 @@ def _drawn(
     )
 
 
-def _load(arguments: argparse.Namespace, bundle: Bundle, requests: Sequence[Request]) -> Pipeline:
+def _load(arguments: argparse.Namespace, bundle: Bundle, works: Sequence[Work]) -> Pipeline:
     """The pipeline on a backend that admits the requests; says which one, where that was left to us."""
     from sdrt.runtime.backends import AUTO
     from sdrt.runtime.pipeline import Pipeline
@@ -320,18 +343,19 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, requests: Sequence[Requ
         device=arguments.device,
         threads=arguments.threads,
         verify=arguments.verify,
-        request_shape=_shape(bundle, requests),
+        request_shape=_shape(bundle, works),
     )
     if arguments.backend == AUTO and not arguments.quiet:
         _say_backend(pipeline, verbose=arguments.verbose)
     return pipeline
 
 
-def _shape(bundle: Bundle, requests: Sequence[Request]) -> RequestShape | None:
+def _shape(bundle: Bundle, works: Sequence[Work]) -> RequestShape | None:
     """The most that any request asks for; of sizes the first one's."""
     from sdrt.runtime.backends import RequestShape
     from sdrt.runtime.loading import longest_prompt
 
+    requests = _requests(works)
     if not requests:
         return None
     limits = bundle.manifest.limits
@@ -341,8 +365,8 @@ def _shape(bundle: Bundle, requests: Sequence[Request]) -> RequestShape | None:
         requests[0].height,
         requests[0].width,
         any(request.guided for request in requests),
-        max(longest_prompt(bundle, request) for request in requests),
-        any(request.picture is not None for request in requests),
+        longest_prompt(bundle, requests),
+        any(work.picture for work in works),
     )
 
 

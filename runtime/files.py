@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Final
@@ -26,7 +26,7 @@ _RENAME_EXCHANGE: Final = 2
 _ASIDE: Final = "-old"  # ends the name of a folder that is away while another takes its place
 # Names of what is not finished, as `write_all_atomically` and `new_folder` make them.
 _FILE: Final = re.compile(r"\.sdrt-\d+-\d+-[0-9a-f]{8}\.tmp")
-_FOLDER: Final = re.compile(rf"\.(.+)\.part-[0-9a-f]{{16}}({_ASIDE})?", re.DOTALL)
+_FOLDER: Final = re.compile(rf"\.sdrt-(.+)\.part-[0-9a-f]{{16}}({_ASIDE})?", re.DOTALL)
 
 
 def place_of(path: Path) -> Path:
@@ -159,7 +159,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def _unfinished_folder(path: Path, undo: contextlib.ExitStack) -> Path:
     """A new folder beside ``path``, locked; ``undo`` removes it, and so does an interrupt."""
     while True:
-        temporary = path.with_name(f".{path.name}.part-{os.urandom(8).hex()}")
+        temporary = path.with_name(f".sdrt-{path.name}.part-{os.urandom(8).hex()}")
         temporary.mkdir()
         undo.callback(_remove, temporary)
         undo.enter_context(undone(partial(_remove_while_written, temporary)))
@@ -239,10 +239,11 @@ def _remove_while_written(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what processes that are gone (killed, power cut) left unfinished in a folder.
+    """Delete what processes of this user that are gone (killed, power cut) left unfinished in a folder.
 
-    A live process holds a lock on what it writes, which other containers and hosts that share the file system
-    see too; a process id they would not. A folder that was away when its process was killed is put back.
+    It may be a folder of the user's own: what has such a name but is of another kind is left alone. A live
+    process holds a lock on what it writes, which other containers and hosts that share the file system see
+    too; a process id they would not. A folder that was away when its process was killed is put back.
 
     Raises:
         OSError: The folder cannot be read.
@@ -254,7 +255,9 @@ def clear_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError):  # somebody's, or gone
             if unfinished and unfinished[2]:
                 _clear_aside(found, folder / unfinished[1])
-            elif found.is_symlink():  # it made room for a folder
+            elif not _is_ours(found, stat.S_ISDIR if unfinished else stat.S_ISREG):
+                continue
+            elif found.is_symlink():
                 found.unlink()
             else:
                 with _locked(found):
@@ -265,10 +268,16 @@ def _clear_aside(aside: Path, place: Path) -> None:
     """Put back what was at ``place``, or delete it, unless whoever put it aside is still at work."""
     with contextlib.suppress(FileNotFoundError), _locked(aside.with_name(aside.name.removesuffix(_ASIDE))):
         pass
-    if os.path.lexists(place):
-        _remove(aside)
-    else:
+    if not os.path.lexists(place):
         aside.rename(place)
+    elif _is_ours(aside, stat.S_ISDIR):
+        _remove(aside)
+
+
+def _is_ours(found: Path, is_kind: Callable[[int], bool]) -> bool:
+    """Whether it is this user's and of a kind, or a link, which may have made room for a folder."""
+    facts = found.lstat()
+    return facts.st_uid == os.geteuid() and (is_kind(facts.st_mode) or stat.S_ISLNK(facts.st_mode))
 
 
 @contextlib.contextmanager

@@ -16,12 +16,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
+from sdrt.kernels.cache import usable_folder
 from sdrt.runtime import limits
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import BackendError, BundleError, SdrtError
+from sdrt.runtime.files import clear_leftovers
 from sdrt.runtime.graph_check import check_graph_file, external_files
+from sdrt.runtime.interrupts import finishing, undone
 from sdrt.runtime.manifest import Component
 from sdrt.runtime.prepared_folder import WORTH_TELLING
 from sdrt.runtime.untrusted import parse_json, read_limited
@@ -66,20 +70,20 @@ def check_graph(content: bytes, where: str, part: Component) -> None:
 
 def load_apart(bundle: Bundle, names: Sequence[str], backend: str, *, verify: bool) -> None:
     """Load and evaluate components in a process of their own; see `sdrt.runtime.admission.admit`."""
-    size = max(sum(entry.size for entry in bundle.component(name).files) for name in names)
+    sizes = [sum(entry.size for entry in bundle.component(name).files) for name in names]
     shape = bundle.manifest.limits
     pixels = shape.min_batch * shape.height.minimum * shape.width.minimum
     memory = (
         limits.FIRST_LOAD_BYTES
-        + size * limits.FIRST_LOAD_BYTES_PER_BYTE
+        + max(sizes) * limits.FIRST_LOAD_BYTES_PER_BYTE  # they are loaded one after the other
         + pixels * limits.FIRST_LOAD_BYTES_PER_PIXEL
     )
     seconds = (
         limits.FIRST_LOAD_SECONDS
-        + size * limits.FIRST_LOAD_SECONDS_PER_BYTE
+        + sum(sizes) * limits.FIRST_LOAD_SECONDS_PER_BYTE
         + pixels * limits.FIRST_LOAD_SECONDS_PER_PIXEL
     )
-    if size >= WORTH_TELLING:
+    if sum(sizes) >= WORTH_TELLING:
         logging.getLogger("sdrt").info(
             "trying %s in a process of its own, once: it was not exported here", bundle.path
         )
@@ -97,13 +101,33 @@ def load_apart(bundle: Bundle, names: Sequence[str], backend: str, *, verify: bo
 
 def _run(job: dict[str, Any], seconds: float) -> tuple[list[dict[str, Any]], int | None]:
     """What the child said, and its exit status; None where its time was up."""
+    status: int | None = None
+    with contextlib.ExitStack() as undo:
+        with finishing():
+            child = _started(job)
+            end = partial(_end, child, job["backend"])
+            undo.enter_context(undone(end))
+            undo.callback(end)
+        try:
+            output, _ = child.communicate(timeout=seconds)
+            status = child.returncode
+        except subprocess.TimeoutExpired as expired:
+            output = expired.stdout or b""
+    said = []
+    for line in output[-_SAID:].decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):
+            said.append(parse_json(line))
+    return [entry for entry in said if isinstance(entry, dict)], status
+
+
+def _started(job: dict[str, Any]) -> subprocess.Popen[bytes]:
     from multiprocessing.spawn import get_executable  # what an embedder has set, where it is not Python's own
 
     # It must find the same packages, and NumPy's BLAS need not reserve memory for threads.
     path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))
     environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
     try:
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [os.fsdecode(get_executable() or ""), *_COMMAND, json.dumps(job)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -113,20 +137,16 @@ def _run(job: dict[str, Any], seconds: float) -> tuple[list[dict[str, Any]], int
         )
     except OSError as error:
         raise BackendError(f"no process can be started to try the bundle in: {error.strerror}") from error
-    status: int | None = None
-    try:
-        output, _ = child.communicate(timeout=seconds)
-        status = child.returncode
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-    finally:
-        child.kill()
-        child.wait()
-    said = []
-    for line in output[-_SAID:].decode("utf-8", "replace").splitlines():
-        with contextlib.suppress(ValueError):
-            said.append(parse_json(line))
-    return [entry for entry in said if isinstance(entry, dict)], status
+
+
+def _end(child: subprocess.Popen[bytes], backend: str) -> None:
+    """End the child, if it is not done, and delete what it was preparing then: nobody holds its locks now."""
+    child.kill()
+    child.wait()
+    folder = usable_folder(backend)
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            clear_leftovers(folder)
 
 
 def _judge(said: list[dict[str, Any]], status: int | None, whose: str, limit: str) -> None:
@@ -136,14 +156,15 @@ def _judge(said: list[dict[str, Any]], status: int | None, whose: str, limit: st
         return
     if "error" in last:
         raise _STATUSES.get(last.get("status", 0), SdrtError)(str(last["error"]))
+    tried = f"the {last.get('component', 'bundle')} {whose} was tried in a process of its own and"
     if status is None:
-        how = "was not ready in time"
-    elif status < 0:
+        raise BundleError(
+            f"{tried} was not ready in time (limits {limit}): try again when less else runs here; if that "
+            "does not help, it is too large for this computer, or damaged"
+        )
+    if status < 0:
         names = {number.value: number.name for number in signal.Signals}
         how = f"ended it with {names.get(-status, f'signal {-status}')}"
     else:
         how = f"ended it with status {status}"
-    raise BundleError(
-        f"the {last.get('component', 'bundle')} {whose} was tried in a process of its own and {how} (limits "
-        f"{limit}): it is damaged or made to do harm, do not use it"
-    )
+    raise BundleError(f"{tried} {how} (limits {limit}): it is damaged or made to do harm, do not use it")

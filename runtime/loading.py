@@ -51,21 +51,21 @@ def condition_encoder(
     )
 
 
-def longest_prompt(bundle: Bundle, request: Request) -> int:
-    """The chunks of a request's longest prompt, before anything is loaded.
+def longest_prompt(bundle: Bundle, requests: Sequence[Request]) -> int:
+    """The chunks of the longest prompt of some requests, before anything is loaded.
 
     Tokenizers are only read where a text could have more than one chunk: each token is a character or more.
     Embeddings, which have more tokens than their names, are not known yet.
     """
-    conditions = (*request.conditions, *request.negatives)
+    conditions = [one for request in requests for one in (*request.conditions, *request.negatives)]
     ends = [end for one in conditions if isinstance(one, Blend) for end in (one.first, one.second)]
     prompts = [prompt for prompt in (*conditions, *ends) if isinstance(prompt, Prompt)]
     room = min((facts.max_length - 2 for facts in bundle.manifest.tokenizers), default=0)
-    long = {
+    long = dict.fromkeys(
         prompt
         for prompt in prompts
         if prompt.text and (len(prompt.text.encode()) > room or "BREAK" in prompt.text)
-    }
+    )
     if not long:
         return 1
     limits = bundle.manifest.limits

@@ -83,7 +83,8 @@ class PreparedFolder:
             key: What else decides what is made, but for the CPU: the library's version and options, the
                 format.
         """
-        self._backend, self._source, self._again = backend, source, source.again
+        self._backend, self._source = backend, source
+        self._hashed: dict[str, Any] = {}  # the states of the files that were found whole
         whole = {
             **key,
             "model": source.model,
@@ -116,7 +117,9 @@ class PreparedFolder:
         if not stat.S_ISDIR(self.path.lstat().st_mode):
             return False
         states = {name: file_state((self.path / name).lstat()) for name in record["files"]}
-        if record["checked"] == [boot_id(), states] and not self._again:
+        boot = boot_id()  # empty where the system does not say: then it may have been started since
+        known_before = bool(boot) and record["checked"] == [boot, states] and not self._source.again
+        if known_before or states == self._hashed:
             return True
         known: dict[str, Any] = {}
         for name, (size, sha256) in record["files"].items():
@@ -126,10 +129,10 @@ class PreparedFolder:
                 found, known[name] = hashed(stream)
             if found != sha256:
                 return False
-        self._again = False
         if all(known.values()):
+            self._hashed = known
             with contextlib.suppress(OSError):
-                self._write_record(self.path, {**record, "checked": [boot_id(), known]})
+                self._write_record(self.path, {**record, "checked": [boot, known]})
         return True
 
     def loaded(self) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from graph_fuzz import with_graph
 
 from sdrt.export import cli, engine_flavours
 from sdrt.export.bundle_manifest import check_manifest, default_size
 from sdrt.export.cli_options import parse
 from sdrt.export.engine_options import EngineOptions, Extent
 from sdrt.export.engine_report import report_lines
-from sdrt.export.engine_writer import EngineReport, engine_key, islands_of, timing_cache
+from sdrt.export.engine_writer import EngineReport, add_engines, engine_key, islands_of, timing_cache
 from sdrt.export.graph import AxisRange
+from sdrt.runtime.admission import accept
 from sdrt.runtime.backends import Gpu
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.engine_search import list_engines
-from sdrt.runtime.engines import EngineManifest
+from sdrt.runtime.engines import ENGINE_NAME, EngineManifest
 from sdrt.runtime.errors import BackendError, OutputError, UsageError
 from sdrt.runtime.manifest import FileEntry
 
@@ -171,6 +174,34 @@ def test_a_damaged_bundle_gets_no_engines(bundle: Path, capsys: pytest.CaptureFi
     assert "unet/model.onnx has 0 bytes" in capsys.readouterr().err
 
 
+def test_a_strangers_graph_is_looked_through_before_a_builder_reads_it(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a bundle that was exported here it is not: that is known."""
+    monkeypatch.setattr("sdrt.export.engine_writer.run_build", _refuse)
+    with_graph(bundle, "unet", b"no graph")
+    command = [str(bundle), "--engine", "onnxruntime-cuda"]
+    assert cli.main(command) == 3
+    assert "no graph that sdrt reads" in capsys.readouterr().err
+    assert not (bundle / "engines").exists()
+    for part in Bundle.open(bundle).manifest.components.values():
+        accept(part.files)
+    assert cli.main(command) == 7
+
+
+def test_an_engines_manifest_that_is_a_pipe_is_no_engine(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdrt.export.engine_writer.run_build", _refuse)
+    options = EngineOptions("onnxruntime-cuda")
+    version = engine_flavours.flavour_version(options.flavour)
+    folder = bundle / "engines" / engine_key(Bundle.open(bundle), "unet", options, version, ()).folder_name()
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / ENGINE_NAME)
+    with pytest.raises(BackendError, match="not here"):
+        add_engines(bundle, options, components=["unet"])
+
+
 def test_a_flavour_that_is_not_installed_says_what_to_install(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,7 +302,7 @@ def test_engines_that_cannot_be_built_cost_no_bundle(
     with monkeypatch.context() as patch:
         patch.setattr("sdrt.export.engine_writer.run_build", _refuse)
         assert cli.main([str(tiny_checkpoint), str(out), "--engine", flavour, *traced_before]) == 7
-    assert capsys.readouterr().err == "sd-export: not here\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "sd-export: not here"  # after remarks on the model
     bundle = Bundle.open(out)
     assert not (out / "engines").exists()
     assert cli.main([str(out), "--engine", flavour, "--quiet"]) == 0

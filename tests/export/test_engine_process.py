@@ -32,6 +32,13 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dataclasses.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BackendError, match=r"ended with status 1 \(KeyError: 'work'\)"):
+        run_build({}, tmp_path)
+
+
 def test_progress_and_the_result_come_back(tmp_path: Path) -> None:
     seen: list[tuple[str, float]] = []
     result = run_build(

@@ -109,6 +109,20 @@ def test_a_second_time_changes_nothing(names: list[str]) -> None:
     assert (report.tensors, report.casts) == ((), 0)
 
 
+def test_a_named_tensor_that_a_cast_made_keeps_its_name() -> None:
+    """By which an engine's builder asks for it again; a cast from fp32 to fp32 is what is left of it."""
+    model = chain_model()
+    model.graph.inputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    down = ir.node("Cast", [model.graph.inputs[0]], {"to": int(ir.DataType.FLOAT16)}, name="down")
+    down.outputs[0].name, down.outputs[0].type = "big", ir.TensorType(ir.DataType.FLOAT16)
+    first = model.graph[0]
+    model.graph.insert_before(first, down)
+    first.replace_input_with(0, down.outputs[0])
+    for tensors in (("big",), ()):
+        assert insert_islands(model, ["big"]).tensors == tensors
+        assert model.graph.node("down").outputs[0].dtype == ir.DataType.FLOAT
+
+
 def test_without_names_nothing_changes() -> None:
     model = chain_model()
     before = ir.to_proto(model).SerializeToString()

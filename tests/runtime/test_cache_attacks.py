@@ -109,6 +109,10 @@ def test_what_was_prepared_is_hashed_once_after_a_start_and_whenever_that_is_ask
         assert len(found) == 6
         np.testing.assert_array_equal(draw(verify=ALWAYS), wanted)
         assert len(found) == 12
+        monkeypatch.setattr(prepared_folder, "boot_id", str)  # a system that does not say when it was started
+        draw()
+        draw()
+        assert len(found) == 24
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ import pytest
 
 from sdrt.runtime import files
 from sdrt.runtime.errors import OutputError
-from sdrt.runtime.files import explain, new_folder, write_all_atomically, write_atomically, writing
+from sdrt.runtime.files import (
+    clear_leftovers,
+    explain,
+    new_folder,
+    write_all_atomically,
+    write_atomically,
+    writing,
+)
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -392,26 +399,47 @@ def test_kill_in_the_middle_keeps_the_old_folder_and_the_next_run_clears_up(tmp_
 @pytest.mark.parametrize("name", ["out", "a*b", "[x]", "a**b", "?"])
 def test_only_what_was_left_unfinished_is_removed(tmp_path: Path, name: str) -> None:
     """Whatever it was to become; and nothing is followed."""
-    abandoned = [f".{name}.part-0123456789abcdef", ".other.part-0123456789abcdef"]
-    kept = [f".{name}.part-mine", f".{name}.part-0123456789abcdef-mine", name + ".bak", "sdrt.tmp"]
+    end = "part-0123456789abcdef"
+    abandoned = [f".sdrt-{name}.{end}", f".sdrt-other.{end}"]
+    kept = [
+        f".sdrt-{name}.part-mine",
+        f".sdrt-{name}.{end}-mine",
+        f".{name}.{end}",
+        name + ".bak",
+        "sdrt.tmp",
+    ]
     for folder in (*abandoned, *kept):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_bytes(b"")
     (tmp_path / ".sdrt-0-17-0123abcd.tmp").write_bytes(b"half")
-    (tmp_path / ".link.part-0123456789abcdef").symlink_to(tmp_path / kept[0])
+    (tmp_path / f".sdrt-link.{end}").symlink_to(tmp_path / kept[0])
+    others = [f".sdrt-file.{end}", f".sdrt-file.{end}-old"]  # files, where only folders have such names
+    for file in ("file", *others):
+        (tmp_path / file).write_bytes(b"precious")
     with new_folder(tmp_path / name):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, name}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, *others, "file", name}
     assert all((tmp_path / folder / "file").exists() for folder in kept)
 
 
 def test_a_folder_that_was_away_when_its_process_was_killed_is_put_back(tmp_path: Path) -> None:
-    away = tmp_path / ".out.part-0123456789abcdef-old"
+    away = tmp_path / ".sdrt-out.part-0123456789abcdef-old"
     away.mkdir()
     (away / "a").write_bytes(b"the only copy")
     with pytest.raises(RuntimeError), new_folder(tmp_path / "out", replace=True):
         raise RuntimeError
     assert listing(tmp_path) == {"out": None, "out/a": b"the only copy"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_another_user_left_unfinished_is_theirs(tmp_path: Path) -> None:
+    left = [tmp_path / ".sdrt-out.part-0123456789abcdef", tmp_path / ".sdrt-0-17-0123abcd.tmp"]
+    left[0].mkdir()
+    left[1].write_bytes(b"half")
+    for path in left:
+        os.chown(path, 65534, 65534)
+    clear_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == set(left)
 
 
 @pytest.mark.parametrize("system_call", [True, False], ids=["renameat2", "rename"])

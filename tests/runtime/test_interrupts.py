@@ -262,7 +262,7 @@ def test_loading_can_be_interrupted_and_begun_again(tiny_bundle: Path) -> None:
 
 
 def test_sd_run_clears_up_what_was_killed(tiny_bundle: Path, folder: Path) -> None:
-    for name in (".sdrt-0-17-0123abcd.tmp", ".out.part-0123456789abcdef"):
+    for name in (".sdrt-0-17-0123abcd.tmp", ".sdrt-out.part-0123456789abcdef"):
         (folder / name).mkdir() if "part" in name else (folder / name).write_bytes(b"half")
     command = [SD_RUN, "x", "--bundle", str(tiny_bundle), "--steps", "1", "-o", "a.png"]
     assert subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 0

@@ -15,8 +15,9 @@ from task_calls import MASK, PICTURE, SHORT
 
 import tolerances
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime import backends
+from sdrt.runtime import backends, loading
 from sdrt.runtime.backends import RequestShape
+from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import CancelledError, UsageError
 from sdrt.runtime.interpolation import interpolated_request
 from sdrt.runtime.loading import longest_prompt
@@ -25,6 +26,8 @@ from sdrt.runtime.preview import rgb_from_latents
 from sdrt.runtime.request import build_request
 from sdrt.runtime.solvers import make_table
 from sdrt.runtime.start import slerp
+from sdrt.runtime.text_encoders import open_tokenizers
+from sdrt.runtime.tokenizer import Tokenizer
 
 STEPS = int(SHORT["num_inference_steps"])
 LATENTS: dict[str, Any] = {**SHORT, "output_type": "latents"}
@@ -329,13 +332,29 @@ def test_embeddings_are_taught(pipeline: Pipeline, tmp_path: Path) -> None:
 # --- what a backend is asked for
 
 
-def test_the_longest_prompt_is_known_before_anything_is_loaded(pipeline: Pipeline) -> None:
+def test_the_longest_prompt_is_known_before_anything_is_loaded(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of an interpolation it may be at either end; so an engine for one chunk is not taken for it."""
+    opened: list[Bundle] = []
+
+    def noted(bundle: Bundle) -> list[Tokenizer]:
+        opened.append(bundle)
+        return open_tokenizers(bundle)
+
+    monkeypatch.setattr(loading, "open_tokenizers", noted)
     bundle, long = pipeline.bundle, "a " * 100
     manifest = bundle.manifest
     for options, chunks in (({}, 1), ({"negative_prompt": long}, 2), ({"negative_prompt": "a BREAK b"}, 2)):
-        assert longest_prompt(bundle, build_request(manifest, "a", options)) == chunks
-    assert longest_prompt(bundle, interpolated_request(manifest, "a", long, 3, None, {})) == 2
+        assert longest_prompt(bundle, [build_request(manifest, "a", options)]) == chunks
+    many = [build_request(manifest, text, {}) for text in ("a", *(long + word for word in ("b", "c", "d")))]
+    many.append(interpolated_request(manifest, "a", "a " * 200, 3, None, {}))
+    opened.clear()
+    assert longest_prompt(bundle, many[:1]) == 1
+    assert opened == []
+    assert longest_prompt(bundle, many[:-1]) == 2
+    assert longest_prompt(bundle, many) == 3
+    assert len(opened) == 2  # once for all of a call's requests
 
 
 def test_a_picture_wants_the_vae_encoder_of_a_backend(pipeline: Pipeline) -> None:
