@@ -156,11 +156,14 @@ def _place(out: Path, *, force: bool) -> Path:
 
 
 def _check_out(out: Path, *, force: bool) -> None:
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists already; give another name, or --force to replace it")
     # --force deletes what is there: `--force .` or a mistyped name must not cost anybody's work.
     if out.exists() and not (out.is_dir() and ((out / MANIFEST_NAME).is_file() or not any(out.iterdir()))):
-        raise UsageError(f"{out} is not a bundle: --force replaces bundles and empty folders only")
+        raise UsageError(
+            f"{out} exists already and is not a bundle: --force replaces bundles and empty folders only; "
+            "give another name"
+        )
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists already; give another name, or --force to replace it")
     if not out.absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: {explain(FileNotFoundError(errno.ENOENT, ''))}")
 

@@ -76,7 +76,7 @@ def _found(name: Any, what: str, option: str, picture: Path) -> str:
     """The file of a given picture: as the recipe has it, or beside the picture with the recipe."""
     if not isinstance(name, str):
         raise UsageError(f"the recipe in {picture} is damaged: {what} is {type(name).__name__}, no file name")
-    for place in (name, str(picture.parent / name)):
+    for place in (name, str(picture.parent / name), str(picture.parent / Path(name).name)):
         if os.path.lexists(place):
             return place
     raise UsageError(

@@ -99,7 +99,7 @@ def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = Fal
     The grey of the picture (its luma, ITU-R BT.601). Transparency says more than colours do. A shape of one
     colour on nothing is drawn, whatever its colour is: a black one is as good as a white one. In a picture of
     several colours, and in a dark sheet of one that reaches all edges, the hole is what is drawn, as such
-    masks are meant where they are made of the picture itself.
+    masks are meant where they are made of the picture itself. Where either could be meant it is refused.
 
     Args:
         source: As for `read_image`; a float array [H, W] is taken as it is, and bool is allowed too.
@@ -112,7 +112,7 @@ def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = Fal
     Raises:
         UsageError: As for `read_image`; or the mask is black all over, so that nothing would be drawn; or it
             has no level above 1 of 255, as an array of 0 and 1 that is uint8; or it has several greys and
-            transparency, either of which could be what is meant.
+            transparency, or both a dark shape and transparency at its edges, and either could be meant.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.bool:
         source = source.astype(np.float32)
@@ -139,9 +139,14 @@ def _shares(colours: Image, alpha: Image | None, what: str) -> NDArray[np.float3
     seen = np.asarray(colours)[opacity > 0]
     shape = opacity.astype(np.float32) / np.float32(255)
     if (seen == seen[:1]).all():
-        edges = (opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1])
-        dark_sheet = all(edge.min() == 255 for edge in edges) and greys[0, 0] < 0.5
-        return 1 - shape if dark_sheet else shape
+        edges = np.concatenate([opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]])
+        dark = greys[opacity > 0].max(initial=0) < 0.5
+        if dark and edges.max() > 0 and edges.min() < 255:
+            raise UsageError(
+                f"{what} is dark and transparent, both up to its edges: either could say what is drawn; save "
+                "it without transparency (white is drawn), or make what is to be drawn white on nothing"
+            )
+        return 1 - shape if dark and edges.min() == 255 else shape
     if (seen == seen[:, :1]).all():
         raise UsageError(
             f"{what} has several greys and is transparent in places: either could say what is drawn; save it "

@@ -215,7 +215,7 @@ def only_tokenizer_json(document: Any) -> Callable[[Path], None]:
         (change("special_tokens_map.json", bos_token={"content": ["x"]}), "bos_token"),
         (change("tokenizer_config.json", model_max_length="long"), "model_max_length is 'long'"),
         (change("tokenizer_config.json", model_max_length=1), "model_max_length is 1"),
-        (change("tokenizer_config.json", model_max_length=float("nan")), "model_max_length is nan"),
+        (change("tokenizer_config.json", model_max_length=float("nan")), "NaN is no finite number"),
         (write("tokenizer_config.json", b"no"), r"tokenizer_config\.json is not valid JSON"),
         (write("added_tokens.json", b'{"<cat-toy>": 1514}'), "adds <cat-toy> to CLIP's"),
         (

@@ -401,6 +401,13 @@ def with_hole(first: Any, second: Any, opacity: int = 0) -> Image.Image:
     return image
 
 
+def dark_spot(opacity: int) -> Image.Image:
+    """A black pixel on nothing."""
+    image = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, opacity))
+    return image
+
+
 def holed_sheet(colour: Any) -> Image.Image:
     """One colour, but for a pixel that is transparent."""
     image = Image.new("RGBA", (6, 4), colour)
@@ -421,8 +428,9 @@ MASKS: dict[str, tuple[Any, NDArray[Any]]] = {
     "opaque alpha": (shape_in("RGBA", (255, 255, 255, 255), (0, 0, 0, 255)), HALF),
     "white on nothing": (shape_in("RGBA", (255, 255, 255, 255), (0, 0, 0, 0)), HALF),
     "white on transparent white": (shape_in("RGBA", (255, 255, 255, 255), (255, 255, 255, 0)), HALF),
-    "black on nothing": (shape_in("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)), HALF),
-    "red, half opaque": (shape_in("RGBA", (255, 0, 0, 51), (0, 0, 0, 0)), HALF * np.float32(0.2)),
+    "black on nothing": (dark_spot(255), SPOT),
+    "black, half transparent, on nothing": (dark_spot(51), SPOT * np.float32(0.2)),
+    "yellow, half opaque": (shape_in("RGBA", (255, 255, 0, 51), (0, 0, 0, 0)), HALF * np.float32(0.2)),
     "palette with a transparent entry": (palette(transparency=0), np.ones((4, 6)) * (RED_LUMA / 255)),
     "a hole in a picture": (with_hole((255, 0, 0, 255), (0, 0, 255, 255)), HALF),
     "a hole in a picture, half transparent": (with_hole((9, 0, 0, 255), (0, 0, 255, 255), 204), HALF / 5),
@@ -440,6 +448,11 @@ def test_masks(name: str) -> None:
     mask = read_mask(source)
     assert mask.dtype == np.float32
     assert np.array_equal(mask, want.astype(np.float32)) or np.abs(mask - want).max() < 2.0**-24
+
+
+def test_a_dark_shape_or_a_hole_in_the_dark() -> None:
+    image = shape_in("RGBA", (0, 0, 0, 255), (0, 0, 0, 0))
+    assert "either could say what is drawn; save it without transparency" in refusal(image, read_mask)
 
 
 def test_mask_of_several_greys_and_transparency() -> None:
