@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from numpy.typing import NDArray
 
+from sdrt.runtime.c_library import kept_signal_stack
 from sdrt.runtime.components import ComponentSpec
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.executors import GraphTensor, check_tensors, first_line
@@ -179,18 +180,19 @@ class ModelFile:
         try:
             graph.reshape(dict(shape.inputs))
             hoisted = hoist(self._ov, graph, GROUPS)
-            main = self._core.compile_model(graph, "CPU", settings(shape))
+            main = self._build(graph, settings(shape))
             parts = [
-                Part(
-                    self._core.compile_model(part.model, "CPU", _settings_of_parts(shape)),
-                    part.inputs,
-                    part.results,
-                )
+                Part(self._build(part.model, _settings_of_parts(shape)), part.inputs, part.results)
                 for part in hoisted
             ]
         except Exception as error:
             raise BackendError(f"OpenVINO cannot compile {self._model}: {reason(error)}") from error
         return Compiled(main, parts)
+
+    # Each model by itself: its end gives the thread back the signal stack that its making found.
+    @kept_signal_stack()
+    def _build(self, graph: Any, configuration: Mapping[str, Any]) -> Any:
+        return self._core.compile_model(graph, "CPU", configuration)
 
     def _place(self, source: Source, shape: Shape) -> PreparedFolder:
         key = {
@@ -218,6 +220,7 @@ class ModelFile:
         place.loaded()
         return Compiled(main, parts)
 
+    @kept_signal_stack()
     def _import(self, file: Path, configuration: Mapping[str, Any]) -> Any:
         # In memory of OpenVINO's own: it goes on to read the weights where they are.
         data = self._ov.Tensor(self._ov.Type.u8, [file.stat().st_size])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
 import sys
@@ -17,6 +18,7 @@ from openvino_runs import assert_close, buffers, expected, openvino
 
 from sdrt.runtime import openvino_models, verified_files
 from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.c_library import signal_stack
 from sdrt.runtime.engine_libraries import import_openvino
 from sdrt.runtime.errors import BackendError, BundleError
 from sdrt.runtime.executor_openvino import OpenVinoExecutor
@@ -395,3 +397,17 @@ def test_a_picture(tiny_bundle: Path) -> None:
     assert np.abs(one - other).max() < TASK_RUN * np.abs(one).max()
     pictures = [np.stack(drawn[backend].images).astype(int) for backend in drawn]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_signals_are_handled_where_they_were(tiny: Bundle) -> None:
+    """OpenVINO gives the thread that compiles a signal stack, and frees it with the model."""
+    before = signal_stack()
+    for rows in (1, 2):
+        ov = import_openvino(openvino_models.BACKEND, "openvino")
+        file = openvino_models.ModelFile(ov, *_unet_file(tiny), None)
+        sizes = tuple((name, array.shape) for name, array in buffers(tiny, rows=rows)[0].items())
+        compiled = file.compiled(openvino_models.Shape(sizes, 1, 1))
+        del file, compiled
+        gc.collect()
+        after = signal_stack()
+        assert (after.sp, after.flags, after.size) == (before.sp, before.flags, before.size)
