@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 import onnx_ir as ir
 import pytest
+from complaints import complaints
 
 from sdrt.export import bundle_manifest, bundle_writer, cli
 from sdrt.export.architectures import open_architecture
@@ -109,11 +110,6 @@ def test_a_manifest_that_no_reader_takes_costs_no_trace(
 def test_a_schedule_of_few_steps_has_a_default_within_it(checkpoint_copy: Path) -> None:
     edit(checkpoint_copy / "scheduler" / "scheduler_config.json", num_train_timesteps=10)
     check_manifest(open_checkpoint(str(checkpoint_copy)), options(AxisRange(16, 16), AxisRange(16, 16)))
-
-
-def complaints(printed: str) -> list[str]:
-    """The lines of standard error but for the remark on the tiny checkpoint's scheduler."""
-    return [line for line in printed.splitlines() if "PNDMScheduler is the checkpoint's" not in line]
 
 
 def test_a_vae_that_is_no_network_costs_no_trace(
