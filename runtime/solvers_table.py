@@ -78,7 +78,10 @@ class SamplerTable:
 
     @property
     def sigmas(self) -> FloatArray:
-        """The ratio of noise to signal in x when each row begins, float64 [n]; infinite for noise alone."""
+        """The ratio of noise to signal in x when each row begins, float64 [n]; infinite for noise alone.
+
+        Not of an EDM model, whose timesteps say it.
+        """
         alphas = self.rows[:, Column.INPUT_SCALE] * self.rows[:, Column.SIGNAL]
         with np.errstate(divide="ignore"):
             return np.sqrt((1 - alphas) * (1 + alphas)) / alphas

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import signal
 import subprocess
 import time
@@ -132,8 +133,12 @@ def test_signals(process: Process, work: Path, number: signal.Signals, busy: boo
         time.sleep(0.5)
     process.process.send_signal(number)
     status, err = process.end()
-    assert (status, err) == (130, "sd-run: interrupted; nothing unfinished was left behind\n")
-    assert names(work) == []
+    finished = r"of 200 pictures (\d+) were finished and saved, each whole: .*"
+    told = re.fullmatch(rf"sd-run: interrupted; (?:nothing unfinished was left behind|{finished})\n", err)
+    assert status == 130
+    assert told, err
+    assert len(names(work)) == int(told[1] or 0)  # a fast machine may have finished some
+    assert busy or told[1] is None
 
 
 def test_reader_that_goes_away(process: Process, work: Path) -> None:

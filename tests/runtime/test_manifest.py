@@ -137,7 +137,7 @@ def test_what_a_checkpoint_does_not_say_is_not_written() -> None:
         (changed(("schedule", "edm"), None), "edm is None"),
         (changed(("schedule", "edm"), {"sigma_min": 1.0}, EDM), "it must have just sigma_min, sigma_max"),
         (changed(("schedule", "edm", "sigma_data"), 0, EDM), "sigma_data is 0: allowed are numbers above 0"),
-        (changed(("schedule", "edm", "sigma_data"), float("nan"), EDM), "sigma_data is nan"),
+        (changed(("schedule", "edm", "sigma_data"), float("nan"), EDM), "NaN is no finite number"),
         (changed(("schedule", "edm", "sigma_max"), 1e9, EDM), "sigma_max is 1000000000"),
         (changed(("schedule", "edm", "rho"), "7", EDM), "rho is '7'"),
         (changed(("schedule", "prediction_type"), "sample", EDM), "allowed are epsilon, v_prediction"),

@@ -45,7 +45,7 @@ def test_tables_say_what_they_need() -> None:
         "pndm": 3,
     }
     noisy = {name for name, table in tables.items() if table.uses_noise}
-    assert noisy == {"ddpm", "dpm2_a", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "euler_a", "lcm", "tcd"}
+    assert noisy == {"ddpm", "dpm2_a", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_sde", "euler_a", "lcm"}
     for table in tables.values():
         assert table.rows.shape == (len(table), COLUMNS)
         assert table.rows.dtype == table.timesteps.dtype == np.float64
