@@ -127,13 +127,8 @@ def test_it_draws_without_torch(bare_python: Path, tmp_path: Path) -> None:
 
 
 def test_sd_export_without_torch_says_what_to_install(bare_python: Path, tmp_path: Path) -> None:
-    command = [
-        str(bare_python),
-        "-m",
-        "sdrt.export.cli",
-        str(ROOT / "models" / "emoji"),
-        str(tmp_path / "out"),
-    ]
+    model, out = ROOT / "models" / "emoji", tmp_path / "out"
+    command = [str(bare_python), "-m", "sdrt.export.cli", str(model), str(out)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
     assert "pip install 'sdrt[export]'" in run.stderr

@@ -74,9 +74,8 @@ def test_the_model_sees_its_own_scale_and_is_told_a_quarter_of_log_sigma(name: s
     sigmas = np.sqrt(1 / table.rows[:, Column.INPUT_SCALE] ** 2 - 0.7**2)
     assert np.all(table.rows[:, Column.SIGNAL] == 1.0)
     np.testing.assert_allclose(table.timesteps, np.log(sigmas) / 4)
-    begins = slice(
-        None, None, 1 if len(table) == 7 else 2
-    )  # of steps; within one, what is kept is at its end
+    # The rows that begin a step; within one the level is that of what is kept, at the step's end.
+    begins = slice(None, None, 1 if len(table) == 7 else 2)
     np.testing.assert_allclose(table.rows[begins, Column.NOISE], sigmas[begins])
     assert (sigmas[0], sigmas[-1]) == (pytest.approx(10.0), pytest.approx(0.1))
 
