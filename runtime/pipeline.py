@@ -405,8 +405,7 @@ class Pipeline:
         canvas = None if request.picture is None else request.picture.canvas
         on_device = DeviceCollected(self._device, wanted) if output_type == "device" else None
         collected = on_device or Collected(output_type, wanted, canvas)
-        rows, steps = len(request.sampling.table), 0
-        unfinished: dict[int, int] = {}
+        rows, steps, recipes = len(request.sampling.table), 0, self._recipes(request)
         for batch, chunks in batches:
             generation = self._generations.ready(request, len(batch), chunks, hook, decodes=decodes)
             stages = generation.draw(request, batch, collected, hook, known, decodes=decodes)
@@ -414,17 +413,18 @@ class Pipeline:
             done = rows if hook.interrupted_after is None else hook.interrupted_after
             steps += done
             if done < rows:
-                unfinished |= dict.fromkeys(batch, done)
+                for image in batch:
+                    recipes[image]["interrupted_after_step"] = done
             if hook.interrupted_after is not None:
                 hook.interrupted_after = 0  # of the batches that follow
             if finished is not None:
-                numbers, recipes = tuple(dict.fromkeys(batch)), self._recipes(request, unfinished)
-                pictures, own = collected.pictures(numbers), tuple(recipes[number] for number in numbers)
+                numbers = tuple(dict.fromkeys(batch))
+                pictures, own = collected.pictures(numbers), tuple({**recipes[number]} for number in numbers)
                 finished(self, FinishedBatch(numbers, wanted, pictures, own))
         images, latents = collected.finish()
         seconds["step"] = seconds["denoise"] / max(steps, 1)
         seconds["total"] = time.perf_counter() - started
-        return PipelineOutput(images, latents, self._recipes(request, unfinished), seconds)
+        return PipelineOutput(images, latents, tuple(recipes), seconds)
 
     def _known(self, task: PictureTask) -> KnownPicture:
         """The picture of a task; the shapes that were drawn make room where memory is too small."""
@@ -462,7 +462,7 @@ class Pipeline:
         """One of the components that not every drawing needs, loaded when it is first wanted."""
         return executor_of(self._executors, self._load_more, name)
 
-    def _recipes(self, request: Request, unfinished: Mapping[int, int]) -> tuple[dict[str, Any], ...]:
+    def _recipes(self, request: Request) -> list[dict[str, Any]]:
         provenance = self.bundle.manifest.provenance
         origin = {
             "backend": self.backend,
@@ -470,10 +470,7 @@ class Pipeline:
             "model_sha256": str(provenance.get("source_sha256", "")),
             "version": sdrt.__version__,
         }
-        recipes = request.recipes()
-        for image, steps in unfinished.items():
-            recipes[image]["interrupted_after_step"] = steps
-        return tuple({**recipe, **self._taught(recipe), **origin} for recipe in recipes)
+        return [{**recipe, **self._taught(recipe), **origin} for recipe in request.recipes()]
 
     def _taught(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """The embeddings of textual inversion that a recipe's texts may name, with their files' SHA-256."""
