@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("command", "count", "longest"), [("sd-run", 20, 0.6), ("sd-export", 4, 4.0)])
 def test_the_start_can_be_interrupted_at_any_moment(command: str, count: int, longest: float) -> None:
-    """`python tests/support/runs/interrupt_many.py` does so 2,000 times. How soon depends on what else runs here."""
+    """`tests/support/runs/interrupt_many.py` does so 2,000 times. How soon depends on what else runs here."""
     results = interrupt_many((command, *COMMANDS[command]), count, longest, seed=int(time.time()))
     assert all(result.outcome in RIGHT for result in results), results
     assert all(result.seconds < 10 for result in results if result.outcome != SWALLOWED), results

@@ -1,6 +1,6 @@
-"""Runs tests on a fake libcuda under the real cuda-bindings: ``pytest -p support.fakes.fake_cuda`` in a process of its own.
+"""Runs tests on a fake libcuda under the real cuda-bindings, in a process of its own.
 
-`fake_libcuda.cpp` is the library. Kernels are compiled and loaded as for a GPU; what runs is their host
+``pytest -p support.fakes.fake_cuda`` does so. `fake_libcuda.cpp` is the library. Kernels are compiled and loaded as for a GPU; what runs is their host
 build.
 """
 

@@ -1,4 +1,4 @@
-"""Interrupt a command at random moments of its start, many times: `python tests/support/runs/interrupt_many.py`.
+"""Interrupt a command at random moments of its start, many times: run this file.
 
 Right is an end within a second, with 130, a line that says so and no traceback, and nothing unfinished left.
 A signal that comes before the command's first line, while Python itself starts, is Python's: it is counted
