@@ -314,7 +314,8 @@ def _first_step(job: _Job, embeddings: Mapping[str, torch.Tensor]) -> list[NDArr
         **unet_inputs(checkpoint, size, embeddings),
     }
     given = {name: _rows(job, "rows", rows) for name, rows in inputs.items()}
-    given["timestep"] = timesteps[len(timesteps) // 2 :][:1].astype(np.float32)
+    middle = timesteps[len(timesteps) // 2 :][:1].astype(np.float32)
+    given["timestep"] = np.repeat(middle, len(given["sample"]))
     spec = components_of(checkpoint.family)["unet"].resolve(checkpoint.sizes(), "fp32")
     return [given[entry.name] for entry in spec.inputs]
 

@@ -122,7 +122,7 @@ _UNET_INPUTS: Final = (
         "noisy latents, scaled as the sampler says",
     ),
     # float32 in every precision: a fractional timestep must not be rounded to fp16.
-    TensorSpec("timestep", "float32", (1,), "0 … num_train_timesteps − 1, may be fractional"),
+    TensorSpec("timestep", "float32", ("rows",), "0 … num_train_timesteps − 1, may be fractional"),
     TensorSpec("encoder_hidden_states", FLOAT, ("rows", "context", "cross_width"), "text embeddings"),
 )
 # What only some checkpoints have.
