@@ -25,10 +25,12 @@ from sdrt.runtime.bundle.manifest import (
     LatentGeometry,
     Limits,
     Manifest,
+    Preview,
     SizeLimit,
     TokenizerFacts,
 )
 from sdrt.runtime.bundle.manifest_json import from_json, to_json
+from sdrt.runtime.bundle.weight_map import WEIGHTS_NAME
 from sdrt.runtime.errors import BundleError, CheckpointError
 from sdrt.runtime.system.untrusted import read_limited
 
@@ -67,7 +69,14 @@ def draft_manifest(
         precision, file = planned_precision(checkpoint, options, name), f"{name}/model.onnx"
         spec = row.resolve(checkpoint.sizes(), precision)
         components[name] = Component(file, (_placeholder(file),), precision, spec)
-    return manifest_of(checkpoint, options, components, tokenizers)
+    return manifest_of(
+        checkpoint,
+        options,
+        components,
+        tokenizers,
+        weights=_placeholder(WEIGHTS_NAME),
+        preview=Preview(((0.0, 0.0, 0.0),) * checkpoint.sizes()["latent_channels"], (0.0, 0.0, 0.0)),
+    )
 
 
 def _placeholder(path: str) -> FileEntry:
@@ -147,15 +156,20 @@ def manifest_of(
     options: ExportOptions,
     components: Mapping[str, Component],
     tokenizers: Sequence[TokenizerFacts],
+    *,
+    weights: FileEntry,
+    preview: Preview,
 ) -> Manifest:
+    """What a checkpoint and the options say, and the given parts; nothing of the export itself."""
     height, width = default_size(checkpoint, options)
     return Manifest(
         family=checkpoint.family,
         components=components,
         latents=LatentGeometry(checkpoint.sizes()["latent_channels"], checkpoint.factor),
         schedule=checkpoint.schedule,
-        tokenizer=tokenizers[0] if tokenizers else None,
-        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
+        tokenizers=tuple(tokenizers),
+        weights=weights,
+        preview=preview,
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
         image_processor=checkpoint.image_processor,
         text_output=TEXT_OUTPUTS.get(checkpoint.family, ""),

@@ -130,7 +130,7 @@ def guided_step(buffers: StepBuffers) -> None:
 
 
 def prepare_input(buffers: StepBuffers) -> None:
-    """Write the U-Net's input for the row at the counter: scaled latents for each half, and each row's timestep.
+    """Write the U-Net's input for the row at the counter: scaled latents for each half, a timestep for each row.
 
     After the last row there is nothing to prepare and nothing is written.
     """

@@ -65,8 +65,8 @@ class TensorSpec:
 class ComponentSpec:
     """Inputs and outputs of one component, in the graph's order.
 
-    ``optional`` names inputs that not every graph has: of some kinds of checkpoints, or of bundles that were
-    written since they exist. Each has at least one axis whose size only those checkpoints give.
+    ``optional`` names inputs that only the graphs of some kinds of checkpoints have. Each has at least one
+    axis whose size only those checkpoints give.
     """
 
     name: str
@@ -97,7 +97,6 @@ class ComponentSpec:
 _INPUT_IDS: Final = TensorSpec(
     "input_ids", "int64", ("batch", "tokens"), "token ids; -1 where custom_embeddings stands for the token"
 )
-# Bundles of format version 3 have both in every text encoder.
 _CLIP_SKIP: Final = TensorSpec(
     "clip_skip", "int64", ("skips",), "how many of the last layers are left out: 0 for none"
 )
@@ -112,7 +111,6 @@ def _custom_embeddings(width: str) -> TensorSpec:
     )
 
 
-_TEXT_OPTIONAL: Final = frozenset({"custom_embeddings", "clip_skip"})
 # `rows` is the U-Net's batch: twice the images under guidance, the unconditional half first.
 _UNET_INPUTS: Final = (
     TensorSpec(
@@ -169,7 +167,6 @@ COMPONENTS: Final[dict[str, ComponentSpec]] = {
                 "output of the layer before that, not normalised",
             ),
         ),
-        _TEXT_OPTIONAL,
     ),
     "unet": ComponentSpec("unet", (*_UNET_INPUTS, *_UNET_OPTIONAL_INPUTS), _UNET_OUTPUTS, _UNET_OPTIONAL),
     "vae_decoder": ComponentSpec(
@@ -221,7 +218,6 @@ _SDXL_COMPONENTS: Final[dict[str, ComponentSpec]] = {
                 "text_embeds", FLOAT, ("batch", "projection_width"), "pooled and projected, of the last layer"
             ),
         ),
-        _TEXT_OPTIONAL,
     ),
     "unet": ComponentSpec(
         "unet",

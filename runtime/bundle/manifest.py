@@ -15,10 +15,7 @@ from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NO_OPTIONS, SamplerOptions
 
 FORMAT: Final = "sdrt-bundle"
-# Version 2 added the family sdxl with `tokenizer_2` and `force_zeros_for_empty_prompt`, and `ranges`.
-# Version 3 added the family image-variations with `image_processor`, `preview`, `limits.max_chunks`, and
-# optional inputs.
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4  # the only one that is read
 MANIFEST_NAME: Final = "manifest.json"
 
 
@@ -85,7 +82,7 @@ class Preview:
     ``rgb = latents · weights + bias``; ``weights`` has a row of three for each latent channel.
     """
 
-    weights: tuple[tuple[float, ...], ...]
+    weights: tuple[tuple[float, float, float], ...]
     bias: tuple[float, float, float]
 
 
@@ -139,45 +136,50 @@ class Defaults:
     sampler_options: SamplerOptions = NO_OPTIONS
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The parsed manifest.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a manifest says beside its components.
 
     Attributes:
         family: ``sd``, ``sdxl`` or ``image-variations``: which table of `sdrt.runtime.bundle.components` the
             components are of.
-        components: By name.
+        weights: The weight map's file (`sdrt.runtime.bundle.weight_map`).
         latents: Their geometry.
         schedule: The noise schedule the model was trained on.
-        tokenizer: Of the (first) text encoder; None where there is none (image-variations).
+        tokenizers: Of each text encoder, in their order; none in a family without text.
         text_output: The text encoder's output that the U-Net was trained on; empty where there is none.
+        force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
+            zeros in place of the empty text's (SDXL base).
+        image_processor: Of the image encoder; None in families without one.
+        preview: From latents to a small picture without the decoder.
         defaults: Of a request.
         limits: Of a request.
         provenance: Where the bundle comes from.
         parity: What was compared with PyTorch, the figures, and what was left out.
-        tokenizer_2: Of SDXL's second text encoder; None in other families.
-        force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
-            zeros in place of the empty text's (SDXL base).
         ranges: Component → its range audit: the largest magnitudes on a calibration run of an fp16 graph.
-        image_processor: Of the image encoder; None in families without one.
-        preview: From latents to a small picture without the decoder; None in bundles before version 3.
     """
 
     family: str
-    components: Mapping[str, Component]
+    weights: FileEntry
     latents: LatentGeometry
     schedule: NoiseSchedule
-    tokenizer: TokenizerFacts | None
+    tokenizers: tuple[TokenizerFacts, ...]
     text_output: str
+    force_zeros_for_empty_prompt: bool = False
+    image_processor: ImageProcessorFacts | None = None
+    preview: Preview
     defaults: Defaults
     limits: Limits
     provenance: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer_2: TokenizerFacts | None = None
-    force_zeros_for_empty_prompt: bool = False
     ranges: Mapping[str, Any] = field(default_factory=dict)
-    image_processor: ImageProcessorFacts | None = None
-    preview: Preview | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(Facts):
+    """The parsed manifest: its facts, and the components by name."""
+
+    components: Mapping[str, Component]
 
     @property
     def reads_mask(self) -> bool:
@@ -190,16 +192,11 @@ class Manifest:
         return required_components(self.family)
 
     @property
-    def tokenizers(self) -> tuple[TokenizerFacts, ...]:
-        """The tokenizer, and the second one where there is one; none in a family without text."""
-        return tuple(facts for facts in (self.tokenizer, self.tokenizer_2) if facts is not None)
-
-    @property
     def tokens(self) -> int:
         """What the U-Net reads of one chunk of a prompt; 1, an embedding, in a family without text."""
-        return 1 if self.tokenizer is None else self.tokenizer.max_length
+        return self.tokenizers[0].max_length if self.tokenizers else 1
 
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the bundle except the manifest itself."""
         entries = [entry for part in self.components.values() for entry in part.files]
-        return (*entries, *(facts.file for facts in self.tokenizers))
+        return (*entries, *(facts.file for facts in self.tokenizers), self.weights)

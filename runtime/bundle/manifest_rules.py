@@ -102,7 +102,10 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
         *parts["unet"].spec.outputs,
         *parts["vae_decoder"].spec.inputs,
     )
-    rules = _text_rules(manifest) if manifest.tokenizers else _image_rules(manifest)
+    encoders = [name for name in parts if name.startswith("text_encoder")]
+    if len(manifest.tokenizers) != len(encoders):
+        return {"there is a tokenizer for each text encoder": False}
+    rules = _text_rules(manifest) if encoders else _image_rules(manifest)
     inpainting = parts["unet"].spec.input("inpainting")
     return rules | {
         "the unet and the vae_decoder have the latents' channels": all(
@@ -112,11 +115,7 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
             inpainting is None or inpainting.shape[1] == manifest.latents.channels + 1
         ),
         "preview has a row for each channel of the latents": (
-            manifest.preview is None
-            or (
-                len(manifest.preview.weights) == manifest.latents.channels
-                and all(len(row) == 3 for row in manifest.preview.weights)
-            )
+            len(manifest.preview.weights) == manifest.latents.channels
         ),
     }
 
@@ -146,33 +145,21 @@ def _text_rules(manifest: Manifest) -> dict[str, bool]:
     encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
     given = texts.get(manifest.text_output)
     rules = {"text_output is an output of the text encoder": given is not None}
-    if manifest.tokenizer_2 is not None:
+    if "text_encoder_2" in parts:
         hidden, pooled = parts["text_encoder_2"].spec.outputs
         given = None if given is None else (given[0], _sum(given[1], hidden.shape[2]))
         added = unet.input("text_embeds")
         rules["text_encoder_2's text_embeds fit the unet"] = (
             added is not None and pooled.shape[1:] == added.shape[1:]
         )
-    context = embeddings.shape[1]
     return rules | {
         "the text encoder's output fits the unet": given is not None and given[1:] == embeddings.shape[2:],
-        "the tokenizer's max_length fits the text encoder and the unet": all(
-            part.spec.inputs[0].shape[1] == facts.max_length and context in ("context", facts.max_length)
+        "the tokenizer's max_length fits the text encoder": all(
+            part.spec.inputs[0].shape[1] == facts.max_length
             for part, facts in zip(encoders, manifest.tokenizers, strict=True)
         ),
         "custom_embeddings are as wide as the text encoder's hidden states": all(
-            custom.shape[2] == hidden.shape[2]
-            for custom, hidden in (
-                (part.spec.input("custom_embeddings"), part.spec.outputs[0]) for part in encoders
-            )
-            if custom is not None
-        ),
-        "limits: max_chunks is 1 where the unet's context has one size": (
-            context == "context" or manifest.limits.max_chunks == 1
-        ),
-        "limits: max_clip_skip is 0 where the text encoders do not read clip_skip": (
-            manifest.limits.max_clip_skip == 0
-            or all(part.spec.input("clip_skip") is not None for part in encoders)
+            part.spec.inputs[1].shape[2] == part.spec.outputs[0].shape[2] for part in encoders
         ),
     }
 

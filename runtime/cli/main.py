@@ -284,7 +284,7 @@ def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Wor
     for work in works:
         assert work.request is not None  # nothing here is interactive
         rows += len(work.request.sampling.table) * pipeline.count_batches(work.request)
-    with progress_shown(arguments, pipeline, rows) as (on_step, tensors):
+    with progress_shown(arguments, rows) as (on_step, tensors):
         watched = {"callback_on_step_end": on_step, "callback_on_step_end_tensor_inputs": tensors}
         for work in works:
             _draw_and_save(arguments, pipeline, work, watched, drawn)

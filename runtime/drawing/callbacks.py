@@ -63,8 +63,6 @@ class StepHook:
                 f"callback_on_step_end_tensor_inputs is {tensors!r}: a list of {', '.join(TENSORS)}"
             )
         self._preview = pipeline.bundle.manifest.preview
-        if callback is not None and "preview" in tensors and self._preview is None:
-            raise UsageError("this bundle was written without a preview: export it again to have one")
         self._pipeline, self._callback, self._cancelled = pipeline, callback, cancelled
         self._tensors = tuple(tensors) if callback is not None else ()
         self.interrupted_after: int | None = None
@@ -110,7 +108,7 @@ class StepHook:
                 state[name] = loop.latents()
             elif name == "denoised":
                 state[name] = denoised
-            elif denoised is not None and self._preview is not None:
+            elif denoised is not None:
                 from sdrt.runtime.pictures.preview import rgb_from_latents
 
                 state[name] = rgb_from_latents(denoised, self._preview)

@@ -12,8 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from sdrt.runtime.bundle.limits import MAX_EMBEDDING_BYTES
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.text.textual_inversion import MAX_BYTES, read_embedding
+from sdrt.runtime.text.textual_inversion import read_embedding
 
 WIDTH, WIDTH_2 = 6, 10
 Tensors = dict[str, NDArray[Any]]
@@ -82,7 +83,7 @@ def cut(folder: Path) -> Path:
 def huge(folder: Path) -> Path:
     file = folder / "toy.safetensors"
     file.touch()
-    os.truncate(file, MAX_BYTES + 1)
+    os.truncate(file, MAX_EMBEDDING_BYTES + 1)
     return file
 
 
