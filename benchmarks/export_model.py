@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_argument("options", nargs=argparse.REMAINDER, help="of sd-export")
     arguments = commands.parse_args(argv)
     from sdrt.export.checkpoint.architectures import open_architecture
-    from sdrt.export.checkpoint.checkpoint import open_checkpoint
     from sdrt.export.checkpoint.fingerprint import fingerprint
+    from sdrt.export.checkpoint.reader import open_checkpoint
     from sdrt.export.cli import main as cli
     from sdrt.export.cli.options import ARCHITECTURES
     from sdrt.runtime.console.run_command import say

@@ -13,9 +13,8 @@ import sdrt
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fingerprint import fingerprint
 from sdrt.export.checkpoint.scheduler import DISTILLED
-from sdrt.export.graphs.from_module import AxisRange
 from sdrt.export.graphs.half_precision import planned_precision
-from sdrt.export.options import ExportOptions
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import LARGE_PARAMETERS, ParityReport, is_large, large_side
 from sdrt.runtime.bundle.components import components_of
 from sdrt.runtime.bundle.manifest import (

@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
-from sdrt.export.checkpoint.weights import check_architectures, release_weights
-from sdrt.export.graphs.from_module import TORCH_DTYPES, AxisRange, onnx_from_module, save_graph
+from sdrt.export.checkpoint.weights import HalfOverflowError, check_architectures, release_weights
+from sdrt.export.graphs.from_module import TORCH_DTYPES, onnx_from_module, save_graph
 from sdrt.export.graphs.half_precision import (
-    HalfOverflowError,
     islands,
     may_be_fp32,
     planned_precision,
@@ -40,7 +39,7 @@ from sdrt.export.manifest import (
     of_small_pictures,
     with_figures,
 )
-from sdrt.export.options import ExportOptions
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import (
     ParityReport,
     arithmetic,

@@ -95,7 +95,7 @@ _OTHER_NETWORKS: Final = (
 )
 # Entries that change no picture here: what checks a finished picture, and its own preparation.
 _SILENT: Final = frozenset({"safety_checker", "feature_extractor", "scheduler"})
-# Settings of pipelines: read by `sdrt.export.checkpoint.checkpoint`, or about the safety checker.
+# Settings of pipelines: read by `sdrt.export.checkpoint.reader`, or about the safety checker.
 _SETTINGS: Final = frozenset(
     {
         "add_watermarker",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.files import TOKENIZERS
 from sdrt.runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from sdrt.export.checkpoint.checkpoint import Checkpoint
 
 # Channels that a U-Net takes beside the latents' → what such a checkpoint is for. Those for inpainting, with
 # latents and a mask, are supported.

@@ -15,9 +15,9 @@ import torch
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.files import WEIGHT_NAMES, tensor_shapes
 from sdrt.export.checkpoint.random_weights import fill_with_random_weights, network_from_config
-from sdrt.export.graphs.half_precision import HalfOverflowError
-from sdrt.runtime.errors import CheckpointError
+from sdrt.runtime.errors import CheckpointError, NumericsError
 
+HALF_LARGEST: Final = float(torch.finfo(torch.float16).max)
 # Tensors beside a text encoder's that leave the picture as it is: the positions 0, 1, … that older
 # transformers saved (Stable Diffusion 1.x and 2.x have them), and the rest of a whole CLIP model.
 SPARE: Final = re.compile(
@@ -33,6 +33,19 @@ _NEW_ATTENTION: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 ATTENTION: Final = {"model": {"attn_implementation": "sdpa"}}
 # Errors whose text alone says what is wrong; of the others ('foo', "division by zero") the type is told.
 _SPEAKING: Final = (OSError, ValueError, RuntimeError)
+
+
+class HalfOverflowError(NumericsError):
+    """fp16 cannot hold a weight, or what a network computes of it.
+
+    Attributes:
+        what: The layer or the weights.
+        largest: The magnitude that is reached.
+    """
+
+    def __init__(self, what: str, largest: float) -> None:
+        super().__init__(f"{what} reach {largest:,.0f}, and fp16 holds {HALF_LARGEST:,.0f}")
+        self.what, self.largest = what, largest
 
 
 def check_architectures(checkpoint: Checkpoint) -> None:

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.weights import parameter_count
-from sdrt.export.graphs.from_module import AxisRange
 from sdrt.export.graphs.networks import example_inputs
+from sdrt.export.options import AxisRange
 from sdrt.export.parity.frugal_executor import FrugalExecutor, OneSession
 from sdrt.export.parity.rounding import CountSums, Sums, rounding_tolerance
 from sdrt.runtime.backends.executor import Executor

@@ -32,7 +32,8 @@ from support.checkpoints.checkpoint_damage import (
     write,
 )
 
-from sdrt.export.checkpoint.checkpoint import SUBFOLDERS, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import SUBFOLDERS
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import check_architectures, load_module, release_weights
 from sdrt.export.cli import main as cli
 from sdrt.runtime.errors import CheckpointError

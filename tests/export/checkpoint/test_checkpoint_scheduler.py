@@ -26,7 +26,7 @@ from support.references.solver_reference import (
 )
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.scheduler import CORRECTIONS, CheckpointScheduler, read_scheduler
 from sdrt.export.checkpoint.scheduler_classes import CLASSES, Only, Use
 from sdrt.runtime.errors import CheckpointError, UsageError

@@ -18,10 +18,11 @@ from support.runs.onnx_runs import text_inputs
 from torch import Tensor, nn
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
-from sdrt.export.graphs.from_module import AxisRange, onnx_from_module, save_graph
+from sdrt.export.graphs.from_module import onnx_from_module, save_graph
 from sdrt.export.graphs.networks import WRAPPERS, wrapped
+from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import compare
 from sdrt.export.passes.nodes import LAYER
 from sdrt.runtime.bundle.bundle import Bundle

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.graphs import preview
 from sdrt.export.graphs.networks import WRAPPERS, VaeDecoder
 from sdrt.export.graphs.preview import fit_preview, sample_pictures, small_picture

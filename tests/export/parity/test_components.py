@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from sdrt.export import writer as bundle_writer
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.cli import main as cli
-from sdrt.export.graphs.from_module import AxisRange, save_graph
+from sdrt.export.graphs.from_module import save_graph
 from sdrt.export.graphs.networks import wrapped
+from sdrt.export.options import AxisRange
 from sdrt.export.parity import components as parity
 from sdrt.export.parity import sampling as parity_sampling
 from sdrt.export.parity.components import (

@@ -17,12 +17,14 @@ from support.runs.reading import compare_reading, is_equal
 
 import tolerances
 from sdrt.export.checkpoint import checkpoint as reader
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fields import LatentScaling
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.cli import main as cli
-from sdrt.export.graphs.from_module import AxisRange, onnx_from_module, save_graph
+from sdrt.export.graphs.from_module import onnx_from_module, save_graph
 from sdrt.export.graphs.networks import wrapped
+from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import ParityReport, check_component, compare, reference_probes
 from sdrt.export.parity.pipeline import check_reading
 from sdrt.runtime.bundle.components import components_of

@@ -16,7 +16,7 @@ from support.checkpoints.tiny_sdxl import PROJECTION, SIZE, TIME_WIDTH, WIDTHS
 from transformers import CLIPTokenizer
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.parity.components import MAX_OVER_L2, compare
 from sdrt.runtime.bundle.bundle import Bundle

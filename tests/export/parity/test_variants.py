@@ -16,7 +16,8 @@ from support.checkpoints.checkpoint_damage import UNET_CONFIG, configure
 from support.checkpoints.tiny_variants import CROSS_WIDTH, ENCODER_SIZE, GUIDANCE_WIDTH
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.cli import main as cli
 from sdrt.export.graphs.networks import example_inputs, wrapped

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from support.runs.onnx_runs import text_inputs
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
-from sdrt.export.graphs.from_module import AxisRange, onnx_from_module, save_graph
+from sdrt.export.graphs.from_module import onnx_from_module, save_graph
 from sdrt.export.graphs.networks import WRAPPERS, UNet
+from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import compare
 from sdrt.export.passes.weight_storage import MIN_ELEMENTS, store_weights_in_fp16
 from sdrt.export.passes.widen import widen_bfloat16
