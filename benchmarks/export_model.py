@@ -29,7 +29,7 @@ NAMES: Final = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)  # of the folders there
 MARKER: Final = ".sdrt-bench"  # in what is made for benchmarks; its time says when it was used
 # Of the runtime what says which inputs a graph has and what a manifest holds.
 RUNTIME_SOURCES: Final = (
-    "bundle/components.py",
+    "bundle/families/components.py",
     "bundle/manifest.py",
     "bundle/manifest_json.py",
     "bundle/manifest_rules.py",

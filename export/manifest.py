@@ -16,7 +16,7 @@ from sdrt.export.checkpoint.scheduler import DISTILLED
 from sdrt.export.graphs.half_precision import planned_precision
 from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import LARGE_PARAMETERS, ParityReport, is_large, large_side
-from sdrt.runtime.bundle.components import components_of
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import (
     Component,
     Defaults,
@@ -62,7 +62,7 @@ def draft_manifest(
 ) -> Manifest:
     """The manifest as it will be, with placeholders for the files of the graphs."""
     components = {}
-    for name, row in components_of(checkpoint.family).items():
+    for name, row in FAMILIES[checkpoint.family].components.items():
         precision, file = planned_precision(checkpoint, options, name), f"{name}/model.onnx"
         spec = row.resolve(checkpoint.sizes(), precision)
         components[name] = Component(file, (_placeholder(file),), precision, spec)
@@ -153,8 +153,7 @@ def manifest_of(
         components=components,
         latents=LatentGeometry(checkpoint.sizes()["latent_channels"], checkpoint.factor),
         schedule=checkpoint.schedule,
-        tokenizer=tokenizers[0] if tokenizers else None,
-        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
+        tokenizers=tuple(tokenizers),
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
         image_processor=checkpoint.image_processor,
         text_output=TEXT_OUTPUTS.get(checkpoint.family, ""),

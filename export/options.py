@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdrt.runtime.bundle.components import Precision
+from sdrt.runtime.bundle.families.record import Precision
 
 
 @dataclass(frozen=True, slots=True)

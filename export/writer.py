@@ -65,7 +65,8 @@ from sdrt.export.passes.weight_storage import store_weights_in_fp16
 from sdrt.export.passes.widen import widen_bfloat16
 from sdrt.runtime.admission.records import accept
 from sdrt.runtime.bundle.bundle import sha256
-from sdrt.runtime.bundle.components import ComponentSpec, Precision, components_of
+from sdrt.runtime.bundle.families.record import ComponentSpec, Precision
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import (
     MANIFEST_NAME,
     Component,
@@ -112,7 +113,7 @@ def write_bundle(
     with new_folder(out, replace=overwrite) as folder, _runnable(folder, options) as runnable:
         job = _Job(checkpoint, options, out, folder, runnable, report, progress)
         job.tokenizers.extend(_write_tokenizers(job))
-        components = {name: _write_component(job, name) for name in components_of(checkpoint.family)}
+        components = {name: _write_component(job, name) for name in FAMILIES[checkpoint.family].components}
         manifest = replace(
             manifest_of(checkpoint, options, components, job.tokenizers),
             ranges=job.ranges,
@@ -248,7 +249,7 @@ def _traced(job: _Job, name: str, precision: Precision) -> _Traced:
         HalfOverflowError: Islands are not the remedy.
     """
     checkpoint, options = job.checkpoint, job.options
-    spec = components_of(checkpoint.family)[name].resolve(checkpoint.sizes(), precision)
+    spec = FAMILIES[checkpoint.family].components[name].resolve(checkpoint.sizes(), precision)
     axes = graph_axes(checkpoint, options)
     job.progress(f"{name}: load")
     give_memory_back()
@@ -314,7 +315,7 @@ def _first_step(job: _Job, embeddings: Mapping[str, torch.Tensor]) -> list[NDArr
     }
     given = {name: _rows(job, "rows", rows) for name, rows in inputs.items()}
     given["timestep"] = timesteps[len(timesteps) // 2 :][:1].astype(np.float32)
-    spec = components_of(checkpoint.family)["unet"].resolve(checkpoint.sizes(), "fp32")
+    spec = FAMILIES[checkpoint.family].components["unet"].resolve(checkpoint.sizes(), "fp32")
     return [given[entry.name] for entry in spec.inputs]
 
 
@@ -338,7 +339,7 @@ def _write_runnable(job: _Job, manifest: Manifest) -> None:
         manifest, left_out = of_small_pictures(checkpoint, job.options, manifest)
         job.report.left_out += left_out
     if job.runnable != job.folder:
-        table = components_of(checkpoint.family)
+        table = FAMILIES[checkpoint.family].components
         components = {
             name: replace(
                 part,

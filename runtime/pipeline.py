@@ -163,7 +163,7 @@ class Pipeline:
         if choice.gpu is None and not bundle.embedded:
             from sdrt.runtime.admission.records import admit  # what sdrt ships need not wait for it
 
-            admit(bundle, bundle.manifest.required_components, choice.name, verify=bool(verify))
+            admit(bundle, bundle.manifest.record.required, choice.name, verify=bool(verify))
         with ExitStack() as undo:
             opened = open_device(choice, stream)
             load = partial(load_component, bundle, choice, opened, threads, verify)

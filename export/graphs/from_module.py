@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdrt.export.options import AxisRange
 from sdrt.export.passes.group_norm import write_out_group_norms
 from sdrt.export.passes.nodes import LAYER
-from sdrt.runtime.bundle.components import ComponentSpec, Precision
+from sdrt.runtime.bundle.families.record import ComponentSpec, Precision
 from sdrt.runtime.errors import SdrtError
 
 TORCH_DTYPES: Final[dict[Precision, torch.dtype]] = {

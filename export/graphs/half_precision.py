@@ -20,7 +20,7 @@ from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.weights import HalfOverflowError
 from sdrt.export.graphs.range_audit import RangeAudit, TensorRange
 from sdrt.export.options import ExportOptions
-from sdrt.runtime.bundle.components import ComponentSpec, Precision
+from sdrt.runtime.bundle.families.record import ComponentSpec, Precision
 from sdrt.runtime.errors import NumericsError
 
 VAE: Final = frozenset({"vae_decoder", "vae_encoder"})

@@ -17,7 +17,8 @@ from transformers.masking_utils import create_causal_mask
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fields import LatentScaling
 from sdrt.export.checkpoint.weights import load_module
-from sdrt.runtime.bundle.components import TensorSpec, components_of
+from sdrt.runtime.bundle.families.record import TensorSpec
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.samplers.guidance import guidance_embedding
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 
@@ -255,7 +256,7 @@ def example_inputs(
         axes: A size for each dynamic axis.
         generator: The source of randomness, on the CPU.
     """
-    spec = components_of(checkpoint.family)[component].resolve(checkpoint.sizes(), "fp32")
+    spec = FAMILIES[checkpoint.family].components[component].resolve(checkpoint.sizes(), "fp32")
     return tuple(_example(checkpoint, component, entry, axes, generator) for entry in spec.inputs)
 
 

@@ -35,7 +35,8 @@ from sdrt.export.parity.rounding import UNIT_ROUNDOFF, CountSums, Sums, rounding
 from sdrt.export.parity.sampling import SAMPLING_FACTOR, SAMPLING_GUIDANCE, SAMPLING_STEPS
 from sdrt.runtime.backends.executor import check_buffers
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec, components_of
+from sdrt.runtime.bundle.families.record import ComponentSpec
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.devices.device import HostDevice
 from sdrt.runtime.errors import ParityError, SdrtError
@@ -270,7 +271,7 @@ def _drawn_by_runtime(
     checkpoint: Checkpoint, folder: Path, manifest: Manifest, unet: torch.nn.Module, task: Task
 ) -> tuple[Drawn, float, float]:
     """Our picture, and the tolerances of its latents and of its image."""
-    table, sizes = components_of(checkpoint.family), checkpoint.sizes()
+    table, sizes = FAMILIES[checkpoint.family].components, checkpoint.sizes()
     executors = {
         name: TorchExecutor(
             row.resolve(sizes, "fp32"), functools.cache(functools.partial(_module, checkpoint, name, unet))

@@ -30,7 +30,7 @@ from sdrt.export.parity.reference import (
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import Precision
+from sdrt.runtime.bundle.families.record import Precision
 from sdrt.runtime.devices.device import HostDevice
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.samplers.guidance import guidance_embedding

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import GraphTensor, check_buffers, check_tensors, first_line, usable_cores
 from sdrt.runtime.backends.libraries import import_onnxruntime
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.errors import BackendError
 
 if TYPE_CHECKING:

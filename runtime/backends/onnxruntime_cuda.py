@@ -19,8 +19,8 @@ from sdrt.runtime.backends.graph_nodes import read_nodes, shape_nodes
 from sdrt.runtime.backends.libraries import import_onnxruntime
 from sdrt.runtime.backends.onnxruntime_cpu import check_graph, quiet_options
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec
 from sdrt.runtime.bundle.engine_search import Engine, build_command, find_engine
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.device import Buffer
 from sdrt.runtime.errors import BackendError, DeviceMemoryError
 

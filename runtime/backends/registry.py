@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify
-from sdrt.runtime.bundle.components import required_components
 from sdrt.runtime.bundle.prepared_folder import Source
 from sdrt.runtime.devices.device import Device, HostDevice
 from sdrt.runtime.errors import BackendError, UsageError
@@ -246,7 +245,7 @@ def _probe_cpu(package: str, extra: str) -> Callable[[Bundle, Gpu | None, Reques
     def probe(bundle: Bundle, _gpu: Gpu | None, _shape: RequestShape | None) -> str:
         if find_spec(package) is None:
             raise BackendError(f"the package {package} is not installed: pip install 'sdrt[{extra}]'")
-        for name in required_components(bundle.manifest.family):
+        for name in bundle.manifest.record.required:
             _refuse_bfloat16(bundle, name)
         return f"{package} is installed"
 
@@ -331,7 +330,7 @@ def _axes_of(component: str, axes: Mapping[str, int]) -> Mapping[str, int]:
 def _needed(bundle: Bundle, shape: RequestShape | None) -> tuple[str, ...]:
     """The components that a request needs."""
     pictures = ("vae_encoder",) if shape is not None and shape.picture else ()
-    return (*required_components(bundle.manifest.family), *pictures)
+    return (*bundle.manifest.record.required, *pictures)
 
 
 def _probe_onnxruntime_cuda(bundle: Bundle, gpu: Gpu | None, shape: RequestShape | None) -> str:

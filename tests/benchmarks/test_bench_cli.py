@@ -255,7 +255,7 @@ def test_exports_that_nobody_used_for_a_month_are_removed(
 
 
 @pytest.mark.parametrize(
-    "file", ["export/graphs/from_module.py", "export/data/sd15/config.json", "runtime/bundle/components.py"]
+    "file", ["export/graphs/from_module.py", "export/data/sd15/config.json", "runtime/bundle/families/components.py"]
 )
 def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path, file: str) -> None:
     root = export_model.package_root()

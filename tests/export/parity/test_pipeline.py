@@ -27,7 +27,7 @@ from sdrt.export.graphs.networks import wrapped
 from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import ParityReport, check_component, compare, reference_probes
 from sdrt.export.parity.pipeline import check_reading
-from sdrt.runtime.bundle.components import components_of
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.errors import ParityError
 
 KINDS = {
@@ -200,7 +200,7 @@ def test_the_graph_of_a_decoder_holds_mean_and_deviation(
     folder = copy_of("sdxl_checkpoint")
     configure(VAE_CONFIG, **PLAYGROUND)(folder)
     checkpoint, report = open_checkpoint(str(folder)), ParityReport()
-    module, spec = wrapped(checkpoint, "vae_decoder"), components_of("sdxl")["vae_decoder"]
+    module, spec = wrapped(checkpoint, "vae_decoder"), FAMILIES["sdxl"].components["vae_decoder"]
     spec = spec.resolve(checkpoint.sizes(), "fp32")
     sizes = {"batch": 1, "latent_height": 8, "latent_width": 8, "height": 16, "width": 16}
     axes = {axis: AxisRange(size, size) for axis, size in sizes.items()}

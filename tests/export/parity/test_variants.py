@@ -31,7 +31,7 @@ from sdrt.export.parity.sampling import (
     unet_latents,
 )
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import TensorSpec
+from sdrt.runtime.bundle.families.record import TensorSpec
 from sdrt.runtime.bundle.manifest import Manifest
 
 SIZE = (16, 16)
@@ -211,7 +211,7 @@ def test_an_image_variations_bundle_has_an_image_encoder(
 ) -> None:
     manifest = manifest_of(variations_bundle)
     assert manifest.family == "image-variations"
-    assert manifest.required_components == ("image_encoder", "unet", "vae_decoder")
+    assert manifest.record.required == ("image_encoder", "unet", "vae_decoder")
     assert manifest.tokens == manifest.limits.max_chunks == 1
     assert manifest.image_processor is not None
     assert manifest.image_processor.size == ENCODER_SIZE

@@ -23,7 +23,7 @@ from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import compare
 from sdrt.export.passes.weight_storage import MIN_ELEMENTS, store_weights_in_fp16
 from sdrt.export.passes.widen import widen_bfloat16
-from sdrt.runtime.bundle.components import COMPONENTS
+from sdrt.runtime.bundle.families.registry import FAMILIES
 
 Array = NDArray[Any]
 
@@ -63,7 +63,7 @@ def half_precision_weight(seed: int = 0) -> NDArray[np.float32]:
 
 def test_stored_weights_give_the_same_bits_from_half_the_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
-    spec = COMPONENTS["text_encoder"].resolve(checkpoint.sizes(), "fp32")
+    spec = FAMILIES["sd"].components["text_encoder"].resolve(checkpoint.sizes(), "fp32")
     module = WRAPPERS["text_encoder"][1](load_module(checkpoint, "text_encoder")).eval()
     inputs = text_inputs(np.arange(2 * 77).reshape(2, 77), 16)
     model = onnx_from_module(module, tuple(map(torch.from_numpy, inputs.values())), spec, AXES, 23)
@@ -117,7 +117,7 @@ def test_a_widened_bfloat16_graph_computes_with_the_rounded_weights(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
-    spec = COMPONENTS["unet"].resolve(checkpoint.sizes(), "bf16")
+    spec = FAMILIES["sd"].components["unet"].resolve(checkpoint.sizes(), "bf16")
     module = load_module(checkpoint, "unet").bfloat16()
     generator = torch.Generator().manual_seed(5)
     sample, states = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 77, 16)))

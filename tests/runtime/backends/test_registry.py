@@ -33,7 +33,7 @@ from sdrt.runtime.backends.registry import (
     open_device,
 )
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import Precision
+from sdrt.runtime.bundle.families.record import Precision
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.devices.device import HostDevice
 from sdrt.runtime.errors import BackendError, UsageError
