@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES, CheckpointFamily
 from sdrt.export.checkpoint.fields import LatentScaling, latent_scaling
-from sdrt.export.checkpoint.files import TOKENIZERS
 from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer
+from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.manifest import ImageProcessorFacts
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NO_OPTIONS, SamplerOptions
-
-SUBFOLDERS: Final = ("text_encoder", "unet", "vae")  # of Stable Diffusion 1.x and 2.x
-SUBFOLDERS_OF: Final = {
-    "sd": SUBFOLDERS,
-    "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae"),
-    "image-variations": ("image_encoder", "unet", "vae"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +22,9 @@ class Checkpoint:
     Attributes:
         path: The folder.
         source: What the user named: the folder, the hub id, or the architecture.
-        family: ``sd``, ``sdxl`` or ``image-variations``.
+        family: A name in `sdrt.runtime.bundle.families.registry.FAMILIES`.
         pipeline: diffusers' class that the checkpoint names.
-        configs: ``config.json`` of each network, in the order of `SUBFOLDERS_OF`.
+        configs: ``config.json`` of each network, in the order of its family.
         schedule: The scheduler's configuration as a noise schedule.
         sampler: Our sampler that is the scheduler's equal, or the nearest one.
         sampler_options: What the scheduler's configuration says for this sampler, or for others.
@@ -54,6 +48,16 @@ class Checkpoint:
     random_seed: int | None = None
     sampler_options: SamplerOptions = NO_OPTIONS
     remarks: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> Family:
+        """What its family is."""
+        return self.kind.record
+
+    @property
+    def kind(self) -> CheckpointFamily:
+        """What checkpoints of its family are."""
+        return CHECKPOINT_FAMILIES[self.family]
 
     @property
     def tokenizer(self) -> ClipTokenizer:
@@ -82,7 +86,7 @@ class Checkpoint:
     @property
     def max_clip_skip(self) -> int:
         """The layers that can be left out, so that each text encoder still has a penultimate state."""
-        return min((self.text_layers(name) for name in self.configs if name in TOKENIZERS), default=1) - 1
+        return min((self.text_layers(name) for name in self.kind.tokenizers), default=1) - 1
 
     @property
     def distilled_guidance(self) -> bool:
@@ -104,22 +108,20 @@ class Checkpoint:
         return LatentScaling(self.decoded.factor) if "inpainting_channels" in self.sizes() else self.decoded
 
     def sizes(self) -> dict[str, int]:
-        """The checkpoint's entries for the axes that `sdrt.runtime.bundle.components` leaves open."""
+        """The checkpoint's entries for the axes that the family's record leaves open."""
         unet, vae = self.configs["unet"], self.configs["vae"]
         latent_channels, unet_channels = int(vae["latent_channels"]), int(unet["in_channels"])
-        sizes = {"cross_width": int(unet["cross_attention_dim"]), "latent_channels": latent_channels}
+        sizes = {
+            axis: int(self.configs[network.folder][key])
+            for network in self.kind.networks
+            for axis, key in network.sizes.items()
+        }
         # Beside the noisy latents an inpainting U-Net takes the mask and the masked picture's latents.
         if unet_channels == 2 * latent_channels + 1:
             sizes["inpainting_channels"] = unet_channels - latent_channels
         sizes["unet_channels"] = unet_channels - sizes.get("inpainting_channels", 0)
         if self.distilled_guidance:
             sizes["guidance_width"] = int(unet["time_cond_proj_dim"])
-        if text := self.configs.get("text_encoder"):
-            sizes |= {"tokens": self.tokenizer.ids["max_length"], "text_width": int(text["hidden_size"])}
-            sizes["skips"] = 1
-        if image := self.configs.get("image_encoder"):
-            sizes["encoder_size"] = int(image["image_size"])
-        if second := self.configs.get("text_encoder_2"):
-            sizes["text_width_2"] = int(second["hidden_size"])
-            sizes["projection_width"] = int(second["projection_dim"])
+        if self.tokenizers:
+            sizes |= {"tokens": self.tokenizer.ids["max_length"], "skips": 1}
         return sizes

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from sdrt.export.checkpoint.checkpoint import SUBFOLDERS_OF, Checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.classes import (
     check_components,
     check_config_classes,
@@ -14,10 +14,10 @@ from sdrt.export.checkpoint.classes import (
     pipeline_family,
     scheduler_class,
 )
+from sdrt.export.checkpoint.families import CheckpointFamily, Network
 from sdrt.export.checkpoint.fields import check_vae, unread_fields, with_default_size
 from sdrt.export.checkpoint.files import (
     IMAGE_PROCESSOR,
-    TOKENIZERS,
     check_weights,
     find_checkpoint,
     read_json,
@@ -31,17 +31,6 @@ from sdrt.export.checkpoint.scheduler import CheckpointScheduler, read_scheduler
 from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer, open_tokenizer, vocabulary_from_clip
 from sdrt.runtime.bundle.manifest import ImageProcessorFacts
 from sdrt.runtime.errors import CheckpointError, UsageError
-
-# What an export reads of each config.json.
-CONFIG_KEYS: Final = {
-    "text_encoder": ("hidden_size", "max_position_embeddings", "num_hidden_layers", "vocab_size"),
-    "text_encoder_2": (
-        *("hidden_size", "max_position_embeddings", "num_hidden_layers", "projection_dim", "vocab_size"),
-    ),
-    "image_encoder": ("image_size", "projection_dim"),
-    "unet": ("block_out_channels", "cross_attention_dim", "in_channels", "out_channels", "sample_size"),
-    "vae": ("block_out_channels", "latent_channels"),
-}
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
@@ -75,20 +64,22 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
     if not (path / "model_index.json").exists():
         refuse_folder(path)
     index = read_json(path / "model_index.json", limit=MAX_CONFIG_BYTES)
-    family = pipeline_family(path, index)
-    subfolders = SUBFOLDERS_OF[family]
-    check_components(path, index, subfolders)
-    _check_folders(path, subfolders)
-    configs = {name: _read_config(path / name / "config.json", name) for name in subfolders}
+    kind = pipeline_family(path, index)
+    family = kind.record.name
+    check_components(path, index, kind)
+    _check_folders(path, kind)
+    configs = {
+        network.folder: _read_config(path / network.folder / "config.json", network)
+        for network in kind.networks
+    }
     if random_seed is None:
-        for name in subfolders:
-            check_weights(path / name)
+        for folder in kind.folders:
+            check_weights(path / folder)
     check_vae(path / "vae" / "config.json", configs["vae"])
     configs["unet"] = with_default_size(family, index["_class_name"], configs["unet"])
     tokenizers = tuple(
-        _read_tokenizer(path / TOKENIZERS[name], configs[name], ships_with_weights=random_seed is None)
-        for name in subfolders
-        if name in TOKENIZERS
+        _read_tokenizer(path / tokenizer, configs[encoder], ships_with_weights=random_seed is None)
+        for encoder, tokenizer in kind.tokenizers.items()
     )
     scheduler, written = _read_scheduler(path, index, family, configs)
     return Checkpoint(
@@ -100,14 +91,14 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         schedule=scheduler.schedule,
         sampler=scheduler.sampler,
         tokenizers=tokenizers,
-        image_processor=_read_image_processor(path) if "image_encoder" in configs else None,
-        # StableDiffusionXLPipeline's default is true; the pipelines of the other family have no such thing.
-        force_zeros_for_empty_prompt=family == "sdxl"
+        image_processor=None if kind.record.reads_text else _read_image_processor(path),
+        # StableDiffusionXLPipeline's default is true; the pipelines of the other families have no such thing.
+        force_zeros_for_empty_prompt=kind.record.zeros_for_no_text
         and bool(index.get("force_zeros_for_empty_prompt", True)),
         random_seed=random_seed,
         sampler_options=scheduler.options,
         remarks=(
-            *left_out(path, index, subfolders),
+            *left_out(path, index, kind),
             *unread_fields(family, configs),
             *written,
             *scheduler.remarks,
@@ -115,13 +106,13 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
     )
 
 
-def _read_config(file: Path, name: str) -> dict[str, Any]:
+def _read_config(file: Path, network: Network) -> dict[str, Any]:
     """One network's ``config.json``: of a class that is supported, within the limits, with what is read."""
     config = read_json(file, limit=MAX_CONFIG_BYTES)
-    check_config_classes(file, name, config)
+    check_config_classes(file, network, config)
     check_limits(file, config)
-    _check_config(file, config, CONFIG_KEYS[name])
-    if name == "unet" and config.get("time_cond_proj_dim") is not None:
+    _check_config(file, config, network.config_keys)
+    if network.folder == "unet" and config.get("time_cond_proj_dim") is not None:
         _check_config(file, config, ("time_cond_proj_dim",))
     return config
 
@@ -163,13 +154,12 @@ def _read_image_processor(path: Path) -> ImageProcessorFacts:
     return image_processor_from_config(file, read_json(file))
 
 
-def _check_folders(path: Path, subfolders: Sequence[str]) -> None:
-    tokenizers = [TOKENIZERS[name] for name in subfolders if name in TOKENIZERS]
-    for name in subfolders:
+def _check_folders(path: Path, family: CheckpointFamily) -> None:
+    for name in family.folders:
         if not (path / name).is_dir():
             raise CheckpointError(
                 f"{path} has no folder {name}/; a checkpoint has "
-                f"{', '.join((*subfolders, *tokenizers))} and scheduler"
+                f"{', '.join((*family.folders, *family.tokenizers.values()))} and scheduler"
             )
 
 

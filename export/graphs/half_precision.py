@@ -37,7 +37,8 @@ def planned_precision(checkpoint: Checkpoint, options: ExportOptions, component:
 def is_upcast(checkpoint: Checkpoint) -> bool:
     """Whether diffusers' pipeline runs the checkpoint's VAE in fp32 when all else is fp16."""
     # AutoencoderKL's own default where the file does not say it.
-    return checkpoint.family == "sdxl" and bool(checkpoint.configs["vae"].get("force_upcast", True))
+    read = "force_upcast" in checkpoint.kind.vae_fields
+    return read and bool(checkpoint.configs["vae"].get("force_upcast", True))
 
 
 def why_planned(checkpoint: Checkpoint, options: ExportOptions, component: str) -> str:

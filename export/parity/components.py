@@ -12,7 +12,6 @@ largest reference value, ``max|a − b| / max|b|``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +31,6 @@ from sdrt.export.parity.rounding import CountSums, Sums, rounding_tolerance
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.families.record import ComponentSpec, Precision
-from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.errors import NumericsError, ParityError
 
 # One outlier may be this much worse than the mean error: for ~10⁶ Gaussian errors the largest is 5 σ, and
@@ -124,7 +122,7 @@ def probe_inputs(
     checkpoint: Checkpoint, name: str, axes: Mapping[str, AxisRange], *, small: bool = False
 ) -> Iterator[tuple[dict[str, int], tuple[torch.Tensor, ...]]]:
     """Each of the sizes that `probe_sizes` gives for a component, with seeded inputs of it in float32."""
-    spec = FAMILIES[checkpoint.family].components[name]
+    spec = checkpoint.record.components[name]
     own = {axis for entry in (*spec.inputs, *spec.outputs) for axis in entry.shape}
     of_component = {axis: extent for axis, extent in axes.items() if axis in own}
     for index, sizes in enumerate(probe_sizes(checkpoint, of_component, small=small)):
@@ -145,7 +143,7 @@ def reference_probes(
     Raises:
         NumericsError: The reference itself gives NaN or infinity.
     """
-    spec = FAMILIES[checkpoint.family].components[name]
+    spec = checkpoint.record.components[name]
     resolved = spec.resolve(checkpoint.sizes(), "fp32")
     names = [entry.name for entry in resolved.inputs]
     probes = []
@@ -176,7 +174,7 @@ def check_component(
         ParityError: An output is over its tolerance.
     """
     runs_in = arithmetic(precision)
-    spec = FAMILIES[checkpoint.family].components[name].resolve(checkpoint.sizes(), runs_in)
+    spec = checkpoint.record.components[name].resolve(checkpoint.sizes(), runs_in)
     sessions = OneSession()
     executor: Executor = (
         FrugalExecutor(model, spec, sessions) if is_large(checkpoint) else OnnxRuntimeExecutor(model, spec)
@@ -194,7 +192,7 @@ def check_component(
 
 def is_large(checkpoint: Checkpoint) -> bool:
     """Whether a comparison at the model's own size takes minutes and gigabytes."""
-    return parameter_count("unet", json.dumps(checkpoint.configs["unet"])) > LARGE_PARAMETERS
+    return parameter_count(checkpoint, "unet") > LARGE_PARAMETERS
 
 
 def large_side(checkpoint: Checkpoint) -> int:

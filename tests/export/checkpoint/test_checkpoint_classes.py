@@ -28,7 +28,7 @@ from support.checkpoints.checkpoint_damage import (
 )
 from support.checkpoints.strange_files import make_device, make_pipe
 
-from sdrt.export.checkpoint.classes import PIPELINES
+from sdrt.export.checkpoint.families import PIPELINES
 from sdrt.export.checkpoint.fields import FIELDS, SCALING_FACTOR
 from sdrt.export.checkpoint.fit import OTHER_INPUTS
 from sdrt.export.checkpoint.reader import open_checkpoint

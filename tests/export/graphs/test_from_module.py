@@ -21,7 +21,7 @@ import tolerances
 from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.graphs.from_module import onnx_from_module, save_graph
-from sdrt.export.graphs.networks import WRAPPERS, wrapped
+from sdrt.export.graphs.networks import wrapped
 from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import compare
 from sdrt.export.passes.nodes import LAYER
@@ -179,7 +179,7 @@ def test_a_lower_opset_writes_attention_out_and_computes_the_same(
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     spec = FAMILIES["sd"].components["text_encoder"].resolve(checkpoint.sizes(), "fp32")
-    module = WRAPPERS["text_encoder"][1](load_module(checkpoint, "text_encoder")).eval()
+    module = wrapped(checkpoint, "text_encoder")
     inputs = text_inputs(np.arange(2 * 77).reshape(2, 77), 16)
     example = tuple(map(torch.from_numpy, inputs.values()))
     model = onnx_from_module(module, example, spec, {"batch": AxisRange(1, 2)}, 18)

@@ -16,7 +16,8 @@ from support.checkpoints.checkpoint_damage import UNET_CONFIG, VAE_CONFIG, confi
 from support.runs.reading import compare_reading, is_equal
 
 import tolerances
-from sdrt.export.checkpoint import checkpoint as reader
+from sdrt.export.checkpoint import checkpoint as checkpoints
+from sdrt.export.checkpoint import reader
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fields import LatentScaling
 from sdrt.export.checkpoint.reader import open_checkpoint
@@ -144,7 +145,7 @@ def test_latents_mean_and_std_are_read_and_their_loss_is_seen(
     folder = copy_of("sdxl_checkpoint")
     configure(VAE_CONFIG, **PLAYGROUND)(folder)
     assert is_equal(compare_reading(folder))
-    monkeypatch.setattr(reader, "latent_scaling", lambda *_: LatentScaling(0.5))
+    monkeypatch.setattr(checkpoints, "latent_scaling", lambda *_: LatentScaling(0.5))
     with pytest.raises(ParityError, match="the image differ"):
         compare_reading(folder)
 

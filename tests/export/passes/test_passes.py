@@ -18,7 +18,7 @@ import tolerances
 from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.graphs.from_module import onnx_from_module, save_graph
-from sdrt.export.graphs.networks import WRAPPERS, UNet
+from sdrt.export.graphs.networks import UNet, wrapped
 from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import compare
 from sdrt.export.passes.weight_storage import MIN_ELEMENTS, store_weights_in_fp16
@@ -64,7 +64,7 @@ def half_precision_weight(seed: int = 0) -> NDArray[np.float32]:
 def test_stored_weights_give_the_same_bits_from_half_the_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     spec = FAMILIES["sd"].components["text_encoder"].resolve(checkpoint.sizes(), "fp32")
-    module = WRAPPERS["text_encoder"][1](load_module(checkpoint, "text_encoder")).eval()
+    module = wrapped(checkpoint, "text_encoder")
     inputs = text_inputs(np.arange(2 * 77).reshape(2, 77), 16)
     model = onnx_from_module(module, tuple(map(torch.from_numpy, inputs.values())), spec, AXES, 23)
     large = sum(
