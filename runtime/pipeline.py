@@ -298,7 +298,9 @@ class Pipeline:
             self._check_open()
             if not isinstance(self._encoder, PromptEncoder):
                 raise UsageError("this bundle reads no text: there is nothing to teach it a word")
-            embedding = read_embedding(path, token, widths=self._encoder.widths)
+            embedding = read_embedding(
+                path, token, family=self.bundle.manifest.record, widths=self._encoder.widths
+            )
             self._encoder.add_embedding(embedding.name, embedding.vectors)
             self._embeddings[embedding.name] = sha256(Path(path))
         return embedding.name
