@@ -60,8 +60,8 @@ def read_embedding(
         if vectors.shape[1] != width:
             raise UsageError(
                 f"{file} has vectors of {vectors.shape[1]} numbers, this model's {encoder.component} takes "
-                f"{width}: it was made for another kind (Stable Diffusion 1.x has 768, 2.x 1024, SDXL 768 and "
-                "1280)"
+                f"{width}: it was made for another kind (Stable Diffusion 1.x has 768, 2.x 1024, SDXL 768 "
+                "and 1280)"
             )
         if not np.isfinite(vectors).all():
             raise UsageError(f"{file} holds NaN or infinity: the embedding cannot be used")
