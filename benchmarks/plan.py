@@ -189,7 +189,7 @@ def backend_plans(
         BackendError: One that was named cannot run here.
         SdrtError: Its engines cannot be built.
     """
-    from sdrt.runtime.backends.registry import BACKENDS
+    from sdrt.runtime.backends.registry import BACKENDS, find_backend
 
     if arguments.backends == NONE:
         return []
@@ -207,7 +207,7 @@ def backend_plans(
         label, requirement = LABELS[name]
         found.append(
             SubjectPlan(
-                Subject(name, label, "backend", device="cuda" if BACKENDS[name].needs_gpu else "cpu"),
+                Subject(name, label, "backend", device="cuda" if find_backend(name).needs_gpu else "cpu"),
                 words,
                 bundle.path.resolve(),
                 installed_bytes=_installed_bytes(requirement, arguments, progress.note),
@@ -224,21 +224,23 @@ def _runnable(bundle: Bundle, name: str, settings: Settings, progress: Progress,
         SdrtError: The engines cannot be built.
     """
     from sdrt.benchmarks.engine_models import with_engines
-    from sdrt.runtime.backends import registry as backends
+    from sdrt.runtime.backends.backend import RequestShape
+    from sdrt.runtime.backends.registry import choose_backend, find_backend
+    from sdrt.runtime.devices.gpu import discovery
 
-    shape = backends.RequestShape(1, *settings.sizes[0])
+    shape = RequestShape(1, *settings.sizes[0])
     try:
-        backends.choose_backend(bundle, name, shape)
+        choose_backend(bundle, name, shape)
     except BackendError as error:
-        if not builds or not backends.BACKENDS[name].needs_gpu:
+        if not builds or not find_backend(name).needs_gpu:
             raise
         try:
-            gpu = backends.find_gpu()
+            gpu = discovery.find_gpu()
         except BackendError:
             raise error from None
         progress.block(f"{name}: engines, built unless they are there", 1)
         copy = with_engines(bundle, name, gpu, settings.sizes, settings.batches, progress.ongoing)
-        backends.choose_backend(copy, name, shape)
+        choose_backend(copy, name, shape)
         return copy
     return bundle
 

@@ -1,8 +1,6 @@
 """Executors: each runs one compiled component on buffers that the caller owns.
 
-One file or folder beside this one for each engine library: `onnxruntime_cpu`, `onnxruntime_cuda`,
-`openvino_cpu`, `trt` (TensorRT and TensorRT for RTX).
-`sdrt.runtime.backends.registry` says which can run here.
+`sdrt.runtime.backends.registry` says which backend makes one.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ class Executor(Protocol):
 
         Args:
             inputs: A C-contiguous buffer of the executor's device for every input of ``spec``, of its dtype.
-            outputs: Likewise for the outputs that are wanted.
+            outputs: A buffer of the same kind for every output that is wanted.
 
         Raises:
             UsageError: A buffer does not fit the spec, or an input is missing.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.backends.trt.errors import ErrorLog
+from sdrt.runtime.backends.trt.library import RTX
 from sdrt.runtime.backends.trt.runtime_cache import RuntimeCache, runtime_cache_name
 from sdrt.runtime.bundle.components import ComponentSpec, TensorSpec
 from sdrt.runtime.bundle.engine_search import Engine
@@ -88,7 +89,7 @@ class LoadedEngine:
                 free=self.free_memory(),
             )
         self._check_tensors()
-        if self.engine.manifest.key.flavour == "tensorrt-rtx":
+        if self.engine.manifest.key.flavour == RTX:
             name = runtime_cache_name(
                 self.engine.manifest.files[0].sha256, self._trt.__version__, self.device.facts.name
             )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import check_buffers, first_line
-from sdrt.runtime.backends.libraries import import_tensorrt
 from sdrt.runtime.backends.trt.engine import LoadedEngine
 from sdrt.runtime.backends.trt.errors import ErrorLog
+from sdrt.runtime.backends.trt.library import import_tensorrt
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.components import ComponentSpec
 from sdrt.runtime.bundle.engine_search import Engine, find_engine
