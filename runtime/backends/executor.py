@@ -20,7 +20,7 @@ class Executor(Protocol):
     """One compiled component, which runs on buffers that it is bound to once.
 
     Attributes:
-        spec: Its inputs and outputs.
+        spec: The component's inputs and outputs.
         capturable: Whether a bound call may be recorded into a CUDA graph. It must have run once before, and
             only then is the answer final: a first run may turn it to False.
     """
@@ -82,7 +82,7 @@ def check_buffer(component: str, spec: TensorSpec, buffer: Buffer) -> None:
     """Refuse a buffer whose dtype, rank, sizes or layout are not the spec's.
 
     Raises:
-        UsageError: It is so.
+        UsageError: One of them is not.
     """
     if str(buffer.dtype) != spec.dtype or len(buffer.shape) != len(spec.shape):
         raise UsageError(
@@ -101,8 +101,8 @@ class GraphTensor(NamedTuple):
     """An input or output as an engine library found it in a graph.
 
     Attributes:
-        name: The graph's.
-        dtype: As in a manifest, or the library's name of one that no manifest has.
+        name: The graph's name of it.
+        dtype: A manifest's name of its dtype, or the library's where no manifest has such.
         shape: A size for each axis, or what the library calls one that is open.
     """
 

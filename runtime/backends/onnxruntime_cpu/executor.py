@@ -38,8 +38,8 @@ class OnnxRuntimeExecutor:
 
         Args:
             model: The ONNX file.
-            spec: Its inputs and outputs.
-            threads: Threads inside one operator; by default one per usable core.
+            spec: The component's inputs and outputs.
+            threads: The threads that work on one operator; by default one per usable core.
             source: The bundle's files that the graph consists of, if they were compared. With them a graph
                 is prepared for this CPU, once (`sdrt.runtime.backends.onnxruntime_cpu.prepared_graphs`).
 

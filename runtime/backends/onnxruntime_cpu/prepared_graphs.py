@@ -44,7 +44,7 @@ class PreparedGraph:
 
         Args:
             ort: The module onnxruntime.
-            source: What it is prepared of.
+            source: The files that it is prepared of.
         """
         self._ort = ort
         key = {"format": FORMAT, "onnxruntime": [ort.__version__, ort.get_build_info()], "options": _SAVE}
@@ -59,7 +59,7 @@ class PreparedGraph:
         """A session of it, or None where there is none that can be loaded.
 
         Args:
-            options: Of this session alone.
+            options: The options of this session alone.
         """
         if not self.exists():
             return None

@@ -58,9 +58,9 @@ class OnnxRuntimeCudaExecutor:
     """A component on ONNX Runtime's CUDA provider.
 
     Attributes:
-        spec: Its inputs and outputs.
-        about: Which graph it runs, and why.
-        capturable: For a rewritten graph without operators on the CPU: after a first run it only queues
+        spec: The component's inputs and outputs.
+        about: A line that says which graph it runs, and why.
+        capturable: True for a rewritten graph without operators on the CPU: after a first run it only queues
             kernels, and what the host computes about shapes is the same each time.
     """
 
@@ -81,8 +81,8 @@ class OnnxRuntimeCudaExecutor:
         """Load the rewritten graph if the bundle has one that fits, else the plain one.
 
         Args:
-            bundle: Holds the component.
-            component: Its name.
+            bundle: The bundle that holds the component.
+            component: The component's name.
             device: The CUDA device whose stream and buffers are used.
             allow_cpu_nodes: Operator types that may run on the CPU; arithmetic on shapes always may.
             verify: Compare the rewritten graph's SHA-256 with its manifest; otherwise only the size.

@@ -50,8 +50,8 @@ class OpenVinoExecutor:
 
         Args:
             model: The ONNX file.
-            spec: Its inputs and outputs.
-            threads: All that work at the same time; by default one per usable core.
+            spec: The component's inputs and outputs.
+            threads: The threads that work at the same time, all together; by default one per usable core.
             source: The bundle's files that the graph consists of, if they were compared. With them compiled
                 models are kept from run to run (`sdrt.runtime.backends.openvino_cpu.models`), and the graph
                 is only read where there is none yet.
@@ -150,7 +150,7 @@ class _BoundPart:
     """A part that runs when its inputs are no longer what they were.
 
     Attributes:
-        results: What the rest reads, by name.
+        results: The arrays that the rest reads, by name.
     """
 
     def __init__(self, ov: Any, part: Part, inputs: Mapping[str, Array]) -> None:

@@ -55,7 +55,7 @@ class Kept:
     """The last results of a part by its inputs, where those are small: of the timesteps that were seen."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Begin with nothing."""
         self._found: OrderedDict[bytes, NDArray[Any]] = OrderedDict()
         self._bytes = 0
 
@@ -75,7 +75,7 @@ class Kept:
 
         Args:
             key: The inputs' bytes. If there are many, nothing is kept.
-            results: All of them in one array.
+            results: All results in one array.
         """
         if len(key) > SMALL_INPUTS:
             return
@@ -97,7 +97,7 @@ class Part:
     """
 
     def __init__(self, compiled: Any, inputs: Sequence[str], results: Sequence[str]) -> None:
-        """See the attributes."""
+        """Take what the attributes say."""
         self.compiled, self.inputs, self.results = compiled, tuple(inputs), tuple(results)
         self.kept = Kept()
 
@@ -106,12 +106,12 @@ class Compiled:
     """A component compiled for one shape.
 
     Attributes:
-        main: An ``openvino.CompiledModel``: what runs at every call.
-        parts: What runs when its inputs have changed.
+        main: The ``openvino.CompiledModel`` that runs at every call.
+        parts: The parts that run when their inputs have changed.
     """
 
     def __init__(self, main: Any, parts: Sequence[Part]) -> None:
-        """Use `ModelFile.compiled`."""
+        """Made by `ModelFile.compiled`."""
         self.main, self.parts = main, tuple(parts)
 
 
@@ -124,7 +124,7 @@ class ModelFile:
         Args:
             ov: The module openvino.
             model: The ONNX file.
-            spec: Its inputs and outputs.
+            spec: The component's inputs and outputs.
             source: The bundle's files that the graph consists of; without them no compiled model is taken
                 from the cache, nor put there.
         """
@@ -268,8 +268,8 @@ def name_of(port: Any, names: Container[str]) -> str:
     """Which of the names an input or output has: it takes over those of operations that were left out.
 
     Args:
-        port: Of a model, compiled or not.
-        names: One of them is among these; otherwise any of the port's is given back.
+        port: An input or output of a model, compiled or not.
+        names: The names among which the port's is looked for; if none is, any of the port's is given back.
     """
     own: list[str] = sorted(port.get_names())
     return next((name for name in own if name in names), own[0])

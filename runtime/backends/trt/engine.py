@@ -29,7 +29,7 @@ def invalid_because(trt: Any, runtime: Any, plan: bytes) -> list[str]:
 
     Args:
         trt: The flavour's module.
-        runtime: Its ``Runtime``.
+        runtime: The module's ``Runtime``.
         plan: The plan, or its first ``Runtime.engine_header_size`` bytes.
 
     Returns:
@@ -47,9 +47,9 @@ class LoadedEngine:
     """One engine on the GPU, shared by its bindings; its memory is given back with the last of them.
 
     Attributes:
-        engine: What was found in the bundle.
+        engine: The engine as it was found in the bundle.
         cuda_engine: TensorRT's ``ICudaEngine``.
-        outputs: Names of the tensors that it writes.
+        outputs: The names of the tensors that it writes.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class RuntimeCache:
         Args:
             trt: The module.
             cuda_engine: The deserialised engine.
-            name: Of the cache: see `runtime_cache_name`. It need not exist.
+            name: The cache's name: see `runtime_cache_name`. It need not exist.
         """
         self._name = name
         self.config = cuda_engine.create_runtime_config()

@@ -23,8 +23,8 @@ class DeviceArray:
     ``__cuda_array_interface__``. It keeps its memory alive. There is no arithmetic and no indexing.
 
     Attributes:
-        address: Of the first element.
-        shape: Elements along each axis.
+        address: The address of the first element.
+        shape: The number of elements along each axis.
         dtype: NumPy's name of the element type.
     """
 
@@ -101,11 +101,12 @@ class DeviceArray:
         """A DLPack capsule of the same memory (Python array API, 2023.12).
 
         Args:
-            stream: The reader's: it is made to wait for the work queued so far. None is the default stream,
-                -1 asks for no waiting.
-            max_version: Not needed: the capsule has the layout that every version reads.
-            dl_device: Where the reader wants it; only here.
-            copy: Only None or False.
+            stream: The reader's stream: it is made to wait for the work queued so far. None is the default
+                stream, -1 asks for no waiting.
+            max_version: The newest version that the reader knows; the capsule has the layout that every
+                version reads.
+            dl_device: The device on which the reader wants it; only this one.
+            copy: Whether a copy is wanted: only None or False.
 
         Raises:
             BufferError: Another device, or a copy, was asked for.

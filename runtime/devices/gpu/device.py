@@ -32,8 +32,8 @@ class CudaDevice:
     Several threads may load executors on it at once; drawing is for one thread at a time.
 
     Attributes:
-        name: Such as ``cuda:0``.
-        facts: What is asked about the GPU once.
+        name: The device's name, such as ``cuda:0``.
+        facts: The facts that are asked about the GPU once.
         stream: The handle of the stream that everything is queued in, for executors.
     """
 
@@ -52,7 +52,7 @@ class CudaDevice:
             stream: A caller's stream (`stream_handle` says which kinds), which must outlive the device and
                 its buffers; by default a new one, which does not synchronise with the default stream. Its
                 context is used; otherwise it is the GPU's primary context, which other libraries use too.
-            driver: By default the real one.
+            driver: The driver; by default the real one.
             compiler: Gives the cubin of a kernel's module for an architecture.
 
         Raises:

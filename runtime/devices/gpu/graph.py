@@ -18,8 +18,8 @@ class Graph:
 
         Args:
             stream: The stream that records.
-            work: What is recorded; kept, since addresses of its buffers are in the graph.
-            check: Called before each launch; raises if the device was closed.
+            work: The function whose work is recorded; kept, since addresses of its buffers are in the graph.
+            check: A function that is called before each launch, and raises if the device was closed.
 
         Raises:
             BackendError: Something in ``work`` cannot be captured. The stream is usable again, also after any
