@@ -26,13 +26,13 @@ from sdrt.runtime.errors import BackendError, UsageError
 
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
-# Backend → its label, and what pip installs for it.
+# Backend → its label in reports; without one it is its name.
 LABELS: Final = {
-    "tensorrt": ("sdrt, TensorRT", "sdrt[tensorrt]"),
-    "tensorrt-rtx": ("sdrt, TensorRT for RTX", "sdrt[rtx]"),
-    "onnxruntime-cuda": ("sdrt, ONNX Runtime (CUDA)", "sdrt[cuda]"),
-    "onnxruntime-cpu": ("sdrt, ONNX Runtime (CPU)", "sdrt[cpu]"),
-    "openvino-cpu": ("sdrt, OpenVINO (CPU)", "sdrt[openvino]"),
+    "tensorrt": "sdrt, TensorRT",
+    "tensorrt-rtx": "sdrt, TensorRT for RTX",
+    "onnxruntime-cuda": "sdrt, ONNX Runtime (CUDA)",
+    "onnxruntime-cpu": "sdrt, ONNX Runtime (CPU)",
+    "openvino-cpu": "sdrt, OpenVINO (CPU)",
 }
 Note = Callable[[str], None]
 
@@ -204,13 +204,15 @@ def backend_plans(
             progress.note(f"{name} is left out: {str(error).partition('; ')[0]}")
             continue
         words = (sys.executable, str(WORKERS / "worker_sdrt.py"), "--backend", name)
-        label, requirement = LABELS[name]
+        backend = find_backend(name)
         found.append(
             SubjectPlan(
-                Subject(name, label, "backend", device="cuda" if find_backend(name).needs_gpu else "cpu"),
+                Subject(
+                    name, LABELS.get(name, name), "backend", device="cuda" if backend.needs_gpu else "cpu"
+                ),
                 words,
                 bundle.path.resolve(),
-                installed_bytes=_installed_bytes(requirement, arguments, progress.note),
+                installed_bytes=_installed_bytes(f"sdrt[{backend.extra}]", arguments, progress.note),
             )
         )
     return found
