@@ -7,8 +7,9 @@ import hashlib
 from typing import Any, Final
 
 from sdrt.kernels.cache import read_kept, write_kept
+from sdrt.runtime.backends.trt.library import RTX
 
-KIND: Final = "tensorrt-rtx"
+KIND: Final = RTX
 _MAX_BYTES: Final = 1 << 30
 
 
