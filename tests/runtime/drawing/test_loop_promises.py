@@ -28,7 +28,8 @@ from sdrt.runtime.devices.gpu.device import CudaDevice
 from sdrt.runtime.drawing import generation, loading
 from sdrt.runtime.errors import BackendError, DeviceMemoryError, NumericsError, UsageError
 from sdrt.runtime.pipeline import Pipeline, PipelineOutput
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerTable, make_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
+from sdrt.runtime.samplers.table import SamplerTable
 
 STEPS = 5
 SHORT: dict[str, Any] = {
