@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.files import write_atomically
+from sdrt.runtime.system.files import write_atomically
 
 FORMAT: Final = "sdrt-bench"
 FORMAT_VERSION: Final = 1

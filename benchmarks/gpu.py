@@ -27,9 +27,9 @@ from typing import IO, Any, Final
 import sdrt
 from sdrt.benchmarks.gpu_report import markdown
 from sdrt.benchmarks.last_line import last_line
-from sdrt.runtime.engines import ENGINES_FOLDER
-from sdrt.runtime.files import write_atomically
-from sdrt.runtime.manifest import MANIFEST_NAME
+from sdrt.runtime.bundle.engines import ENGINES_FOLDER
+from sdrt.runtime.bundle.manifest import MANIFEST_NAME
+from sdrt.runtime.system.files import write_atomically
 
 ROOT: Final = Path(sdrt.__file__).resolve().parents[2]
 FLAVOURS: Final = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")

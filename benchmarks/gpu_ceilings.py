@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
-    from sdrt.export.checkpoint import Checkpoint
+    from sdrt.export.checkpoint.checkpoint import Checkpoint
 
 SIDE: Final = 8192  # of the square matrices: large enough to fill every multiprocessor
 COPY_BYTES: Final = 2**32
@@ -52,8 +52,8 @@ def guided_step_flop(checkpoint: Checkpoint, size: int) -> int:
 
     Counted by running the network on the meta device: shapes only, no arithmetic and no memory.
     """
-    from sdrt.export.modules import UNet, example_inputs
-    from sdrt.export.weights import meta_module
+    from sdrt.export.checkpoint.weights import meta_module
+    from sdrt.export.graphs.networks import UNet, example_inputs
 
     side = size // checkpoint.factor
     context = checkpoint.sizes().get("tokens", 1)  # a picture's embedding is one

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdrt.export.weights import load_module
-from sdrt.runtime.solvers import SAMPLERS
+from sdrt.export.checkpoint.weights import load_module
+from sdrt.runtime.samplers.registry import SAMPLERS
 
 if TYPE_CHECKING:
-    from sdrt.export.checkpoint import Checkpoint
-    from sdrt.runtime.tokenizer import Tokenizer
+    from sdrt.export.checkpoint.checkpoint import Checkpoint
+    from sdrt.runtime.text.tokenizer import Tokenizer
 
 GUIDANCE: Final = 7.5
 COMPILE_MODE: Final = "reduce-overhead"

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from sdrt.benchmarks.gpu_memory import free_gpu_memory
 from sdrt.runtime.errors import BackendError, SdrtError
-from sdrt.runtime.files import write_atomically
+from sdrt.runtime.system.files import write_atomically
 
 NATIVE_SIZES: Final = {"sd15": 512, "sd21": 768, "sdxl": 1024}
 PACKAGES: Final = (
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def facts(_arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
     """The GPU, its driver and the packages that matter."""
-    from sdrt.runtime.backends import find_gpu
+    from sdrt.runtime.backends.registry import find_gpu
 
     gpu = find_gpu()
     found: dict[str, Any] = {
@@ -145,10 +145,10 @@ def timings(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None
 
 def _checkpoint(model: str) -> Any:
     if model in NATIVE_SIZES:
-        from sdrt.export.architectures import open_architecture
+        from sdrt.export.checkpoint.architectures import open_architecture
 
         return open_architecture(model)
-    from sdrt.export.checkpoint import open_checkpoint
+    from sdrt.export.checkpoint.checkpoint import open_checkpoint
 
     return open_checkpoint(model)
 

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from sdrt.benchmarks.gpu_peers import GUIDANCE, DiffusersPeer, Drawing, Texts
-from sdrt.export.checkpoint import Checkpoint
-from sdrt.export.parity import compare
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.parity.components import compare
 from sdrt.runtime import Bundle, Pipeline
 from sdrt.runtime.errors import SdrtError
-from sdrt.runtime.tokenizer import Tokenizer
+from sdrt.runtime.text.tokenizer import Tokenizer
 
 STAGES: Final = ("step", "text_encoder", "vae_decoder", "total")
 

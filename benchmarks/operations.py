@@ -19,8 +19,8 @@ import onnx
 from numpy.typing import NDArray
 
 from sdrt.benchmarks.document import Work
-from sdrt.runtime.backends import RequestShape
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.backends.registry import RequestShape
+from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 
 _VIEWS: Final = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})

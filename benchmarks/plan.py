@@ -19,10 +19,10 @@ from sdrt.benchmarks.peers import WORKERS
 from sdrt.benchmarks.prepare_peer import prepared
 from sdrt.benchmarks.progress import Progress
 from sdrt.benchmarks.told_process import Tell
-from sdrt.runtime.bundle import EMBEDDED, Bundle
+from sdrt.runtime.backends.executor import usable_cores
+from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
+from sdrt.runtime.bundle.manifest import MANIFEST_NAME, Limits, Manifest
 from sdrt.runtime.errors import BackendError, UsageError
-from sdrt.runtime.executors import usable_cores
-from sdrt.runtime.manifest import MANIFEST_NAME, Limits, Manifest
 
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
@@ -66,7 +66,7 @@ def find_model(word: str, arguments: argparse.Namespace, progress: Progress) -> 
         UsageError: There is no such model, or it does not draw from a prompt alone.
         SdrtError: It cannot be opened or exported.
     """
-    from sdrt.export.cli_options import ARCHITECTURES
+    from sdrt.export.cli.options import ARCHITECTURES
 
     folder = Path(word)
     if word == EMBEDDED_NAME and not (folder / MANIFEST_NAME).is_file():
@@ -189,7 +189,7 @@ def backend_plans(
         BackendError: One that was named cannot run here.
         SdrtError: Its engines cannot be built.
     """
-    from sdrt.runtime.backends import BACKENDS
+    from sdrt.runtime.backends.registry import BACKENDS
 
     if arguments.backends == NONE:
         return []
@@ -224,7 +224,7 @@ def _runnable(bundle: Bundle, name: str, settings: Settings, progress: Progress,
         SdrtError: The engines cannot be built.
     """
     from sdrt.benchmarks.engine_models import with_engines
-    from sdrt.runtime import backends
+    from sdrt.runtime.backends import registry as backends
 
     shape = backends.RequestShape(1, *settings.sizes[0])
     try:

@@ -161,8 +161,8 @@ RANGE = 2 * GRAPH_FP32
 # and less for the others.
 PASSES_FP16 = 4 * EPS16
 
-# The error of one normalisation against its analysis (export/rounding.py), which gives a standard deviation:
-# a single draw is within three of them.
+# The error of one normalisation against its analysis (export/parity/rounding.py), which gives a standard
+# deviation: a single draw is within three of them.
 NORM_DRAW = 3
 
 # Group normalisation of up to 100 numbers of mean 3 and deviation 2 in float32, relative L2: mean and

@@ -20,7 +20,7 @@ from sdrt.benchmarks.cli import main
 from sdrt.benchmarks.document import Subject, read
 from sdrt.benchmarks.plan import default_sizes, growth_steps, settings_for
 from sdrt.kernels.cache import UNUSED_SECONDS
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 
 FAKE = Path(__file__).with_name("fake_worker.py")
@@ -207,7 +207,7 @@ def test_render_writes_a_report_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """The words of every export, which writes nothing but a manifest; the cache is empty."""
-    from sdrt.export import cli
+    from sdrt.export.cli import main as cli
 
     found: list[list[str]] = []
 
@@ -254,12 +254,15 @@ def test_exports_that_nobody_used_for_a_month_are_removed(
     assert (first.is_dir(), second.exists(), mine.is_dir(), len(made)) == (True, False, True, 3)
 
 
-@pytest.mark.parametrize("file", ["export/graph.py", "export/data/sd15/config.json", "runtime/components.py"])
+@pytest.mark.parametrize(
+    "file", ["export/graphs/from_module.py", "export/data/sd15/config.json", "runtime/bundle/components.py"]
+)
 def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path, file: str) -> None:
     root = export_model.package_root()
-    for part in ("export/graph.py", *(f"runtime/{name}" for name in export_model.RUNTIME_SOURCES)):
+    sources = (f"runtime/{name}" for name in export_model.RUNTIME_SOURCES)
+    for part in ("export/graphs/from_module.py", *sources):
         copy = tmp_path / part
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((root / part).read_bytes())  # each is where the digest looks for it
     before = export_model.exporter_digest(tmp_path)
     (tmp_path / "export" / "__pycache__").mkdir()
@@ -273,6 +276,6 @@ def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path,
 
 
 def test_labels_cover_all_backends() -> None:
-    from sdrt.runtime.backends import BACKENDS
+    from sdrt.runtime.backends.registry import BACKENDS
 
     assert set(plan.LABELS) == set(BACKENDS)

@@ -19,13 +19,13 @@ from sdrt.benchmarks.gpu_ceilings import guided_step_flop
 from sdrt.benchmarks.gpu_peers import COMPILE_MODE, GUIDANCE, DiffusersPeer, Texts
 from sdrt.benchmarks.gpu_profile import MOST, Kernel, by_name, per_step
 from sdrt.benchmarks.gpu_timings import Plan, bundle_tokenizer, time_architecture
-from sdrt.export import cli_options
-from sdrt.export.architectures import open_architecture
-from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.parity import compare
-from sdrt.export.parity_sampling import SAMPLING_GUIDANCE
+from sdrt.export.checkpoint.architectures import open_architecture
+from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.cli import options as cli_options
+from sdrt.export.parity.components import compare
+from sdrt.export.parity.sampling import SAMPLING_GUIDANCE
 from sdrt.runtime import Bundle, Pipeline
-from sdrt.runtime.backends import find_gpu
+from sdrt.runtime.backends.registry import find_gpu
 from sdrt.runtime.errors import BackendError
 
 EMOJI = Path(gpu.ROOT) / "models" / "emoji"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from example_document import document
-from recorded_pipeline import Recorded, recording
+from support.fakes.recorded_pipeline import Recorded, recording
 
 import sdrt.benchmarks.peer_workers
 from sdrt.benchmarks import engine_models, measure, measure_warm
@@ -25,10 +25,10 @@ from sdrt.benchmarks.plan import backend_plans, find_model, settings_for
 from sdrt.benchmarks.progress import Progress
 from sdrt.benchmarks.recorder import Recorder
 from sdrt.benchmarks.report_markdown import summary
-from sdrt.runtime import backends
-from sdrt.runtime.backends import Gpu
-from sdrt.runtime.bundle import Bundle
-from sdrt.runtime.engine_search import list_engines
+from sdrt.runtime.backends import registry as backends
+from sdrt.runtime.backends.registry import Gpu
+from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.bundle.engine_search import list_engines
 from sdrt.runtime.errors import BackendError, SdrtError
 from sdrt.runtime.pipeline import Pipeline
 

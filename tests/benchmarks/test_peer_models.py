@@ -17,10 +17,10 @@ from sdrt.benchmarks.peer_environments import COMPLETE, environment_folder
 from sdrt.benchmarks.peers import PEERS
 from sdrt.benchmarks.prepare_peer import prepared
 from sdrt.benchmarks.safetensors_file import write_float32
-from sdrt.export import architectures
-from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.weights import load_module
-from sdrt.runtime.bundle import EMBEDDED
+from sdrt.export.checkpoint import architectures
+from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.weights import load_module
+from sdrt.runtime.bundle.bundle import EMBEDDED
 from sdrt.runtime.errors import BackendError, SdrtError, UsageError
 
 CHECKPOINT = EMBEDDED.parent

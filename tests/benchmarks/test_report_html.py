@@ -11,10 +11,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browsers import chromium
 from example_document import ERROR, SUBJECTS, document, document_without_measurements, small_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.runs.browsers import chromium
 
 from sdrt.benchmarks.document import Ceilings, Document, Subject, read
 from sdrt.benchmarks.report import write_report

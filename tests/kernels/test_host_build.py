@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from step_runs import (
+from support.runs.step_runs import (
     STEPS,
     TABLES,
     arrays,
@@ -36,8 +36,8 @@ from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host, run_on_host
 from sdrt.kernels.launch import Launch
 from sdrt.kernels.sampler_row import COLUMNS, Column
-from sdrt.runtime.schedule import NoiseSchedule
-from sdrt.runtime.solvers import SamplerTable, make_table
+from sdrt.runtime.samplers.registry import SamplerTable, make_table
+from sdrt.runtime.samplers.schedule import NoiseSchedule
 
 DTYPES = ["float16", "float32"]
 ODD = (2, 3, 3, 5)  # a plane of 15: nothing can be moved four at a time

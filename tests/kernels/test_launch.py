@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from step_runs import artificial_table, make_buffers, make_run
+from support.runs.step_runs import artificial_table, make_buffers, make_run
 
 from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
 from sdrt.kernels.compile import MODULES, sources
@@ -18,8 +18,8 @@ from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host
 from sdrt.kernels.launch import BLOCK, MAX_GRID, Launch, blocks
 from sdrt.kernels.sampler_row import COLUMNS
-from sdrt.runtime.schedule import NoiseSchedule
-from sdrt.runtime.solvers import SamplerTable, make_table
+from sdrt.runtime.samplers.registry import SamplerTable, make_table
+from sdrt.runtime.samplers.schedule import NoiseSchedule
 
 SD15_512 = (1, 4, 64, 64)
 
