@@ -21,13 +21,12 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import sdrt.benchmarks.cli
-import sdrt.export.cli
+import sdrt.export.cli.main
 import sdrt.runtime
-import sdrt.runtime.cli
-from sdrt.runtime.errors import SdrtError
-from sdrt.runtime.pipeline import Pipeline
-from sdrt.runtime.sampler_names import find_sampler
-from sdrt.runtime.solvers import SAMPLERS
+import sdrt.runtime.cli.main
+from sdrt.runtime import Pipeline, SdrtError
+from sdrt.runtime.samplers.names import find_sampler
+from sdrt.runtime.samplers.registry import SAMPLERS
 
 ROOT: Final = Path(__file__).parents[1]
 README, CLI, PYTHON = ROOT / "README.md", ROOT / "docs/cli.md", ROOT / "docs/python.md"
@@ -37,8 +36,8 @@ ELSEWHERE: Final = (ROOT / "benchmarks/NOTES.md", ROOT / "models/emoji/README.md
 MAX_README: Final = 7000  # bytes: what somebody reads who has not decided yet
 
 MAINS: Final = {
-    "sd-run": sdrt.runtime.cli.main,
-    "sd-export": sdrt.export.cli.main,
+    "sd-run": sdrt.runtime.cli.main.main,
+    "sd-export": sdrt.export.cli.main.main,
     "sd-bench": sdrt.benchmarks.cli.main,
 }
 SUBCOMMANDS: Final = {"sd-run": [""], "sd-export": [""], "sd-bench": ["", "compare", "peers", "render"]}
@@ -47,6 +46,9 @@ PROGRAMS: Final = (".", "cat", "cd", "do", "done", "echo", "for", "git", "make",
 OF_OTHERS: Final = frozenset({"--require-hashes", "-m", "-s"})  # options of pip, pytest and pip-audit
 SHELL: Final = ("sh", "bash")
 OPTION: Final = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]*|-[a-zA-Z])(?![\w-])")
+IN_REPOSITORY: Final = re.compile(
+    r"(?<![\w/.])(?:benchmarks|docs|examples|export|kernels|models|requirements|runtime|tests|\.ci)/[\w./-]*"
+)
 EXTRAS: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS: Final = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
@@ -164,6 +166,12 @@ def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         '<img src="no.png"> ![e](../..) [f](https://example.com/no#no)\n'
     )
     assert broken(page) == ["#four", "no.md", "no.png", "../.."]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ELSEWHERE], ids=page_id)
+def test_files_in_the_text_are_there(page: Path) -> None:
+    named = [path for code in inline_code(page) for path in IN_REPOSITORY.findall(code)]
+    assert [path for path in named if not (ROOT / path).exists() and not (page.parent / path).exists()] == []
 
 
 def test_the_readme_is_short() -> None:
