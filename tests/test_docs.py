@@ -169,7 +169,8 @@ def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *ELSEWHERE], ids=page_id)
-def test_files_in_the_text_are_there(page: Path) -> None:
+def test_files_and_targets_in_the_text_are_there(page: Path) -> None:
+    assert {code.split()[1] for code in inline_code(page) if code.startswith("make ")} <= set(TARGETS)
     named = [path for code in inline_code(page) for path in IN_REPOSITORY.findall(code)]
     assert [path for path in named if not (ROOT / path).exists() and not (page.parent / path).exists()] == []
 
