@@ -54,8 +54,8 @@ from sdrt.runtime.request.picture import PictureTask
 from sdrt.runtime.request.recipes import check_embeddings
 from sdrt.runtime.request.request import Request, build_request, checked_size, latent_shape
 from sdrt.runtime.samplers.noise import DEFAULT_RNG, Rng, noise_source
-from sdrt.runtime.samplers.registry import inversion_table
 from sdrt.runtime.samplers.schedule import check_integer
+from sdrt.runtime.samplers.timestep import inversion_table
 from sdrt.runtime.system.c_library import trim_memory
 from sdrt.runtime.system.forks import keep_in_children
 from sdrt.runtime.system.side_by_side import SideBySide

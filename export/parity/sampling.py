@@ -34,7 +34,8 @@ from sdrt.runtime.bundle.components import Precision
 from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.samplers.guidance import guidance_embedding
-from sdrt.runtime.samplers.registry import make_table, run_table
+from sdrt.runtime.samplers.registry import make_table
+from sdrt.runtime.samplers.table import run_table
 
 # Guidance w multiplies the difference of two predictions, each with its own error: √(w² + (w − 1)²) ≤ √2·w.
 # The steps' errors are not multiplied by their number: each evaluation sees the x of its own run, and a

@@ -37,8 +37,9 @@ from sdrt.runtime.bundle.components import TensorSpec
 from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerTable, make_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerTable
 
 STEPS = 8
 PLAIN, GUIDED = StepKind(guided=False), StepKind(guided=True)

@@ -29,7 +29,8 @@ from sdrt.runtime.devices.gpu.discovery import Gpu
 from sdrt.runtime.drawing import generation, loading
 from sdrt.runtime.errors import BackendError, DeviceMemoryError, NumericsError, UsageError
 from sdrt.runtime.pipeline import Pipeline, PipelineOutput
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerTable, make_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
+from sdrt.runtime.samplers.table import SamplerTable
 
 STEPS = 5
 SHORT: dict[str, Any] = {
