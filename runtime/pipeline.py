@@ -19,13 +19,9 @@ from numpy.typing import NDArray
 
 import sdrt
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.registry import (
-    AUTO,
-    RequestShape,
-    choose_backend,
-    open_device,
-)
+from sdrt.runtime.backends.registry import AUTO, choose_backend, open_device
 from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify, sha256
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.callbacks import BatchEndCallback, StepHook, check_function
@@ -58,8 +54,8 @@ from sdrt.runtime.request.picture import PictureTask
 from sdrt.runtime.request.recipes import check_embeddings
 from sdrt.runtime.request.request import Request, build_request, checked_size, latent_shape
 from sdrt.runtime.samplers.noise import DEFAULT_RNG, Rng, noise_source
-from sdrt.runtime.samplers.registry import inversion_table
 from sdrt.runtime.samplers.schedule import check_integer
+from sdrt.runtime.samplers.timestep import inversion_table
 from sdrt.runtime.system.c_library import trim_memory
 from sdrt.runtime.system.forks import keep_in_children
 from sdrt.runtime.system.side_by_side import SideBySide

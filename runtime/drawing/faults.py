@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sdrt.kernels.guided_step import NO_FAULT
 from sdrt.runtime.errors import NumericsError, UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 
 @dataclass(frozen=True, slots=True)

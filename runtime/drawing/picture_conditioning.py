@@ -21,7 +21,7 @@ from sdrt.runtime.request.picture import picture_recipe
 from sdrt.runtime.request.request import Request, with_sampling
 from sdrt.runtime.request.texts import MAX_IMAGES
 from sdrt.runtime.samplers.noise import Rng
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 _NEUTRAL: Final = ("negative_prompt", "clip_skip", "plain_prompt")  # such as a recipe has them
 
