@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from sdrt.runtime.bundle import limits
-from sdrt.runtime.bundle.components import FAMILIES, TensorSpec, components_of, required_components
+from sdrt.runtime.bundle.families.record import Family, TensorSpec
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -103,21 +104,20 @@ def manifest_schema() -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "manifest.json of an sdrt bundle",
         **manifest,
-        "allOf": [_family(name) for name in FAMILIES],
+        "allOf": [_family(family) for family in FAMILIES.values()],
         "$defs": dict(sorted(found.items())),
     }
 
 
-def _family(name: str) -> Schema:
-    """Which components a family has, and of which it needs each."""
+def _family(family: Family) -> Schema:
+    """Which components a family has and needs, and how many tokenizers."""
     components = {
-        "required": list(required_components(name)),
-        "propertyNames": {"enum": list(components_of(name))},
+        "required": list(family.required),
+        "propertyNames": {"enum": list(family.components)},
     }
-    encoders = sum(part.startswith("text_encoder") for part in components_of(name))
-    tokenizers = {"minItems": encoders, "maxItems": encoders}
+    tokenizers = {"minItems": len(family.tokenizers), "maxItems": len(family.tokenizers)}
     return {
-        "if": {"properties": {"family": {"const": name}}, "required": ["family"]},
+        "if": {"properties": {"family": {"const": family.name}}, "required": ["family"]},
         "then": {"properties": {"components": components, "tokenizers": tokenizers}},
     }
 

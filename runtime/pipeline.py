@@ -19,13 +19,9 @@ from numpy.typing import NDArray
 
 import sdrt
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.registry import (
-    AUTO,
-    RequestShape,
-    choose_backend,
-    open_device,
-)
+from sdrt.runtime.backends.registry import AUTO, choose_backend, open_device
 from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify, sha256
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.callbacks import BatchEndCallback, StepHook, check_function
@@ -58,8 +54,8 @@ from sdrt.runtime.request.picture import PictureTask
 from sdrt.runtime.request.recipes import check_embeddings
 from sdrt.runtime.request.request import Request, build_request, checked_size, latent_shape
 from sdrt.runtime.samplers.noise import DEFAULT_RNG, Rng, noise_source
-from sdrt.runtime.samplers.registry import inversion_table
 from sdrt.runtime.samplers.schedule import check_integer
+from sdrt.runtime.samplers.timestep import inversion_table
 from sdrt.runtime.system.c_library import trim_memory
 from sdrt.runtime.system.forks import keep_in_children
 from sdrt.runtime.system.side_by_side import SideBySide
@@ -163,7 +159,7 @@ class Pipeline:
         if choice.gpu is None and not bundle.embedded:
             from sdrt.runtime.admission.records import admit  # what sdrt ships need not wait for it
 
-            admit(bundle, bundle.manifest.required_components, choice.name, verify=bool(verify))
+            admit(bundle, bundle.manifest.record.required, choice.name, verify=bool(verify))
         with ExitStack() as undo:
             opened = open_device(choice, stream)
             load = partial(load_component, bundle, choice, opened, threads, verify)
@@ -298,7 +294,9 @@ class Pipeline:
             self._check_open()
             if not isinstance(self._encoder, PromptEncoder):
                 raise UsageError("this bundle reads no text: there is nothing to teach it a word")
-            embedding = read_embedding(path, token, widths=self._encoder.widths)
+            embedding = read_embedding(
+                path, token, family=self.bundle.manifest.record, widths=self._encoder.widths
+            )
             self._encoder.add_embedding(embedding.name, embedding.vectors)
             self._embeddings[embedding.name] = sha256(Path(path))
         return embedding.name

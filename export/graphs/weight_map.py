@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.weights import checkpoint_tensors
-from sdrt.export.graphs.networks import WRAPPERS
 from sdrt.export.passes.nodes import LAYER
 from sdrt.export.passes.weight_storage import STORED
 from sdrt.runtime.bundle.weight_map import (
@@ -173,8 +172,9 @@ def weight_map(checkpoint: Checkpoint, holders: Mapping[str, Mapping[str, Holder
         holders: For each component what `holders_of` found.
     """
     folders: dict[str, dict[str, CheckpointTensor]] = {}
-    for folder in dict.fromkeys(WRAPPERS[component][0] for component in holders):
-        parts = [found for component, found in holders.items() if WRAPPERS[component][0] == folder]
+    of = {component: checkpoint.kind.network_of(component).folder for component in holders}
+    for folder in dict.fromkeys(of.values()):
+        parts = [found for component, found in holders.items() if of[component] == folder]
         tensors = folders[folder] = {}
         for name, (dtype, shape, known) in checkpoint_tensors(checkpoint, folder).items():
             held = tuple(part[known] for part in parts if known in part)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from sdrt.runtime.bundle.components import DYNAMIC_AXES, PRECISIONS
+from sdrt.runtime.bundle.families.record import DYNAMIC_AXES, PRECISIONS
 from sdrt.runtime.bundle.json_records import JsonReader, plain
 from sdrt.runtime.bundle.limits import MAX_AXIS, MAX_FILES, MAX_PROFILES
 from sdrt.runtime.bundle.manifest import Component, FileEntry

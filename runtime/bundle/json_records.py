@@ -113,7 +113,7 @@ class JsonReader:
         """From a list: of any length for ``(kind, ...)``, else of just these kinds."""
         given = self._plain(list, value, where)
         if kinds[-1] is Ellipsis:
-            kinds = kinds[:1] * len(given)
+            kinds = [kinds[0]] * len(given)
         if len(given) != len(kinds):
             raise BundleError(
                 f"{self.file}: {where} has {len(given)} entries, not {len(kinds)}; {self.remedy}"

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sdrt.runtime.bundle.components import ComponentSpec, Precision, required_components
+from sdrt.runtime.bundle.families.components import INPAINTING
+from sdrt.runtime.bundle.families.record import ComponentSpec, Family, Precision
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NO_OPTIONS, SamplerOptions
 
@@ -125,7 +127,7 @@ class Defaults:
     """What `sd-run` uses for an option that was not given.
 
     ``sampler_options`` are those of the checkpoint's scheduler; a sampler takes the ones that it has, see
-    `sdrt.runtime.samplers.registry.Sampler.inherited`.
+    `sdrt.runtime.samplers.sampler.Sampler.inherited`.
     """
 
     height: int
@@ -141,13 +143,12 @@ class Facts:
     """What a manifest says beside its components.
 
     Attributes:
-        family: ``sd``, ``sdxl`` or ``image-variations``: which table of `sdrt.runtime.bundle.components` the
-            components are of.
+        family: A name in `sdrt.runtime.bundle.families.registry.FAMILIES`.
         weights: The weight map's file (`sdrt.runtime.bundle.weight_map`).
         latents: Their geometry.
         schedule: The noise schedule the model was trained on.
-        tokenizers: Of each text encoder, in their order; none in a family without text.
-        text_output: The text encoder's output that the U-Net was trained on; empty where there is none.
+        tokenizers: One for each text encoder; none in a family without text.
+        text_output: The output of text encoders that the U-Net was trained on; empty where there is none.
         force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
             zeros in place of the empty text's (SDXL base).
         image_processor: Of the image encoder; None in families without one.
@@ -184,12 +185,12 @@ class Manifest(Facts):
     @property
     def reads_mask(self) -> bool:
         """Whether the U-Net reads a mask and the masked picture (inpainting checkpoints)."""
-        return self.components["unet"].spec.input("inpainting") is not None
+        return self.components["unet"].spec.input(INPAINTING) is not None
 
     @property
-    def required_components(self) -> tuple[str, ...]:
-        """The components that a drawing needs."""
-        return required_components(self.family)
+    def record(self) -> Family:
+        """What its family is."""
+        return FAMILIES[self.family]
 
     @property
     def tokens(self) -> int:

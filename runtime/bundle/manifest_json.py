@@ -6,19 +6,17 @@ Another ``format_version`` is refused rather than guessed at.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
-from sdrt.runtime.bundle.components import (
+from sdrt.runtime.bundle.families.record import (
     DYNAMIC_AXES,
-    FAMILIES,
-    ComponentSpec,
+    Family,
     Precision,
     TensorSpec,
-    components_of,
-    required_components,
 )
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.json_records import JsonReader, plain
 from sdrt.runtime.bundle.limits import MAX_AXIS, MAX_FILES
 from sdrt.runtime.bundle.manifest import (
@@ -83,9 +81,9 @@ def from_json(text: str | bytes) -> Manifest:
     record = _READER.read(ManifestRecord, _READER.document(text, FORMAT, FORMAT_VERSION))
     for entry in _files(record):
         check_file(entry, MANIFEST_NAME)
-    table = _table(record.family)
-    parts = {name: _component(name, part, table) for name, part in record.components.items()}
-    missing = [name for name in required_components(record.family) if name not in parts]
+    family = _family(record.family)
+    parts = {name: _component(name, part, family) for name, part in record.components.items()}
+    missing = [name for name in family.required if name not in parts]
     if missing:
         raise BundleError(f"{MANIFEST_NAME} lacks the component {', '.join(missing)}")
     manifest = Manifest(components=parts, **_facts(record))
@@ -104,20 +102,20 @@ def _files(record: ManifestRecord) -> Iterator[FileEntry]:
     yield record.weights
 
 
-def _table(family: str) -> Mapping[str, ComponentSpec]:
-    """The components of a family, if this version knows it."""
+def _family(family: str) -> Family:
+    """The family's record, if this version knows it: what else stands in the manifest depends on it."""
     if family not in FAMILIES:
         raise BundleError(
             f"the bundle is of the family {family[:40]!r}, this sdrt draws {', '.join(FAMILIES)}: "
             "upgrade sdrt"
         )
-    return components_of(family)
+    return FAMILIES[family]
 
 
-def _component(name: str, part: ComponentRecord, family: Mapping[str, ComponentSpec]) -> Component:
-    if name not in family:
+def _component(name: str, part: ComponentRecord, family: Family) -> Component:
+    if name not in family.components:
         raise BundleError(f"{MANIFEST_NAME} names an unknown component {name[:40]!r}")
-    table = family[name]
+    table = family.components[name]
     named = {spec.name for spec in part.inputs}
     wanted = tuple(spec for spec in table.inputs if spec.name in named or spec.name not in table.optional)
     _check_tensors(f"the inputs of {name}", part.inputs, wanted, part.precision)
@@ -126,7 +124,7 @@ def _component(name: str, part: ComponentRecord, family: Mapping[str, ComponentS
         raise BundleError(f"{MANIFEST_NAME}: {name} has {len(part.files)} files, the limit is {MAX_FILES}")
     if part.model not in {entry.path for entry in part.files}:
         raise BundleError(f"component {name}: its model {part.model[:100]!r} is not among its files")
-    return Component(part.model, part.files, part.precision, ComponentSpec(name, part.inputs, part.outputs))
+    return Component(part.model, part.files, part.precision, table.with_tensors(part.inputs, part.outputs))
 
 
 def _check_tensors(

@@ -38,7 +38,7 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.system.interrupts import NOTHING_LEFT, telling
 
 if TYPE_CHECKING:
-    from sdrt.runtime.backends.registry import RequestShape
+    from sdrt.runtime.backends.backend import RequestShape
     from sdrt.runtime.bundle.bundle import Bundle
     from sdrt.runtime.pipeline import Pipeline, PipelineOutput
     from sdrt.runtime.request.request import Request
@@ -214,7 +214,7 @@ def _request_of_defaults(bundle: Bundle, options: dict[str, Any]) -> Request | N
     from sdrt.runtime.request.picture import PICTURE_OPTIONS
     from sdrt.runtime.request.request import build_request
 
-    if bundle.manifest.family == "image-variations" or bundle.manifest.reads_mask:
+    if not bundle.manifest.record.reads_text or bundle.manifest.reads_mask:
         return None  # without a picture there is nothing to check
     if "image" not in options:  # requests may bring one; until then there is nothing to do with it
         options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}
@@ -350,7 +350,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, works: Sequence[Work]) 
 
 def _shape(bundle: Bundle, works: Sequence[Work]) -> RequestShape | None:
     """The most that any request asks for; of sizes the first one's."""
-    from sdrt.runtime.backends.registry import RequestShape
+    from sdrt.runtime.backends.backend import RequestShape
     from sdrt.runtime.drawing.loading import longest_prompt
 
     requests = _requests(works)
@@ -370,7 +370,7 @@ def _shape(bundle: Bundle, works: Sequence[Work]) -> RequestShape | None:
 
 def _say_backend(pipeline: Pipeline, *, verbose: bool) -> None:
     """Which backend was taken; why no other before it, if asked for or if a GPU is there."""
-    from sdrt.runtime.backends.registry import NO_DRIVER
+    from sdrt.runtime.devices.gpu.discovery import NO_DRIVER
 
     reasons = pipeline.backend_reasons
     why = ""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sdrt.runtime.drawing.loop import DenoiseLoop
 from sdrt.runtime.errors import CancelledError, UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 if TYPE_CHECKING:
     from sdrt.runtime.drawing.output import FinishedBatch

@@ -22,7 +22,7 @@ from sdrt.runtime.drawing.vae import VaeDecoder
 from sdrt.runtime.errors import DeviceMemoryError
 from sdrt.runtime.request.request import Request
 from sdrt.runtime.samplers.noise import noise_source
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 MAX_CACHED_SHAPES: Final = 4  # each holds the buffers and graphs of one shape
 
@@ -96,6 +96,7 @@ class Generation:
             guided=shape.guided,
             factor=manifest.latents.factor,
             context=tokens * shape.chunks,
+            encoders=len(manifest.record.encoders),
         )
 
     def prepare(self, request: Request, hook: StepHook | None, *, decodes: bool) -> None:
@@ -155,7 +156,7 @@ class Generation:
         Args:
             request: The call.
             image: Number of the image whose prompt the inversion is told.
-            table: Of `sdrt.runtime.samplers.registry.inversion_table`.
+            table: Of `sdrt.runtime.samplers.timestep.inversion_table`.
             known: The picture.
             hook: Asked between steps whether the call was cancelled; the caller's function is not called.
 

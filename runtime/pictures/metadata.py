@@ -41,7 +41,7 @@ _A1111_GENERATORS: Final = {"philox": "NV", "cpu": "CPU"}
 def parameters_text(recipe: Mapping[str, Any]) -> str:
     """The recipe in A1111's form: prompt, negative prompt, then ``Key: value`` pairs on one line."""
     # With NumPy, which the look at an output need not wait for.
-    from sdrt.runtime.samplers.names import a1111_name
+    from sdrt.runtime.samplers.registry import a1111_name
 
     height, width = recipe.get("output_size") or (recipe["height"], recipe["width"])
     pairs = {

@@ -20,12 +20,12 @@ from support.runs.complaints import complaints
 from sdrt.export import manifest as bundle_manifest
 from sdrt.export import writer as bundle_writer
 from sdrt.export.checkpoint.architectures import open_architecture
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.cli import main as cli
-from sdrt.export.graphs.from_module import AxisRange, save_graph
+from sdrt.export.graphs.from_module import save_graph
 from sdrt.export.manifest import check_manifest, default_size, gate_size, graph_axes
-from sdrt.export.options import ExportOptions
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import probe_sizes
 from sdrt.export.parity.sampling import reference_embeddings, reference_latents
 from sdrt.runtime.bundle.bundle import Bundle
@@ -315,4 +315,4 @@ def test_chunks_of_prompts_are_an_axis_and_a_limit(tiny_checkpoint: Path, chunks
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     asked = replace(options(AxisRange(16, 16), AxisRange(16, 16)), chunks=chunks)
     assert graph_axes(checkpoint, asked)["context"] == AxisRange(77, 77 * chunks, 77)
-    assert bundle_manifest.manifest_of(checkpoint, asked, {}, [None]).limits.max_chunks == chunks  # type: ignore[list-item]
+    assert bundle_manifest.draft_manifest(checkpoint, asked, []).limits.max_chunks == chunks

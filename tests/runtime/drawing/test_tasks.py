@@ -15,8 +15,8 @@ from support.runs.task_calls import MASK, PICTURE, SHORT
 
 import tolerances
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.backends import registry as backends
-from sdrt.runtime.backends.registry import RequestShape
+from sdrt.runtime.backends.backend import RequestShape
+from sdrt.runtime.backends.cuda_backends import needed_components
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.drawing import loading
 from sdrt.runtime.drawing.loading import longest_prompt
@@ -247,17 +247,6 @@ def test_denoised_and_preview_are_what_they_say(pipeline: Pipeline) -> None:
         assert np.array_equal(after["preview"], rgb_from_latents(after["denoised"], preview))
 
 
-def test_an_older_bundle_has_no_preview(pipeline: Pipeline) -> None:
-    from dataclasses import replace
-
-    from sdrt.runtime.bundle.bundle import Bundle
-
-    older = Bundle(pipeline.bundle.path, replace(pipeline.bundle.manifest, preview=None))
-    blind = Pipeline(older, pipeline._executors, pipeline._device, "host")
-    with pytest.raises(UsageError, match="without a preview: export it again"):
-        blind("x", callback_on_step_end=print, callback_on_step_end_tensor_inputs=("preview",))
-
-
 @pytest.mark.parametrize("task", [{"prompt": "x"}, {"image": PICTURE, "variation": 0.5}])
 def test_cancel_from_a_callback(pipeline: Pipeline, task: dict[str, Any]) -> None:
     steps: list[int] = []
@@ -360,7 +349,6 @@ def test_the_longest_prompt_is_known_before_anything_is_loaded(
 
 def test_a_picture_wants_the_vae_encoder_of_a_backend(pipeline: Pipeline) -> None:
     plain, with_picture = RequestShape(3, 16, 16), RequestShape(3, 16, 16, picture=True)
-    assert "vae_encoder" not in backends._needed(pipeline.bundle, plain)
-    assert "vae_encoder" in backends._needed(pipeline.bundle, with_picture)
-    axes = backends._axes_of("vae_encoder", with_picture.axes(2, 77))
+    assert "vae_encoder" not in needed_components(pipeline.bundle, plain)
+    axes = needed_components(pipeline.bundle, with_picture)["vae_encoder"]
     assert (axes["height"], "batch" in axes) == (16, False)  # one picture, whatever is drawn from it

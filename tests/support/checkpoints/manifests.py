@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from support.checkpoints.json_paths import KeyPath, removed, replaced
 
-from sdrt.runtime.bundle.components import Precision, components_of
+from sdrt.runtime.bundle.families.record import Precision
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import (
     Component,
     Defaults,
@@ -51,7 +52,7 @@ def components(family: str, sizes: dict[str, int], precision: Precision = "fp32"
         name: Component(
             f"{name}/model.onnx", (entry(f"{name}/model.onnx"),), precision, spec.resolve(sizes, precision)
         )
-        for name, spec in components_of(family).items()
+        for name, spec in FAMILIES[family].components.items()
     }
 
 
