@@ -463,7 +463,7 @@ def _without(mapping: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda device, inputs: {**inputs, "x": inputs["sample"]}, "has no input x, only sample"),
         (
             lambda device, inputs: {**inputs, "timestep": device.zeros((2,), "float16")},
-            r"unet\.timestep is float32\[rows\], given float16\[2\]",
+            r"unet\.timestep is float32\['rows'\], given float16\[2\]",
         ),
         (
             lambda device, inputs: {**inputs, "sample": device.zeros((2, 5, 16, 16), "float32")},
