@@ -16,8 +16,7 @@ from sdrt.runtime.devices.arena import ALIGNMENT, Arena, Sections
 from sdrt.runtime.devices.device import Buffer, Device
 from sdrt.runtime.drawing.faults import MAX_ENCODERS
 from sdrt.runtime.errors import UsageError
-
-MAX_ROWS: Final = 2048  # that the table's buffer holds: two evaluations for each trained timestep, and a few
+from sdrt.runtime.request.sampling import MAX_ROWS
 
 # What the U-Net may read. The last three are numbers of the request; what is not named here is made by the
 # text or image encoders.

@@ -1,114 +1,108 @@
-"""What a call gives back: pictures in the form that was asked for, latents, recipes, timings."""
+"""Finished pictures and latents, kept batch by batch and handed back in the form that was asked for."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.devices.device import Buffer, Device
+from sdrt.runtime.drawing.faults import Faults
 from sdrt.runtime.drawing.loop import DenoiseLoop
-from sdrt.runtime.errors import UsageError
+from sdrt.runtime.request.output import OutputType
+from sdrt.runtime.request.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from sdrt.runtime.pictures.canvas import Canvas
-
-OutputType = Literal["pil", "numpy", "latents", "device", "np", "latent"]
-OUTPUT_TYPES: Final = ("pil", "numpy", "latents", "device", "np", "latent")
-WITHOUT_PICTURES: Final = ("latents", "latent")
 
 
 class BlackImageWarning(UserWarning):
     """A picture came out all black; the message names the component that made it."""
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineOutput:
-    """What a call of `Pipeline` returns.
+class ImageCollector(Protocol):
+    """Takes what the loop's buffers hold after each batch."""
 
-    Attributes:
-        images: Pillow images, or one uint8 array [N, H, W, 3] for ``output_type="numpy"``; empty for
-            ``"latents"``. For ``"device"`` that array in the device's memory (on the CPU a NumPy array). As
-            diffusers has them, for ``"np"`` float32 [N, H, W, 3] in [0, 1], for ``"latent"`` the latents.
-        latents: float32 [N, C, h, w], the final latents; for ``"device"`` in the device's memory.
-        recipes: For each image everything that drew it, as plain data: ``prompt``, ``negative_prompt``,
-            ``seed``, ``height``, ``width``, ``num_inference_steps``, ``guidance_scale``, ``sampler``,
-            ``karras``, ``eta``, ``rng``, what else was asked for, SDXL's sizes, given pictures' file names
-            and SHA-256, ``backend``, ``model``, ``model_sha256``, ``version``. As arguments of a call they
-            draw the image again (see `sdrt.runtime.request.recipes`).
-        timings: Seconds per stage: ``text_encoder``, ``denoise``, ``vae_decoder`` by the device's clock,
-            ``vae_encoder`` and ``invert`` where a picture was given, by wall clock, ``step``, the mean of one
-            step, and ``total``, wall clock from call to return.
-    """
+    def add(self, images: Sequence[int], loop: DenoiseLoop, raise_faults: Callable[[Faults], None]) -> None:
+        """Keep a batch's result; ``images`` says which images they are, some of them twice to pad it.
 
-    images: Any
-    latents: Any
-    recipes: tuple[dict[str, Any], ...]
-    timings: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedBatch:
-    """Pictures of a call that are finished while others are not: what ``callback_on_batch_end`` is given.
-
-    Attributes:
-        numbers: Which of the call's pictures they are, from 0.
-        total: How many the call draws.
-        images: As `PipelineOutput.images`, of these alone; for ``"device"`` a list of arrays [1, H, W, 3].
-        recipes: Likewise.
-    """
-
-    numbers: tuple[int, ...]
-    total: int
-    images: Any
-    recipes: tuple[dict[str, Any], ...]
-
-
-class Collected:
-    """Pictures and latents of one batch after the other, in main memory."""
-
-    def __init__(self, output_type: OutputType, images: int, canvas: Canvas | None = None) -> None:
-        """``images`` are wanted; ``canvas`` holds what is to be kept of a given picture."""
-        self._output_type, self._images, self._canvas = output_type, images, canvas
-        self._latents: dict[int, NDArray[np.float32]] = {}
-        self._pixels: dict[int, NDArray[np.uint8]] = {}
-
-    def finish(self) -> tuple[Any, NDArray[np.float32]]:
-        """Images as ``output_type`` says, and latents."""
-        latents = np.stack([self._latents[image] for image in range(self._images)])
-        if self._output_type in WITHOUT_PICTURES:
-            return latents if self._output_type == "latent" else [], latents
-        _warn_of_black(np.stack([self._pixels[image] for image in range(self._images)]))
-        return self.pictures(range(self._images)), latents
+        Raises:
+            NumericsError: The fault words say that a component gave NaN or infinity.
+        """
+        ...
 
     def pictures(self, numbers: Sequence[int]) -> Any:
-        """Those with these numbers, as ``output_type`` says; of latents none."""
-        if self._output_type in WITHOUT_PICTURES:
+        """Those with these numbers, in the form that was asked for; of latents none."""
+        ...
+
+    def finish(self) -> tuple[Any, Any]:
+        """All images, in the form that was asked for, and all latents."""
+        ...
+
+
+def image_collector(request: Request, device: Device) -> ImageCollector:
+    """What keeps a request's images: in main memory, or in the device's."""
+    if request.output_type == "device":
+        return DeviceImages(device, len(request.conditions))
+    return HostImages(request)
+
+
+class HostImages:
+    """Pictures and latents in main memory; with a given picture's pixels where nothing was to be drawn."""
+
+    def __init__(self, request: Request) -> None:
+        """Nothing is there yet."""
+        self._request = request
+        self._latents: dict[int, NDArray[np.float32]] = {}
+        self._pixels: dict[int, NDArray[np.uint8]] = {}
+        self._black: set[int] = set()
+
+    def add(self, images: Sequence[int], loop: DenoiseLoop, raise_faults: Callable[[Faults], None]) -> None:
+        """See `ImageCollector`; one download, which waits."""
+        result = loop.result(pixels=self._request.decodes)
+        raise_faults(result.faults)
+        self._latents.update(zip(images, result.latents, strict=True))
+        if result.pixels is None:
+            return
+        drawn = dict(zip(images, result.pixels, strict=True))
+        self._black |= {number for number, pixels in drawn.items() if not pixels.any()}
+        finished = self._with_kept_pixels(np.stack(list(drawn.values())))
+        self._pixels.update(zip(drawn, finished, strict=True))
+
+    def pictures(self, numbers: Sequence[int]) -> Any:
+        """See `ImageCollector`."""
+        if not self._request.decodes:
             return []
-        pixels = np.stack([self._pixels[image] for image in numbers])
-        if self._canvas is not None:
-            from sdrt.runtime.pictures.canvas import finish
+        return _AS[self._request.output_type](np.stack([self._pixels[image] for image in numbers]))
 
-            pixels = finish(pixels, self._canvas)
-        return _AS[self._output_type](pixels)
+    def finish(self) -> tuple[Any, NDArray[np.float32]]:
+        """See `ImageCollector`."""
+        numbers = range(len(self._request.conditions))
+        latents = np.stack([self._latents[image] for image in numbers])
+        if not self._request.decodes:
+            return latents if self._request.output_type == "latent" else [], latents
+        for number in sorted(self._black):
+            warnings.warn(
+                f"picture {number + 1} of {len(numbers)} is all black; its latents are finite, so the "
+                "vae_decoder made it so",
+                BlackImageWarning,
+                stacklevel=2,
+            )
+        return self.pictures(numbers), latents
 
-    def add(
-        self, batch: Sequence[int], latents: NDArray[np.float32], pixels: NDArray[np.uint8] | None
-    ) -> None:
-        """Keep a batch's result; ``batch`` says which images they are, some of them twice to pad it."""
-        self._latents.update(zip(batch, latents, strict=True))
-        if pixels is not None:
-            self._pixels.update(zip(batch, pixels, strict=True))
+    def _with_kept_pixels(self, drawn: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self._request.picture is None:
+            return drawn
+        from sdrt.runtime.pictures.canvas import finish
+
+        return finish(drawn, self._request.picture.canvas)
 
 
-class DeviceCollected:
+class DeviceImages:
     """The same in the device's memory: copies there, since the loop writes over its own buffers."""
 
     def __init__(self, device: Device, images: int) -> None:
@@ -118,12 +112,13 @@ class DeviceCollected:
         self._arrays: tuple[Buffer, Buffer] | None = None  # images, latents
         self._rows: dict[str, list[Buffer]] = {}
 
-    def add(self, batch: Sequence[int], loop: DenoiseLoop) -> None:
-        """Queue the copies of a batch; ``batch`` says which images they are."""
+    def add(self, images: Sequence[int], loop: DenoiseLoop, raise_faults: Callable[[Faults], None]) -> None:
+        """See `ImageCollector`; only the fault words are downloaded, and the copies queued."""
+        raise_faults(loop.faults())
         if self._arrays is None:
             self._arrays = (self._room("pixels", loop.pixels), self._room("latents", loop.buffers.latents))
         for name, rows in self._rows.items():
-            for image, source in dict(zip(batch, loop.arena.rows(name), strict=True)).items():
+            for image, source in dict(zip(images, loop.arena.rows(name), strict=True)).items():
                 self._device.copy(source, rows[image])
 
     def pictures(self, numbers: Sequence[int]) -> list[Buffer]:
@@ -143,33 +138,6 @@ class DeviceCollected:
         view = self._device.view
         self._rows[name] = [view(memory, each * row, (1, *rest), dtype) for row in range(self._images)]
         return view(memory, 0, (self._images, *rest), dtype)
-
-
-def _warn_of_black(pixels: NDArray[np.uint8]) -> None:
-    for index in np.flatnonzero(~pixels.reshape(len(pixels), -1).any(axis=1)):
-        warnings.warn(
-            f"picture {index + 1} of {len(pixels)} is all black; its latents are finite, so the "
-            "vae_decoder made it so",
-            BlackImageWarning,
-            stacklevel=2,
-        )
-
-
-def checked_output_type(given: object) -> OutputType:
-    """What a call is to give back.
-
-    Raises:
-        UsageError: There is no such thing.
-    """
-    for known in OUTPUT_TYPES:
-        if given == known:
-            return known
-    if given == "pt":
-        raise UsageError(
-            "output_type is 'pt': sdrt does without PyTorch; of output_type='np', "
-            "torch.from_numpy(output.images).permute(0, 3, 1, 2) is that tensor"
-        )
-    raise UsageError(f"output_type is {given!r}: one of {', '.join(OUTPUT_TYPES)}")
 
 
 def _in_unit_interval(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

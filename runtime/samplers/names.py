@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from sdrt.runtime.checks import did_you_mean
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.registry import SAMPLERS
 
@@ -84,8 +85,6 @@ _OURS: Final = {_key(name): ours for ours, names in NAMES.items() for name in (o
 
 def unknown_sampler(name: str) -> str:
     """What is said of a name that is no sampler of ours: the nearest that there is, and all of ours."""
-    import difflib
-
-    near = difflib.get_close_matches(_key(name), _OURS, n=1, cutoff=0.6)
-    hint = f" did you mean {_OURS[near[0]]}?" if near else ""
+    question = did_you_mean(_key(name), _OURS)
+    hint = f" {question}" if question else ""
     return f"unknown sampler {name[:100]!r}:{hint} allowed are {', '.join(sorted(SAMPLERS))}"
