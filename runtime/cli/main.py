@@ -201,7 +201,8 @@ def _draw_and_save(
         return
     files = drawn.files_of(work, frames=animated, quality=arguments.quality)
     before, seconds = len(files.paths), files.seconds
-    output = pipeline.draw(request.with_callbacks(**watched, callback_on_batch_end=files))
+    callbacks: CallbackOptions = {**watched, "callback_on_batch_end": files}
+    output = pipeline.draw(request.with_callbacks(**callbacks))
     drawn.add(files.paths[before:], output, files.seconds - seconds)
 
 

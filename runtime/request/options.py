@@ -144,7 +144,7 @@ def check_names(
     for name in options:
         if name not in allowed and name not in also:
             known = ALSO_CALLED.get(str(name).lower().replace("-", "_"))
-            also_called = {str(name): known} if known in allowed else None
+            also_called = {} if known is None or known not in allowed else {str(name): known}
             question = did_you_mean(str(name), allowed, also_called=also_called)
             hint = f", {question}" if question else ":"
             raise UsageError(f"{what} has no {str(name)[:100]}{hint} there is {', '.join(allowed)}")

@@ -73,7 +73,7 @@ def test_functions_are_given_to_a_request_that_is_there(pipeline: Pipeline) -> N
     pipeline.draw(batch_end)
     assert seen == [(0,)]
     with pytest.raises(UsageError, match="callback_on_step_end is int: a function is wanted"):
-        request.with_callbacks(callback_on_step_end=3)  # type: ignore[typeddict-item]
+        request.with_callbacks(callback_on_step_end=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ends", [{"to_prompt": "y"}, {"to_seed": 9}])
