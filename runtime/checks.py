@@ -71,14 +71,14 @@ def share(name: str, value: Any) -> float:
     return result
 
 
-def flag(name: str, value: Any) -> bool:
-    """True or False.
+def flag(name: str, value: Any, words: str = ": True or False is wanted") -> bool:
+    """True or False; ``words`` end the message.
 
     Raises:
         UsageError: It is neither.
     """
     if not isinstance(value, bool):
-        raise UsageError(f"{name} is {value!r}: True or False is wanted")
+        raise UsageError(f"{name} is {value!r}{words}")
     return value
 
 

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sdrt
+from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.registry import AUTO, RequestShape, choose_backend, open_device
+from sdrt.runtime.backends.registry import AUTO, choose_backend, open_device
 from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify, sha256
 from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device

@@ -128,7 +128,7 @@ class Defaults:
     """What `sd-run` uses for an option that was not given.
 
     ``sampler_options`` are those of the checkpoint's scheduler; a sampler takes the ones that it has, see
-    `sdrt.runtime.samplers.registry.Sampler.inherited`.
+    `sdrt.runtime.samplers.sampler.Sampler.inherited`.
     """
 
     height: int

@@ -15,7 +15,7 @@ from sdrt.runtime.drawing.output import ImageCollector
 from sdrt.runtime.errors import CancelledError, UsageError
 from sdrt.runtime.request.output import FinishedBatch
 from sdrt.runtime.request.request import Request
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 RaiseFaults = Callable[[Faults], None]  # raises what fault words say
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from sdrt.runtime.drawing.faults import Faults
 from sdrt.runtime.drawing.loop import DenoiseLoop
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 
 class ConditionEncoder(Protocol):

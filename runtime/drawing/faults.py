@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sdrt.kernels.guided_step import NO_FAULT
 from sdrt.runtime.errors import NumericsError, UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 MAX_ENCODERS: Final = 2  # text encoders of one family, each with a fault word per text
 

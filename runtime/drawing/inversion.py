@@ -17,7 +17,8 @@ from sdrt.runtime.drawing.vae import EncodedImage
 from sdrt.runtime.request.output import Callbacks
 from sdrt.runtime.request.request import Request
 from sdrt.runtime.samplers.noise import noise_source, slerp
-from sdrt.runtime.samplers.registry import SamplerTable, inversion_table
+from sdrt.runtime.samplers.table import SamplerTable
+from sdrt.runtime.samplers.timestep import inversion_table
 
 
 def with_inverted_noise(request: Request, image: EncodedImage, parts: Parts, hook: Hook) -> Request:
@@ -58,7 +59,7 @@ def _inverted_noise(
     Args:
         request: The call.
         number: Of the image whose prompt the inversion is told.
-        table: Of `sdrt.runtime.samplers.registry.inversion_table`.
+        table: Of `sdrt.runtime.samplers.timestep.inversion_table`.
         image: The picture.
         parts: What draws.
         hook: See `with_inverted_noise`.

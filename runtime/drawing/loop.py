@@ -36,7 +36,7 @@ from sdrt.runtime.drawing.buffers import (
 )
 from sdrt.runtime.drawing.faults import Faults
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 
 @dataclass(frozen=True, slots=True)

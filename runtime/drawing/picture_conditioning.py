@@ -14,7 +14,7 @@ from sdrt.runtime.drawing.faults import Faults
 from sdrt.runtime.drawing.loop import DenoiseLoop
 from sdrt.runtime.errors import NumericsError
 from sdrt.runtime.request.variations import ClipImage
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 EMBEDDINGS: Final = "encoder_hidden_states"
 

@@ -34,7 +34,7 @@ from sdrt.runtime.drawing.text_encoders import (
     weighted,
 )
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 from sdrt.runtime.text.chunks import (
     Blend,
     Chunk,

@@ -56,7 +56,7 @@ class DrawOptions(CallbackOptions, total=False):
       al. 2024), so that only one half runs there;
     * ``guidance_rescale``: phi of Lin et al. 2023, section 3.4, 0 to 1;
     * ``sampler``: a name in `sdrt.runtime.samplers.registry.SAMPLERS`, or what A1111 or diffusers call it,
-      with a schedule or without (``DPM++ 2M Karras``: `sdrt.runtime.samplers.names`); by default the
+      with a schedule or without (``DPM++ 2M Karras``: `sdrt.runtime.samplers.registry`); by default the
       bundle's;
     * ``karras``, ``spacing``, ``sigma_schedule``, ``timesteps``, ``sigmas``, ``eta``, ``solver_order``,
       ``lower_order_final``, ``original_inference_steps``: see `sdrt.runtime.samplers.table.SamplerOptions`;

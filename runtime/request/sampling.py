@@ -14,9 +14,9 @@ from sdrt.runtime.checks import flag, number, share, whole
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.options import OPTIONS
 from sdrt.runtime.samplers.guidance import guidance_weights
-from sdrt.runtime.samplers.names import find_sampler
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerOptions, SamplerTable, first_step, make_table
+from sdrt.runtime.samplers.registry import SAMPLERS, find_sampler, first_step, make_table
 from sdrt.runtime.samplers.schedule import NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable
 
 MAX_ROWS: Final = 2048  # of a table: two evaluations for each trained timestep, and a few
 

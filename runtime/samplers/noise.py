@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sdrt.kernels.mt19937 import TorchCPUGenerator
 from sdrt.kernels.philox import philox_normal
+from sdrt.runtime.checks import choice
 from sdrt.runtime.errors import UsageError
 
 Rng = Literal["philox", "cpu"]
@@ -70,12 +71,11 @@ def noise_source(rng: str, seeds: Sequence[int]) -> NoiseSource:
     Raises:
         UsageError: unknown rng, no seed, or a seed that :func:`validate_seed` refuses.
     """
-    if rng not in _STREAMS:
-        raise UsageError(f"rng is {rng!r}; choose one of {', '.join(RNGS)}")
+    stream = _STREAMS[choice("rng", rng, RNGS, "; choose one of")]
     if not seeds:
         raise UsageError("no seed was given; noise needs one per image")
     valid = [validate_seed(seed) for seed in seeds]
-    return NoiseSource(valid, [_STREAMS[rng](seed) for seed in valid])
+    return NoiseSource(valid, [stream(seed) for seed in valid])
 
 
 def validate_seed(seed: int) -> int:

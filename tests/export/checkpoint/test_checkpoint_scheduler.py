@@ -30,9 +30,9 @@ from sdrt.export.checkpoint.checkpoint import open_checkpoint
 from sdrt.export.checkpoint.scheduler import CORRECTIONS, CheckpointScheduler, read_scheduler
 from sdrt.export.checkpoint.scheduler_classes import CLASSES, Only, Use
 from sdrt.runtime.errors import CheckpointError, UsageError
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerOptions, make_table, run_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import NoiseSchedule
-from sdrt.runtime.samplers.table import CHECKPOINT_OPTIONS, NO_OPTIONS
+from sdrt.runtime.samplers.table import CHECKPOINT_OPTIONS, NO_OPTIONS, SamplerOptions, run_table
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of the corrections that the pipelines make

@@ -1,7 +1,7 @@
 """Runs tests on a fake libcuda under the real cuda-bindings, in a process of its own.
 
-``pytest -p support.fakes.fake_cuda`` does so. `fake_libcuda.cpp` is the library. Kernels are compiled and loaded as for a GPU; what runs is their host
-build.
+``pytest -p support.fakes.fake_cuda`` does so; `fake_libcuda.cpp` is the library. Kernels are compiled and
+loaded as for a GPU; what runs is their host build.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def build(folder: Path) -> Path:
     from cuda.pathfinder import find_nvidia_header_directory
 
     headers = find_nvidia_header_directory("cudart")
-    assert headers, "cuda.h comes with cuda-core[cu13]"
+    assert headers, "cuda.h comes with nvidia-cuda-runtime"
     target = folder / NAME
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
     subprocess.run([*command, f"-I{headers}", str(SOURCE), "-o", str(target)], check=True)

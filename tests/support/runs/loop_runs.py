@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from sdrt.kernels.sampler_row import HISTORY, Column
 from sdrt.runtime.backends.executor import check_buffers
 from sdrt.runtime.bundle.components import components_of
-from sdrt.runtime.devices.device import Device, HostDevice
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
-from sdrt.runtime.samplers.registry import SamplerTable
 from sdrt.runtime.samplers.schedule import FloatArray
+from sdrt.runtime.samplers.table import SamplerTable
 
 TOKENS, WIDTH = 5, 6
 SIZES = {
@@ -163,7 +164,7 @@ def exact_run(
     blend: Blend | None = None,
     noise: FloatArray | None = None,
 ) -> Exact:
-    """`sdrt.runtime.samplers.registry.run_table` with guidance of each row, rescaling and blending.
+    """`sdrt.runtime.samplers.table.run_table` with guidance of each row, rescaling and blending.
 
     Args:
         table: The rows.
