@@ -252,7 +252,7 @@ class Pipeline:
         """Draw a request as it is; drawing it again gives the same pictures.
 
         Args:
-            request: From `request`, of this pipeline or another of the same bundle.
+            request: What `request` gave, of this pipeline or another of the same bundle.
 
         Raises:
             UsageError: The request is of another bundle, names textual inversions that are not loaded, or
@@ -279,10 +279,10 @@ class Pipeline:
         filled up with chunks of the empty text, so that its end is not quite the picture of the prompt alone.
 
         Args:
-            prompt: Of the first frame.
-            to_prompt: Of the last; by default the same.
+            prompt: The first frame's prompt.
+            to_prompt: The last frame's prompt; by default the same.
             frames: How many, 2 to 1000.
-            to_seed: Whose noise the last frame starts from; by default the same as the first.
+            to_seed: The seed of the last frame's noise; by default the first frame's.
             **options: As for a call.
 
         Returns:

@@ -220,7 +220,7 @@ def save_animation(output: PipelineOutput, target: Path | None, fps: float) -> P
     """Write the frames of an interpolation into one animated file, whole or not at all.
 
     Args:
-        output: Of `Pipeline.interpolate`, with Pillow images.
+        output: What `Pipeline.interpolate` gave, with Pillow images.
         target: Its name; by default an animated WebP named after prompt and seed.
         fps: Frames per second.
 

@@ -41,7 +41,7 @@ class Hook:
 
         Args:
             pipeline: What the functions are given.
-            request: Whose functions they are.
+            request: The call, which holds the functions.
             cancelled: Set when the call is to end.
         """
         self._pipeline, self._callbacks, self._cancelled = pipeline, request.callbacks, cancelled
@@ -85,9 +85,9 @@ class Hook:
         """Call the caller's function with the pictures of a batch.
 
         Args:
-            numbers: Which pictures of the call they are.
+            numbers: The pictures' places in the call.
             pictures: Those that are finished.
-            recipes: Of all pictures of the call.
+            recipes: The recipes of all pictures of the call.
         """
         if self._callbacks.on_batch_end is None:
             return

@@ -41,8 +41,8 @@ def draw(request: Request, recipes: Sequence[dict[str, Any]], parts: Parts, hook
     """Draw all images of a request.
 
     Args:
-        request: Of the parts' bundle.
-        recipes: Of each image; those of images that a callback interrupted are told so.
+        request: What is asked, of the parts' bundle.
+        recipes: The images' recipes; where a callback interrupts, it is noted in them.
         parts: What draws.
         hook: What is asked and told between steps and batches.
 

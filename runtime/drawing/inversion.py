@@ -58,8 +58,8 @@ def _inverted_noise(
 
     Args:
         request: The call.
-        number: Of the image whose prompt the inversion is told.
-        table: Of `sdrt.runtime.samplers.timestep.inversion_table`.
+        number: The image whose prompt the inversion is told.
+        table: The rows of `sdrt.runtime.samplers.timestep.inversion_table`.
         image: The picture.
         parts: What draws.
         hook: See `with_inverted_noise`.

@@ -15,9 +15,9 @@ class Parts:
     """A bundle's components, bound to buffers of one device.
 
     Attributes:
-        device: Where everything below lies.
-        encoder: For prompts, or for pictures that are varied.
-        vae_encoder: For pictures that a run starts from.
+        device: The place of everything below.
+        encoder: The text encoders, or CLIP's image encoder where pictures are varied.
+        vae_encoder: The encoder of pictures that a run starts from.
         shapes: U-Net and VAE decoder, with their buffers and graphs.
     """
 

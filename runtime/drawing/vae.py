@@ -44,9 +44,9 @@ class EncodedImage:
     """A given picture as the loop reads it.
 
     Attributes:
-        latents: Of the whole picture.
+        latents: The whole picture's latents.
         mask: float32 [1, 1, h, w], 1 is drawn; None where all is.
-        masked_latents: Of the picture without what is drawn, for U-Nets that read it.
+        masked_latents: Those of the picture without what is drawn, for U-Nets that read it.
     """
 
     latents: Posterior
@@ -63,7 +63,7 @@ class VaeEncoder:
         Args:
             load: Gives the encoder's executor, on ``device``.
             device: Owns the buffers.
-            manifest: Of the bundle.
+            manifest: The bundle's manifest.
         """
         self._load, self._device, self._manifest = load, device, manifest
         self._executor: Executor | None = None
@@ -147,7 +147,7 @@ class VaeDecoder:
         Args:
             executor: The decoder's, on ``device``.
             device: Owns the buffers.
-            loop: Whose latents are decoded; the pixels and the fault word are put where it keeps them.
+            loop: The loop that has the latents, and a place for pixels and fault word.
 
         Raises:
             DeviceMemoryError: The buffers do not fit.

@@ -29,7 +29,7 @@ def build_request(
     """Check the arguments of `Pipeline.__call__` against a bundle's manifest.
 
     Args:
-        manifest: Of the bundle.
+        manifest: The bundle's manifest.
         prompt: One text, P texts, or None where a picture alone says what to draw.
         options: See `sdrt.runtime.request.options.DrawOptions`; None stands for what was not given.
 
@@ -56,11 +56,11 @@ def build_interpolation(
     """Check the arguments of `Pipeline.interpolate`: the request whose images are the frames.
 
     Args:
-        manifest: Of the bundle.
-        prompt: Of the first frame.
-        to_prompt: Of the last; None for the same.
+        manifest: The bundle's manifest.
+        prompt: The first frame's prompt.
+        to_prompt: The last frame's prompt; None for the same.
         frames: How many.
-        to_seed: Of the last frame's noise; None for the same.
+        to_seed: The seed of the last frame's noise; None for the same.
         options: As for `build_request`; with ``frame`` the request is for the frame of that number alone.
 
     Raises:
@@ -91,10 +91,10 @@ def _one_request(
     """The request of a call without frames.
 
     Args:
-        manifest: Of the bundle.
+        manifest: The bundle's manifest.
         prompt: See `build_request`.
-        options: Of `playable`.
-        as_given: Before that: of what is given back, None is no way to leave it out.
+        options: What `playable` leaves of the call's options.
+        as_given: The call's options before that: None is no way to leave out what is given back.
     """
     rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
     picture = None

@@ -50,7 +50,7 @@ def frames_between(first: Request, last: Conditions, to_seed: int | None, count:
     Args:
         first: The first frame's.
         last: What the last frame is drawn from.
-        to_seed: Whose noise the last frame starts from; None for the first one's.
+        to_seed: The seed of the last frame's noise; None for the first frame's.
         count: How many frames there are.
 
     Raises:

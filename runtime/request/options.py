@@ -133,7 +133,7 @@ def check_names(
     """Refuse an option that there is not.
 
     Args:
-        options: By name.
+        options: What was given, by name.
         allowed: Names that there are.
         what: Has them, for the message.
         also: Names that are taken and not told of: those that recipes have.

@@ -25,7 +25,7 @@ class PipelineOutput:
             ``"latents"``. For ``"device"`` that array in the device's memory (on the CPU a NumPy array). As
             diffusers has them, for ``"np"`` float32 [N, H, W, 3] in [0, 1], for ``"latent"`` the latents.
         latents: float32 [N, C, h, w], the final latents; for ``"device"`` in the device's memory.
-        recipes: For each image everything that drew it, as plain data: ``prompt``, ``negative_prompt``,
+        recipes: Everything that drew each image, as plain data: ``prompt``, ``negative_prompt``,
             ``seed``, ``height``, ``width``, ``num_inference_steps``, ``guidance_scale``, ``sampler``,
             ``karras``, ``eta``, ``rng``, what else was asked for, SDXL's sizes, given pictures' file names
             and SHA-256, ``backend``, ``model``, ``model_sha256``, ``version``. As arguments of a call they
@@ -46,7 +46,7 @@ class FinishedBatch:
     """Pictures of a call that are finished while others are not: what ``callback_on_batch_end`` is given.
 
     Attributes:
-        numbers: Which of the call's pictures they are, from 0.
+        numbers: The pictures' places in the call, from 0.
         total: How many the call draws.
         images: As `PipelineOutput.images`, of these alone; for ``"device"`` a list of arrays [1, H, W, 3].
         recipes: As `PipelineOutput.recipes`, of these alone.
@@ -117,7 +117,7 @@ def checked_output_type(given: object, *, masked: bool) -> OutputType:
     """What a call is to give back.
 
     Args:
-        given: By the caller.
+        given: What the caller asks for.
         masked: Whether a part of a given picture is kept as it is.
 
     Raises:

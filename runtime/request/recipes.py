@@ -75,9 +75,9 @@ def check_pixels(options: Mapping[str, Any], name: str, digest: str) -> None:
     """Refuse a picture that is not the one that a recipe was drawn from.
 
     Args:
-        options: Of the call; those without the recipe's digest admit any picture.
+        options: The call's options; those without the recipe's digest admit any picture.
         name: ``image`` or ``mask_image``.
-        digest: From `pixels_sha256`.
+        digest: The picture's `pixels_sha256`.
 
     Raises:
         UsageError: It is another.
@@ -108,7 +108,7 @@ def check_embeddings(wanted: Mapping[str, Any], loaded: Mapping[str, str]) -> No
     """Refuse a recipe whose textual inversions are not there.
 
     Args:
-        wanted: Of `checked_embeddings`.
+        wanted: What `checked_embeddings` gave.
         loaded: The pipeline's, name → SHA-256 of the file.
 
     Raises:

@@ -42,7 +42,7 @@ class Request:
         height: Height that the model draws, in pixels.
         width: Width that the model draws, in pixels.
         sampling: Table and guidance.
-        rng: Whose noise it is.
+        rng: The kind of generator that gives the noise.
         latents: Noise that was given: a NumPy array or device array; None for noise from the seeds.
         latents_scale: What ``latents`` are multiplied with to be x; None for the table's own.
         latents_given: Whether the caller brought them.

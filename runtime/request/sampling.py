@@ -26,7 +26,7 @@ class Sampling:
     """A call's way from noise to a picture.
 
     Attributes:
-        table: Of the sampler; some samplers have more than one row for a step.
+        table: The sampler's rows; some samplers have more than one for a step.
         schedule: The bundle's, with the spacing that was asked for.
         weights: float32 [rows], w of each row; a row of 1 or less runs the conditional half alone.
         guidance_rescale: phi.
@@ -51,9 +51,9 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     """Check what of a call's options is about sampling.
 
     Args:
-        manifest: Of the bundle.
+        manifest: The bundle's manifest.
         options: See `sdrt.runtime.request.options.DrawOptions`.
-        strength: Of a run that starts from a picture; None for a whole run.
+        strength: The share of the schedule that is run on a picture; None for a whole run.
 
     Raises:
         UsageError: An option is of a wrong type, out of range, or not one of the sampler's.
