@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sdrt.runtime.bundle.bundle import Bundle
-    from sdrt.runtime.drawing.output import BlackImageWarning
+    from sdrt.runtime.drawing.finished_images import BlackImageWarning
     from sdrt.runtime.drawing.text_conditioning import PromptTruncatedWarning
     from sdrt.runtime.errors import (
         BackendError,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BackendError": "errors",
-    "BlackImageWarning": "drawing.output",
+    "BlackImageWarning": "drawing.finished_images",
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
     "CancelledError": "errors",

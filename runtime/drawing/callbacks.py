@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.drawing.faults import Faults
+from sdrt.runtime.drawing.finished_images import ImageCollector
 from sdrt.runtime.drawing.loop import DenoiseLoop
-from sdrt.runtime.drawing.output import ImageCollector
 from sdrt.runtime.errors import CancelledError, UsageError
 from sdrt.runtime.request.output import FinishedBatch
 from sdrt.runtime.request.request import Request

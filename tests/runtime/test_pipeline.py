@@ -20,7 +20,7 @@ from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu import discovery
 from sdrt.runtime.drawing import shapes
 from sdrt.runtime.drawing import text_conditioning as prompts
-from sdrt.runtime.drawing.output import BlackImageWarning
+from sdrt.runtime.drawing.finished_images import BlackImageWarning
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder, PromptTruncatedWarning
 from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageError
 from sdrt.runtime.pipeline import Pipeline
