@@ -1,4 +1,4 @@
-"""Samplers by name: what they are called elsewhere, where the list of them stands, and how one is added."""
+"""Samplers by name: what they are called elsewhere, and how one is added."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.sigma import sigma_levels
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, model_rows
 
-ROOT = Path(__file__).parents[3]
 KARRAS = {"sigma_schedule": "karras"}
 
 
@@ -81,12 +80,6 @@ def test_the_name_in_a_picture_is_understood(name: str) -> None:
     for word, implied in SCHEDULES.items():
         assert a1111_name(name, {**plain, **implied}) == f"{SAMPLERS[name].other_names[0]} {word}"
         assert find_sampler(a1111_name(name, {**plain, **implied})) == (name, implied)
-
-
-def test_the_documentation_lists_all() -> None:
-    pages = [(ROOT / "README.md"), *(ROOT / "docs").glob("*.md")]
-    words = re.sub(r"\s+", " ", " ".join(page.read_text(encoding="utf-8") for page in pages))
-    assert ", ".join(f"`{name}`" for name in SAMPLERS) in words
 
 
 def test_the_help_names_samplers_that_there_are() -> None:
