@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def facts(_arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
     """The GPU, its driver and the packages that matter."""
-    from sdrt.runtime.backends.registry import find_gpu
+    from sdrt.runtime.devices.gpu.discovery import find_gpu
 
     gpu = find_gpu()
     found: dict[str, Any] = {

@@ -83,7 +83,7 @@ def _load_nvrtc() -> Any:
     except (ImportError, RuntimeError) as error:
         raise KernelError(
             f"the CUDA kernels are compiled with NVRTC, which cannot be loaded ({error}): "
-            "pip install 'cuda-core[cu13]'"
+            "pip install cuda-bindings nvidia-cuda-nvrtc"
         ) from error
     return nvrtc
 

@@ -19,13 +19,9 @@ from numpy.typing import NDArray
 
 import sdrt
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.registry import (
-    AUTO,
-    RequestShape,
-    choose_backend,
-    open_device,
-)
+from sdrt.runtime.backends.registry import AUTO, choose_backend, open_device
 from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify, sha256
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.callbacks import BatchEndCallback, StepHook, check_function

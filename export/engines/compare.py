@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.registry import Choice, Gpu, find_gpu, load_executor, open_device
+from sdrt.runtime.backends.registry import Choice, load_executor, open_device
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.components import TensorSpec
 from sdrt.runtime.bundle.engine_search import find_engine
 from sdrt.runtime.bundle.engines import ENGINES_FOLDER, EngineManifest
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.gpu.discovery import Gpu, find_gpu
 from sdrt.runtime.errors import BackendError, ParityError
 
 NO_GPU: Final = "no GPU here"

@@ -30,7 +30,7 @@ from sdrt.export.graphs.networks import example_inputs
 from sdrt.export.parity.frugal_executor import FrugalExecutor, OneSession
 from sdrt.export.parity.rounding import CountSums, Sums, rounding_tolerance
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.components import ComponentSpec, Precision, components_of
 from sdrt.runtime.errors import NumericsError, ParityError
 

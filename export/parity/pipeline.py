@@ -37,7 +37,7 @@ from sdrt.runtime.backends.executor import check_buffers
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.components import ComponentSpec, components_of
 from sdrt.runtime.bundle.manifest import Manifest
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import ParityError, SdrtError
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.samplers.registry import make_table

@@ -28,10 +28,10 @@ from sdrt.export.parity.reference import (
     reference_scheduler,
 )
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.components import Precision
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.samplers.guidance import guidance_embedding
 from sdrt.runtime.samplers.registry import make_table

@@ -38,7 +38,7 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.system.interrupts import NOTHING_LEFT, telling
 
 if TYPE_CHECKING:
-    from sdrt.runtime.backends.registry import RequestShape
+    from sdrt.runtime.backends.backend import RequestShape
     from sdrt.runtime.bundle.bundle import Bundle
     from sdrt.runtime.pipeline import Pipeline, PipelineOutput
     from sdrt.runtime.request.request import Request
@@ -350,7 +350,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, works: Sequence[Work]) 
 
 def _shape(bundle: Bundle, works: Sequence[Work]) -> RequestShape | None:
     """The most that any request asks for; of sizes the first one's."""
-    from sdrt.runtime.backends.registry import RequestShape
+    from sdrt.runtime.backends.backend import RequestShape
     from sdrt.runtime.drawing.loading import longest_prompt
 
     requests = _requests(works)
@@ -370,7 +370,7 @@ def _shape(bundle: Bundle, works: Sequence[Work]) -> RequestShape | None:
 
 def _say_backend(pipeline: Pipeline, *, verbose: bool) -> None:
     """Which backend was taken; why no other before it, if asked for or if a GPU is there."""
-    from sdrt.runtime.backends.registry import NO_DRIVER
+    from sdrt.runtime.devices.gpu.discovery import NO_DRIVER
 
     reasons = pipeline.backend_reasons
     why = ""

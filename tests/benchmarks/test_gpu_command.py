@@ -25,7 +25,7 @@ from sdrt.export.cli import options as cli_options
 from sdrt.export.parity.components import compare
 from sdrt.export.parity.sampling import SAMPLING_GUIDANCE
 from sdrt.runtime import Bundle, Pipeline
-from sdrt.runtime.backends.registry import find_gpu
+from sdrt.runtime.devices.gpu.discovery import find_gpu
 from sdrt.runtime.errors import BackendError
 
 EMOJI = Path(gpu.ROOT) / "models" / "emoji"

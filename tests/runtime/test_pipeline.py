@@ -16,8 +16,8 @@ import pytest
 from numpy.typing import NDArray
 from support.runs.pipeline_spies import OpenPipeline, assert_close, assert_differ, assert_equal, spy
 
-from sdrt.runtime.backends import registry as backends
 from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.devices.gpu import discovery
 from sdrt.runtime.drawing import generation
 from sdrt.runtime.drawing import text_conditioning as prompts
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder, PromptTruncatedWarning
@@ -820,7 +820,7 @@ def test_gpu_that_is_not_there(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatc
     def no_gpu(_: int) -> None:
         raise BackendError("no NVIDIA driver: install it")
 
-    monkeypatch.setattr(backends, "find_gpu", no_gpu)
+    monkeypatch.setattr(discovery, "find_gpu", no_gpu)
     with pytest.raises(UsageError, match=r"device is 0.* runs on the CPU \(tensorrt, .*: no NVIDIA driver"):
         Pipeline.load(tiny_bundle, device=0)
 

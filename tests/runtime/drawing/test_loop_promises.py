@@ -21,10 +21,11 @@ from support.fakes.recording import RecordingDriver, as_numpy, recording_device
 
 from sdrt.runtime import pipeline as pipeline_module
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.registry import Choice, Gpu
+from sdrt.runtime.backends.registry import Choice
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu.arrays import DeviceArray
 from sdrt.runtime.devices.gpu.device import CudaDevice
+from sdrt.runtime.devices.gpu.discovery import Gpu
 from sdrt.runtime.drawing import generation, loading
 from sdrt.runtime.errors import BackendError, DeviceMemoryError, NumericsError, UsageError
 from sdrt.runtime.pipeline import Pipeline, PipelineOutput

@@ -15,8 +15,8 @@ from support.runs.task_calls import MASK, PICTURE, SHORT
 
 import tolerances
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.backends import registry as backends
-from sdrt.runtime.backends.registry import RequestShape
+from sdrt.runtime.backends.backend import RequestShape
+from sdrt.runtime.backends.cuda_backends import needed_components
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.drawing import loading
 from sdrt.runtime.drawing.loading import longest_prompt
@@ -360,7 +360,6 @@ def test_the_longest_prompt_is_known_before_anything_is_loaded(
 
 def test_a_picture_wants_the_vae_encoder_of_a_backend(pipeline: Pipeline) -> None:
     plain, with_picture = RequestShape(3, 16, 16), RequestShape(3, 16, 16, picture=True)
-    assert "vae_encoder" not in backends._needed(pipeline.bundle, plain)
-    assert "vae_encoder" in backends._needed(pipeline.bundle, with_picture)
-    axes = backends._axes_of("vae_encoder", with_picture.axes(2, 77))
+    assert "vae_encoder" not in needed_components(pipeline.bundle, plain)
+    axes = needed_components(pipeline.bundle, with_picture)["vae_encoder"]
     assert (axes["height"], "batch" in axes) == (16, False)  # one picture, whatever is drawn from it

@@ -14,7 +14,8 @@ from support.fakes.recording import RecordedExecutor, RecordingDriver, as_numpy,
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.components import components_of
-from sdrt.runtime.devices.device import Device, HostDevice
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder, PromptTruncatedWarning
 from sdrt.runtime.drawing.text_encoders import TextEncoder, weighted

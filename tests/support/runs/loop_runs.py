@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sdrt.kernels.sampler_row import HISTORY, Column
 from sdrt.runtime.backends.executor import check_buffers
 from sdrt.runtime.bundle.components import components_of
-from sdrt.runtime.devices.device import Device, HostDevice
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
 from sdrt.runtime.samplers.schedule import FloatArray
 from sdrt.runtime.samplers.table import SamplerTable
