@@ -159,7 +159,7 @@ class Pipeline:
         if choice.gpu is None and not bundle.embedded:
             from sdrt.runtime.admission.records import admit  # what sdrt ships need not wait for it
 
-            admit(bundle, bundle.manifest.required_components, choice.name, verify=bool(verify))
+            admit(bundle, bundle.manifest.record.required, choice.name, verify=bool(verify))
         with ExitStack() as undo:
             opened = open_device(choice, stream)
             load = partial(load_component, bundle, choice, opened, threads, verify)
@@ -294,7 +294,9 @@ class Pipeline:
             self._check_open()
             if not isinstance(self._encoder, PromptEncoder):
                 raise UsageError("this bundle reads no text: there is nothing to teach it a word")
-            embedding = read_embedding(path, token, widths=self._encoder.widths)
+            embedding = read_embedding(
+                path, token, family=self.bundle.manifest.record, widths=self._encoder.widths
+            )
             self._encoder.add_embedding(embedding.name, embedding.vectors)
             self._embeddings[embedding.name] = sha256(Path(path))
         return embedding.name

@@ -96,6 +96,7 @@ class Generation:
             guided=shape.guided,
             factor=manifest.latents.factor,
             context=tokens * shape.chunks,
+            encoders=len(manifest.record.encoders),
         )
 
     def prepare(self, request: Request, hook: StepHook | None, *, decodes: bool) -> None:

@@ -23,12 +23,6 @@ from sdrt.runtime.request.texts import MAX_IMAGES
 from sdrt.runtime.samplers.noise import Rng
 from sdrt.runtime.samplers.table import SamplerTable
 
-EMBEDDINGS: Final = "encoder_hidden_states"
-# What a picture in place of a text leaves no room for.
-_WITHOUT: Final = (
-    *("negative_prompt", "clip_skip", "plain_prompt", "comma_lookback"),
-    *("strength", "mask_image", "expand", "variation"),
-)
 _NEUTRAL: Final = ("negative_prompt", "clip_skip", "plain_prompt")  # such as a recipe has them
 
 
@@ -68,7 +62,7 @@ def build_variations(
         raise UsageError("a prompt is given: this bundle draws variations of an image and reads no text")
     if options.get("image") is None:
         raise UsageError("the image is missing: this bundle draws variations of one")
-    for name in _WITHOUT:
+    for name in manifest.record.without:
         if name in options and not _is_neutral(name, options[name]):
             raise UsageError(f"{name} is given: a bundle of image variations has no such thing")
     images = whole("num_images_per_prompt", options.get("num_images_per_prompt", 1))
@@ -93,11 +87,12 @@ def _is_neutral(name: str, value: object) -> bool:
 class ImageEncoder:
     """The image encoder, with the embedding of the picture that was encoded last."""
 
-    def __init__(self, encoder: Executor, device: Device, *, batch: int) -> None:
+    def __init__(self, encoder: Executor, gives: Mapping[str, str], device: Device, *, batch: int) -> None:
         """Allocate the encoder's buffers and bind it to them.
 
         Args:
             encoder: On the device.
+            gives: Input of the U-Net → its output, see `sdrt.runtime.bundle.families.record.Encoder`.
             device: Owns the buffers.
             batch: The smallest batch that the graph admits; every row of it holds the same picture.
 
@@ -106,6 +101,7 @@ class ImageEncoder:
         """
         self._device, self._name, self._batch = device, encoder.spec.name, batch
         (source,), (result,) = encoder.spec.inputs, encoder.spec.outputs
+        (self._target,) = gives
         axes = {"batch": batch}
         arena = Arena(device, {entry.name: (entry.concrete(axes), entry.dtype) for entry in (source, result)})
         self._pixels, self._embeddings = arena[source.name], arena[result.name]
@@ -124,7 +120,7 @@ class ImageEncoder:
             NumericsError: The encoder gave NaN or infinity.
         """
         for target, fault, condition in zip(
-            loop.conditioning[EMBEDDINGS], loop.text_faults, rows, strict=True
+            loop.conditioning[self._target], loop.text_faults, rows, strict=True
         ):
             self._device.clear(fault)
             if condition is None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.bundle.families.components import INPAINTING, TIMESTEP_COND
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.errors import UsageError
@@ -175,19 +176,19 @@ def _inputs(
 ) -> dict[str, NDArray[np.float32]]:
     """The U-Net's inputs that are numbers of the request or of the picture (``masked``: its latents)."""
     inputs = {}
-    if request.sizes:
-        one = [entry for pair in request.sizes.values() for entry in pair]
-        inputs["time_ids"] = np.array([one] * rows, np.float32)
-    told = manifest.components["unet"].spec.input("timestep_cond")
+    for name, options in manifest.record.pixels.items():
+        one = [entry for option in options for entry in request.sizes[option.name]]
+        inputs[name] = np.array([one] * rows, np.float32)
+    told = manifest.components["unet"].spec.input(TIMESTEP_COND)
     if told is not None and request.sampling.embedded_guidance is not None:
         width = told.shape[1]
         assert isinstance(width, int)  # in every manifest that was read
         one_row = guidance_embedding(request.sampling.embedded_guidance - 1.0, width)  # as in diffusers
-        inputs["timestep_cond"] = np.broadcast_to(one_row, (rows, width))
+        inputs[TIMESTEP_COND] = np.broadcast_to(one_row, (rows, width))
     if known is not None and known.mask is not None and masked is not None:
         mask = np.broadcast_to(known.mask, (len(masked), *known.mask.shape[1:]))
         both = np.concatenate([mask, masked], axis=1)
-        inputs["inpainting"] = np.concatenate([both] * (rows // len(both)))  # of each half
+        inputs[INPAINTING] = np.concatenate([both] * (rows // len(both)))  # of each half
     return inputs
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import flag, whole
 from sdrt.runtime.errors import UsageError
@@ -23,7 +24,6 @@ from sdrt.runtime.text.syntax import PromptSyntaxWarning, remarks_on
 
 MAX_SIZE: Final = 16_384  # pixels that SDXL may be told of; no picture is larger
 _DLPACK_CPU: Final = 1  # kDLCPU of dlpack.h: a tensor in main memory, such as PyTorch's on the CPU
-_SIZES: Final = ("original_size", "crops_coords_top_left", "target_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Request:
         latents: Noise that was given: a NumPy array or device array; None for noise from the seeds.
         latents_scale: What ``latents`` are multiplied with to be x; None for the table's own.
         latents_given: Whether the caller brought them.
-        sizes: SDXL's original_size, crops_coords_top_left and target_size; else empty.
+        sizes: What the U-Net is told in pixels, such as SDXL's original_size; else empty.
         picture: What the run starts from, if that is a picture.
     """
 
@@ -102,7 +102,7 @@ def build_request(
     rng = options.get("rng", DEFAULT_RNG)
     if rng not in RNGS:
         raise UsageError(f"rng is {rng!r}; choose one of {', '.join(RNGS)}")
-    if manifest.family == "image-variations":
+    if not manifest.record.reads_text:
         from sdrt.runtime.drawing.picture_conditioning import build_variations
 
         return build_variations(manifest, prompt, options, rng)
@@ -211,17 +211,19 @@ def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int,
 
 
 def _sizes(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, list[int]]:
-    """SDXL's sizes in pixels, height or top first, with defaults for what was not given."""
-    given = {name: options.get(name) for name in _SIZES}
-    if manifest.family != "sdxl":
-        for name, value in given.items():
-            if value is not None:
-                raise UsageError(f"{name} is {value!r}: only SDXL has it, this bundle is {manifest.family}")
-        return {}
+    """What the U-Net is told in pixels, height or top first, with defaults for what was not given."""
+    known = manifest.record.pixel_options
+    for family in FAMILIES.values():
+        for option in family.pixel_options:
+            name, value = option.name, options.get(option.name)
+            if option not in known and value is not None:
+                raise UsageError(
+                    f"{name} is {value!r}: only {family.title} has it, this bundle is {manifest.family}"
+                )
     sizes = {}
-    for name, value in given.items():
-        usual = (0, 0) if name == "crops_coords_top_left" else size
-        pair = usual if value is None else value
+    for option in known:
+        name, value = option.name, options.get(option.name)
+        pair = option.usual(size) if value is None else value
         if isinstance(value, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise UsageError(f"{name} is {pair!r}: two whole numbers are wanted, as (height, width)")
         sizes[name] = [whole(name, entry) for entry in pair]
