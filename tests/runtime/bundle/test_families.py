@@ -26,7 +26,7 @@ from sdrt.runtime.bundle.families.record import FLOAT, ComponentSpec, Encoder, F
 from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.bundle.manifest_json import from_json, to_json
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loading import condition_encoder
 from sdrt.runtime.drawing.loop import DenoiseLoop
 from sdrt.runtime.drawing.text_encoders import open_tokenizers
