@@ -25,8 +25,7 @@ import sdrt.export.cli.main
 import sdrt.runtime
 import sdrt.runtime.cli.main
 from sdrt.runtime import Pipeline, SdrtError
-from sdrt.runtime.samplers.names import find_sampler
-from sdrt.runtime.samplers.registry import SAMPLERS
+from sdrt.runtime.samplers.registry import SAMPLERS, find_sampler
 
 ROOT: Final = Path(__file__).parents[1]
 README, CLI, PYTHON = ROOT / "README.md", ROOT / "docs/cli.md", ROOT / "docs/python.md"
