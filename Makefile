@@ -59,7 +59,7 @@ bench: $(STAMP)
 	$(BIN)/sd-bench emoji --peers diffusers --report out/bench
 
 gallery: $(STAMP)
-	$(BIN)/python -m sdrt.benchmarks.gallery
+	$(BIN)/python -m sdrt.benchmarks.gallery.drawing
 
 bundle: $(STAMP)
 	$(BIN)/sd-export models/emoji models/emoji/bundle $(EXPORT_FLAGS) --force

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdrt.benchmarks.bench_options import parser
+from sdrt.benchmarks.options import parser
 from sdrt.runtime.command import Parser, put, run_command
 from sdrt.runtime.entry import enter
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 from sdrt.runtime.interrupts import unwinding
 
 if TYPE_CHECKING:
-    from sdrt.benchmarks.document import Document
+    from sdrt.benchmarks.document.document import Document
 
 
 class InterruptedRunError(SdrtError):
@@ -39,14 +39,14 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> None:
     # NumPy, onnx and the rest only now: `--help` and what argparse refuses need not wait for them.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        from sdrt.benchmarks.measure import measure
+        from sdrt.benchmarks.harness.measure import measure
     except ImportError as error:
         raise SdrtError(f"{error}: pip install 'sdrt[bench]'") from error
-    from sdrt.benchmarks.report_markdown import summary
+    from sdrt.benchmarks.report.summary import summary
 
     def write(document: Document) -> None:
         if arguments.report is not None:
-            from sdrt.benchmarks.report import write_report
+            from sdrt.benchmarks.report.writing import write_report
 
             write_report(document, arguments.report)
 
@@ -60,7 +60,7 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> None:
 
 
 def _compare(words: list[str]) -> int:
-    from sdrt.benchmarks import compare
+    from sdrt.benchmarks.report.writing import compare
 
     commands = Parser(
         prog="sd-bench compare",
@@ -81,7 +81,7 @@ def _compare(words: list[str]) -> int:
 
 
 def _peers(words: list[str]) -> int:
-    from sdrt.benchmarks import peers
+    from sdrt.benchmarks.peers import registry as peers
 
     commands = Parser(
         prog="sd-bench peers",
@@ -112,8 +112,8 @@ def _render(words: list[str]) -> int:
     arguments = commands.parse_args(words)
 
     def run() -> None:
-        from sdrt.benchmarks.document import read
-        from sdrt.benchmarks.report import write_report
+        from sdrt.benchmarks.document.document import read
+        from sdrt.benchmarks.report.writing import write_report
 
         write_report(read(arguments.json), arguments.report)
         put(str(arguments.report))

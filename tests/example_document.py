@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sdrt.benchmarks.document import (
+from sdrt.benchmarks.document.document import (
     Ceilings,
     Document,
     Failure,

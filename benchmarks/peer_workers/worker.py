@@ -2,7 +2,7 @@
 
 A worker holds one subject. It reads requests from stdin and answers each on stdout, both as one JSON object
 a line; what libraries print goes to stderr. A request is answered by ``{"ok": true, ...}`` or by
-``{"ok": false, "error": "Type: message"}``. The parent's side is `sdrt.benchmarks.worker_process`.
+``{"ok": false, "error": "Type: message"}``. The parent's side is `sdrt.benchmarks.harness.worker_process`.
 
 A script for a subject defines a class as `Subject` says and ends in ``sys.exit(serve(TheClass(...)))``.
 """

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.benchmarks import export_model, measure, plan
-from sdrt.benchmarks.bench_options import parser
-from sdrt.benchmarks.bench_run import SubjectPlan
 from sdrt.benchmarks.cli import main
-from sdrt.benchmarks.document import Subject, read
-from sdrt.benchmarks.plan import default_sizes, growth_steps, settings_for
+from sdrt.benchmarks.document.document import Subject, read
+from sdrt.benchmarks.harness import export_model, measure, plan
+from sdrt.benchmarks.harness.plan import default_sizes, growth_steps, settings_for
+from sdrt.benchmarks.harness.run import SubjectPlan
+from sdrt.benchmarks.options import parser
 from sdrt.kernels.cache import UNUSED_SECONDS
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
@@ -73,7 +73,7 @@ def test_what_is_refused(
 def test_a_peer_that_was_named_and_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sdrt.benchmarks.peers.is_installed", lambda _: False)
+    monkeypatch.setattr("sdrt.benchmarks.peers.registry.is_installed", lambda _: False)
     assert main(["--peers", "diffusers", "--quiet"]) == 7
     assert (
         "the peer diffusers is not installed: `sd-bench peers install diffusers`" in capsys.readouterr().err
@@ -181,8 +181,8 @@ def test_a_model_that_cannot_be_converted_is_a_row_after_ours(
     def refuse(*_: object) -> Path:
         raise SdrtError("its exporter failed")
 
-    monkeypatch.setattr("sdrt.benchmarks.peers.is_installed", lambda _: True)
-    monkeypatch.setattr("sdrt.benchmarks.plan_peers.prepared", refuse)
+    monkeypatch.setattr("sdrt.benchmarks.peers.registry.is_installed", lambda _: True)
+    monkeypatch.setattr("sdrt.benchmarks.harness.plan_peers.prepared", refuse)
     monkeypatch.setattr(measure, "measure_model", lambda *_: None)
     command = ["emoji", "--quick", "--quiet", "--peers", "openvino", "--only", "cold"]
     command += ["--backends", "onnxruntime-cpu", "--report", str(tmp_path)]
@@ -194,8 +194,8 @@ def test_a_model_that_cannot_be_converted_is_a_row_after_ours(
 
 
 def test_render_writes_a_report_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sdrt.benchmarks.document import write
-    from sdrt.benchmarks.recorder import Recorder
+    from sdrt.benchmarks.document.document import write
+    from sdrt.benchmarks.document.recorder import Recorder
 
     write(Recorder(("sd-bench",)).document(complete=False), tmp_path / "old.json")
     assert main(["render", str(tmp_path / "old.json"), "--report", str(tmp_path / "new")]) == 0

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from example_document import document, small_document
 
-from sdrt.benchmarks.compare import BETTER, SAME, UNCERTAIN, WORSE, add_arguments, compare, run, text
-from sdrt.benchmarks.document import Document, Failure, Measurement, write
+from sdrt.benchmarks.document.document import Document, Failure, Measurement, write
+from sdrt.benchmarks.report.compare import BETTER, SAME, UNCERTAIN, WORSE, add_arguments, compare, run, text
 
 Values = Sequence[float | None]
 

@@ -11,7 +11,8 @@ from example_document import document, small_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrt.benchmarks.derive import (
+from sdrt.benchmarks.document.document import Ceilings, Document, Failure, Machine, Measurement, Noise, Work
+from sdrt.benchmarks.report.derive import (
     REST,
     Setting,
     cold_parts,
@@ -24,9 +25,8 @@ from sdrt.benchmarks.derive import (
     typical,
     warm_parts,
 )
-from sdrt.benchmarks.derive_growth import growth, least_squares
-from sdrt.benchmarks.derive_limits import attainable, shares, warnings
-from sdrt.benchmarks.document import Ceilings, Document, Failure, Machine, Measurement, Noise, Work
+from sdrt.benchmarks.report.growth import growth, least_squares
+from sdrt.benchmarks.report.limits import attainable, shares, warnings
 
 finite = st.floats(1e-6, 1e6)
 MAIN = Setting(64, 64, 1, 10)

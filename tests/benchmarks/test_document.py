@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from example_document import document
 
-from sdrt.benchmarks.document import FORMAT_VERSION, QUANTITIES, SCHEMA, from_json, read, to_json, write
+from sdrt.benchmarks.document.document import (
+    FORMAT_VERSION,
+    QUANTITIES,
+    SCHEMA,
+    from_json,
+    read,
+    to_json,
+    write,
+)
 from sdrt.runtime.errors import UsageError
 
 Change = Callable[[dict[str, Any]], object]

@@ -12,7 +12,7 @@ import pytest
 from browsers import chromium
 from PIL import Image
 
-from sdrt.benchmarks.gallery_sections import SAMPLER_STEPS, Section
+from sdrt.benchmarks.gallery.sections import SAMPLER_STEPS, Section
 from sdrt.runtime.cli import main as sd_run
 from sdrt.runtime.solvers import SAMPLERS
 

@@ -15,16 +15,17 @@ from example_document import document
 from recorded_pipeline import Recorded, recording
 
 import sdrt.benchmarks.peer_workers
-from sdrt.benchmarks import engine_models, measure, measure_warm
-from sdrt.benchmarks.bench_options import parser
-from sdrt.benchmarks.bench_run import Run, Settings, SubjectPlan
-from sdrt.benchmarks.derive_limits import shares, warnings
-from sdrt.benchmarks.document import Document, Model, Subject, from_json, to_json
-from sdrt.benchmarks.gpu_memory import free_gpu_memory
-from sdrt.benchmarks.plan import backend_plans, find_model, settings_for
-from sdrt.benchmarks.progress import Progress
-from sdrt.benchmarks.recorder import Recorder
-from sdrt.benchmarks.report_markdown import summary
+from sdrt.benchmarks.document.document import Document, Model, Subject, from_json, to_json
+from sdrt.benchmarks.document.recorder import Recorder
+from sdrt.benchmarks.harness import engine_models, measure
+from sdrt.benchmarks.harness import warm as measure_warm
+from sdrt.benchmarks.harness.gpu_memory import free_gpu_memory
+from sdrt.benchmarks.harness.plan import backend_plans, find_model, settings_for
+from sdrt.benchmarks.harness.progress import Progress
+from sdrt.benchmarks.harness.run import Run, Settings, SubjectPlan
+from sdrt.benchmarks.options import parser
+from sdrt.benchmarks.report.limits import shares, warnings
+from sdrt.benchmarks.report.summary import summary
 from sdrt.runtime import backends
 from sdrt.runtime.backends import Gpu
 from sdrt.runtime.bundle import Bundle

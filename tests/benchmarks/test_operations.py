@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sdrt.benchmarks.gpu_ceilings import guided_step_flop
-from sdrt.benchmarks.operations import Count, count_bundle, count_graph, weight_elements
+from sdrt.benchmarks.harness.operations import Count, count_bundle, count_graph, weight_elements
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.errors import SdrtError

@@ -14,12 +14,12 @@ import pytest
 from numpy.typing import NDArray
 from worker_child import WORKERS, Child, child, drawing
 
-from sdrt.benchmarks.bench_run import Run, Settings, SubjectPlan
-from sdrt.benchmarks.document import Document, Model, Subject
-from sdrt.benchmarks.measure_cold import measure_cold
-from sdrt.benchmarks.measure_warm import measure_warm
-from sdrt.benchmarks.progress import Progress
-from sdrt.benchmarks.recorder import Recorder
+from sdrt.benchmarks.document.document import Document, Model, Subject
+from sdrt.benchmarks.document.recorder import Recorder
+from sdrt.benchmarks.harness.cold import measure_cold
+from sdrt.benchmarks.harness.progress import Progress
+from sdrt.benchmarks.harness.run import Run, Settings, SubjectPlan
+from sdrt.benchmarks.harness.warm import measure_warm
 
 FAKES = Path(__file__).with_name("peer_fakes")
 # Worker → the folder of its library's fake, and the calls of the library that load and draw.

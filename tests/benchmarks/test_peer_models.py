@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from sdrt.benchmarks import peer_models
-from sdrt.benchmarks.peer_environments import COMPLETE, environment_folder
-from sdrt.benchmarks.peers import PEERS
-from sdrt.benchmarks.prepare_peer import prepared
-from sdrt.benchmarks.safetensors_file import write_float32
+from sdrt.benchmarks.peers import models as peer_models
+from sdrt.benchmarks.peers.environments import COMPLETE, environment_folder
+from sdrt.benchmarks.peers.prepare import prepared
+from sdrt.benchmarks.peers.registry import PEERS
+from sdrt.benchmarks.peers.safetensors_file import write_float32
 from sdrt.export import architectures
 from sdrt.export.checkpoint import open_checkpoint
 from sdrt.export.weights import load_module
@@ -139,7 +139,7 @@ def test_what_an_exporter_does_is_told_while_it_runs(monkeypatch: pytest.MonkeyP
         "echo 'FutureWarning: old' >&2; printf 'step 1\\rstep 2'; sleep 1.5; for last; do :; done; "
         'echo onnx > "$last/model"',
     )
-    monkeypatch.setattr("sdrt.benchmarks.told_process.TICK_SECONDS", 0.2)
+    monkeypatch.setattr("sdrt.benchmarks.harness.told_process.TICK_SECONDS", 0.2)
     told: list[tuple[str, float]] = []
     folder = prepared("optimum-onnx", str(CHECKPOINT), lambda line, seconds: told.append((line, seconds)))
     assert (folder / "model").is_file()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from worker_child import WORKERS, Child, child, drawing
 
-from sdrt.benchmarks.measure_fidelity import psnr
+from sdrt.benchmarks.harness.fidelity import psnr
 from sdrt.runtime.bundle import EMBEDDED
 from tolerances import EMBEDDED_PSNR_DB
 

@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from sdrt.benchmarks import peer_environments, peers
-from sdrt.benchmarks.installed_size import closure, installed_bytes
-from sdrt.benchmarks.peer_environments import COMPLETE, ENVIRONMENTS, Environment, environment_key, run_logged
+from sdrt.benchmarks.peers import environments as peer_environments
+from sdrt.benchmarks.peers import registry as peers
+from sdrt.benchmarks.peers.environments import (
+    COMPLETE,
+    ENVIRONMENTS,
+    Environment,
+    environment_key,
+    run_logged,
+)
+from sdrt.benchmarks.peers.installed_size import closure, installed_bytes
 from sdrt.kernels.cache import CacheWarning
 from sdrt.runtime.errors import BackendError, OutputError, UsageError
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from sdrt.benchmarks.progress import Progress
-from sdrt.benchmarks.told_process import run_told
+from sdrt.benchmarks.harness.progress import Progress
+from sdrt.benchmarks.harness.told_process import run_told
 
 
 class Terminal(io.StringIO):

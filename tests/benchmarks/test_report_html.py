@@ -16,11 +16,11 @@ from example_document import ERROR, SUBJECTS, document, document_without_measure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrt.benchmarks.document import Ceilings, Document, Subject, read
-from sdrt.benchmarks.report import write_report
-from sdrt.benchmarks.report_html import page
-from sdrt.benchmarks.report_style import STYLE
-from sdrt.benchmarks.report_svg import Axis, spread_out
+from sdrt.benchmarks.document.document import Ceilings, Document, Subject, read
+from sdrt.benchmarks.report.page import page
+from sdrt.benchmarks.report.style import STYLE
+from sdrt.benchmarks.report.svg import Axis, spread_out
+from sdrt.benchmarks.report.writing import write_report
 from sdrt.runtime.errors import OutputError
 
 SLY = '</title><script>alert("1")</script>&amp; <b>'

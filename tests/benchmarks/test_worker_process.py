@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.benchmarks.process_memory import available_memory, process_memory
-from sdrt.benchmarks.worker_process import RefusedError, Worker, WorkerError, worker_environment
+from sdrt.benchmarks.harness.process_memory import available_memory, process_memory
+from sdrt.benchmarks.harness.worker_process import RefusedError, Worker, WorkerError, worker_environment
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import tolerances
-from sdrt.benchmarks.gallery_sections import Entry, Section
+from sdrt.benchmarks.gallery.sections import Entry, Section
 from sdrt.runtime.noise import noise_source
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.request import build_request

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tolerances
-from sdrt.benchmarks.measure_fidelity import psnr
+from sdrt.benchmarks.harness.fidelity import psnr
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint
 from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.reference import reference_pipeline

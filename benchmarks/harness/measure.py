@@ -1,0 +1,196 @@
+"""A whole run of ``sd-bench``: every model, block after block."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from sdrt.benchmarks.document.document import Ceilings, Document, Model
+from sdrt.benchmarks.document.recorder import Recorder
+from sdrt.benchmarks.harness.cold import measure_cold
+from sdrt.benchmarks.harness.fidelity import REFERENCE, measure_fidelity
+from sdrt.benchmarks.harness.last_line import last_line
+from sdrt.benchmarks.harness.operations import count_bundle, weight_elements
+from sdrt.benchmarks.harness.plan import ModelPlan, backend_plans, find_model, reference_plan, settings_for
+from sdrt.benchmarks.harness.plan_peers import check_peers, peer_plans
+from sdrt.benchmarks.harness.progress import Progress
+from sdrt.benchmarks.harness.run import SAMPLER, Run, Settings, SubjectPlan
+from sdrt.benchmarks.harness.warm import measure_warm
+from sdrt.benchmarks.harness.worker_process import worker_environment
+from sdrt.runtime.errors import SdrtError, UsageError
+
+FLOAT32_BYTES: Final = 4
+CEILINGS_SECONDS: Final = 600.0
+
+
+def measure(
+    arguments: argparse.Namespace,
+    command: Sequence[str],
+    write: Callable[[Document], None],
+    interrupted: Callable[[str], Exception],
+) -> Recorder:
+    """Measure what the command asks for.
+
+    Args:
+        arguments: Of `bench_options.parser`.
+        command: The words of the command.
+        write: Writes the report as it stands, after each block.
+        interrupted: Makes the error for Ctrl-C from its message.
+
+    Raises:
+        SdrtError: Nothing can be measured; what fails later is a row of the report.
+    """
+    words = arguments.models or ["emoji"]
+    with (
+        Progress(quiet=arguments.quiet) as progress,
+        tempfile.TemporaryDirectory(prefix="sd-bench-") as folder,
+    ):
+        check_peers(arguments)
+        models = [find_model(word, arguments, progress) for word in dict.fromkeys(words)]
+        _check_models(models, arguments)
+        recorder = Recorder(command, write)
+        ends = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
+        try:
+            for index, model in enumerate(models):
+                place = Path(folder) / str(index)
+                place.mkdir()
+                run = _prepare(model, arguments, recorder, progress, place)
+                now = time.monotonic()
+                run.deadline = now + (ends - now) / (len(models) - index)
+                measure_model(run, model)
+        except KeyboardInterrupt:
+            recorder.save()
+            where = "nothing was kept, for want of --report"
+            if arguments.report is not None:
+                where = f"what was measured until then is in {arguments.report}"
+            raise interrupted(f"interrupted; {where}") from None
+        recorder.save(complete=True)
+        return recorder
+
+
+def _check_models(models: list[ModelPlan], arguments: argparse.Namespace) -> None:
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two models have one name: {', '.join(names)}; rename a folder")
+    if arguments.checkpoint is not None and len(models) > 1:
+        raise UsageError("--checkpoint goes with one MODEL")
+
+
+def _prepare(
+    model: ModelPlan, arguments: argparse.Namespace, recorder: Recorder, progress: Progress, folder: Path
+) -> Run:
+    manifest = model.bundle.manifest
+    settings = settings_for(manifest, arguments, progress.note)
+    plans = backend_plans(model, arguments, settings, progress)
+    for plan in plans:
+        recorder.set_subject(plan.subject)  # ours first: the first one is what ratios compare
+    recorder.save()  # a folder that cannot be written is found before the minutes of measuring
+    plans += peer_plans(model, arguments, recorder, progress)
+    if not plans:
+        raise UsageError(f"there is nothing to measure {model.name} with: see --backends and --peers")
+    for plan in plans:
+        recorder.set_subject(plan.subject)
+    weights = weight_elements(model.bundle) * FLOAT32_BYTES
+    recorder.set_model(_model_entry(model, settings, weights))
+    return Run(
+        model=model.name,
+        weights_bytes=weights,
+        channels=manifest.latents.channels,
+        factor=manifest.latents.factor,
+        plans=tuple(plans),
+        settings=settings,
+        recorder=recorder,
+        progress=progress,
+        folder=folder,
+        reference=_reference(model, settings, plans, progress),
+    )
+
+
+def _reference(
+    model: ModelPlan, settings: Settings, plans: list[SubjectPlan], progress: Progress
+) -> SubjectPlan | None:
+    """diffusers for fidelity, where it is not measured anyway."""
+    if "fidelity" not in settings.blocks or any(plan.name == REFERENCE for plan in plans):
+        return None
+    try:
+        progress.block(f"{model.name}: the reference's form of the model", 1)
+        return reference_plan(model, progress.ongoing)
+    except SdrtError as error:
+        progress.note(f"no reference: {error}")
+        return None
+
+
+def _model_entry(model: ModelPlan, settings: Settings, weights: int, work: tuple[Any, ...] = ()) -> Model:
+    return Model(
+        name=model.name,
+        source=model.source,
+        weights_bytes=weights,
+        sampler=SAMPLER,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        prompt=settings.prompt,
+        threads=settings.threads,
+        sizes=settings.sizes,
+        work=work,
+    )
+
+
+def measure_model(run: Run, model: ModelPlan) -> None:
+    """Every block that was asked for; the report is written after each."""
+    blocks = run.settings.blocks
+    if "limits" in blocks:
+        _measure_limits(run, model)
+    if "cold" in blocks:
+        measure_cold(run)
+    if "warm" in blocks or "growth" in blocks:
+        measure_warm(run)
+    if "fidelity" in blocks:
+        measure_fidelity(run)
+    run.recorder.save()
+
+
+def _measure_limits(run: Run, model: ModelPlan) -> None:
+    run.progress.block(f"{run.model}: the machine's limits", 1)
+    recorder, settings = run.recorder, run.settings
+    try:
+        work = [entry for size in settings.sizes for entry in count_bundle(model.bundle, *size, 1)]
+    except SdrtError as error:
+        recorder.fail(run.model, "", "counting operations", error)
+        run.progress.note(f"operations were not counted: {error}")
+    else:
+        recorder.set_model(_model_entry(model, settings, run.weights_bytes, tuple(work)))
+    if recorder.ceilings is None and any(plan.subject.device == "cpu" for plan in run.plans):
+        try:
+            recorder.ceilings = measured_ceilings(settings.threads, quick=settings.quick)
+        except SdrtError as error:
+            recorder.fail("", "", "ceilings", error)
+            run.progress.note(str(error))
+    recorder.save()
+
+
+def measured_ceilings(threads: int, *, quick: bool) -> Ceilings:
+    """The ceilings, measured by a process of its own.
+
+    Raises:
+        SdrtError: It failed.
+    """
+    words = [sys.executable, "-m", "sdrt.benchmarks.harness.ceilings", "--threads", str(threads)]
+    done = subprocess.run(
+        [*words, *(["--quick"] if quick else [])],
+        env=worker_environment(threads, {"OPENBLAS_NUM_THREADS": str(threads)}),
+        capture_output=True,
+        text=True,
+        timeout=CEILINGS_SECONDS,
+    )
+    if done.returncode:
+        last = last_line(done.stderr, "it gave no reason")
+        raise SdrtError(f"the ceilings were not measured: exit status {done.returncode}: {last}")
+    return Ceilings(**json.loads(done.stdout))

@@ -1,0 +1,402 @@
+"""The tables of a report, as rows of text that the page and the Markdown summary both show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from sdrt.benchmarks.document.document import QUANTITIES, Document, Model
+from sdrt.benchmarks.report.derive import (
+    NETWORKS,
+    Ratio,
+    cold_parts,
+    distribution,
+    find,
+    host_time_per_step,
+    is_time,
+    main_setting,
+    numbers,
+    percentile,
+    ratios,
+    setting_of,
+    throughput,
+    typical,
+    warm_parts,
+)
+from sdrt.benchmarks.report.formatting import (
+    MISSING,
+    factor_text,
+    latent_text,
+    psnr_text,
+    quantity_scale,
+    ratio_text,
+    scale,
+    setting_text,
+    title,
+)
+from sdrt.benchmarks.report.growth import AXES, growth
+from sdrt.benchmarks.report.limits import shares
+
+GOOD_FIT: Final = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row.
+
+    Attributes:
+        head: Its first cell.
+        cells: The others.
+        error: Where there is nothing to show, why; it stands in place of all cells.
+    """
+
+    head: str
+    cells: tuple[str, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table: numbers as they are shown.
+
+    Attributes:
+        caption: What it is.
+        note: How to read it, in a sentence or two.
+        columns: Headings, that of the rows' heads first.
+        rows: As many cells as columns, but for the head.
+        text_columns: How many columns from the left hold text and not numbers.
+    """
+
+    caption: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    text_columns: int = 1
+
+
+def label(document: Document, name: str) -> str:
+    """A subject's label; its name where it is not among the subjects."""
+    return next((subject.label for subject in document.subjects if subject.name == name), name)
+
+
+def subjects_of(document: Document, model: Model) -> list[str]:
+    """Names of those that have measurements or failures of a model, in the order of the subjects."""
+    found = {entry.subject for entry in document.measurements if entry.model == model.name and entry.values}
+    found |= {failure.subject for failure in document.failures if failure.model in (model.name, "")}
+    order = [subject.name for subject in document.subjects]
+    return [name for name in order if name in found] + sorted(found - set(order))
+
+
+def main_ratios(document: Document, model: Model, quantity: str) -> dict[str, Ratio]:
+    """By subject, the first one's ratio to it at the quantity's main setting."""
+    setting = main_setting(document, model, quantity)
+    return {
+        entry.subject: entry for entry in ratios(document, quantity, model.name) if entry.setting == setting
+    }
+
+
+Column = tuple[str, dict[str, str]]  # heading, and the cell of each subject
+
+
+def _times(document: Document, model: Model, quantity: str, names: Sequence[str]) -> list[Column]:
+    """The median and, where there is one, the first subject's ratio to it."""
+    found = _medians(document, model, quantity, names)
+    if not found:
+        return []
+    unit = quantity_scale(quantity, found.values())
+    compared = main_ratios(document, model, quantity)
+    heading = f"{title(quantity)}, {unit.unit}"
+    columns = [(heading, {name: unit.show(value) for name, value in found.items()})]
+    if compared:
+        columns.append(("ours ÷ it", {name: ratio_text(ratio) for name, ratio in compared.items()}))
+    return columns
+
+
+def _plain(document: Document, model: Model, quantity: str, names: Sequence[str]) -> list[Column]:
+    """One column: the median."""
+    found = _medians(document, model, quantity, names)
+    if not found:
+        return []
+    if quantity == "psnr":
+        return [("PSNR, dB", {name: psnr_text(value) for name, value in found.items()})]
+    if quantity == "latent_error":
+        return [("Latent error", {name: latent_text(value) for name, value in found.items()})]
+    unit = quantity_scale(quantity, found.values())
+    return [(f"{title(quantity)}, {unit.unit}", {name: unit.show(value) for name, value in found.items()})]
+
+
+def _medians(document: Document, model: Model, quantity: str, names: Sequence[str]) -> dict[str, float]:
+    setting = main_setting(document, model, quantity)
+    found = {name: typical(document, model.name, name, quantity, setting) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _rows(
+    document: Document, model: Model, names: Sequence[str], columns: Sequence[Column]
+) -> tuple[Row, ...]:
+    """One per subject; of one without any cell its first error."""
+    rows = []
+    for name in names:
+        cells = tuple(column.get(name, MISSING) for _, column in columns)
+        row = Row(label(document, name), cells)
+        if all(cell == MISSING for cell in cells):
+            row = replace(row, cells=(), error=_error(document, model, name))
+        rows.append(row)
+    return tuple(rows)
+
+
+def _error(document: Document, model: Model, name: str) -> str:
+    found = (f for f in document.failures if f.subject == name and f.model in (model.name, ""))
+    failure = next(found, None)
+    return "none of this was measured" if failure is None else f"failed, {failure.stage}: {failure.error}"
+
+
+def overview(document: Document, model: Model) -> Table:
+    """What a reader wants first: every subject in one row."""
+    names = subjects_of(document, model)
+    columns = [
+        *_times(document, model, "cold_total", names),
+        *_times(document, model, "image", names),
+        *_times(document, model, "step", names),
+        *_plain(document, model, "cold_peak_memory", names),
+        *_plain(document, model, "psnr", names),
+        *_plain(document, model, "latent_error", names),
+        *_plain(document, model, "installed_size", names),
+    ]
+    first = document.subjects[0].label if document.subjects else "ours"
+    shown = " ".join(heading for heading, _ in columns)
+    cold = "; a cold start is a fresh process to the first picture on disk" * ("Cold start" in shown)
+    faithful = " PSNR and latent error are against PyTorch in fp32." * ("PSNR" in shown)
+    return Table(
+        "Summary",
+        f"Medians{cold}. "
+        f"“ours ÷ it” is {first} over the row's subject, paired within each round: the median and, "
+        f"in brackets, the middle half of the rounds; below 1, ours needs less.{faithful}",
+        ("Subject", *(heading for heading, _ in columns or [("Result", {})])),
+        _rows(document, model, names, columns),
+    )
+
+
+def memory(document: Document, model: Model) -> Table:
+    """Memory in all its measures, and beside the weights."""
+    names = subjects_of(document, model)
+    measures = ("cold_peak_memory", "cold_peak_anonymous", "peak_memory", "memory", "gpu_memory")
+    columns = [column for name in measures for column in _plain(document, model, name, names)]
+    any_on_gpu = bool(_medians(document, model, "gpu_memory", names))
+    peak = _medians(document, model, "cold_peak_memory", names)
+    if peak and model.weights_bytes:
+        beside = {name: factor_text(value / model.weights_bytes) for name, value in peak.items()}
+        columns.append(("Peak ÷ weights", beside))
+    own = "; “its own” leaves out what the system can drop. The weights are counted in fp32" * bool(peak)
+    return Table(
+        "Memory",
+        f"Peaks count mapped files, too{own}."
+        + " GPU memory is what nvidia-smi counts beside it, the CUDA context included." * any_on_gpu,
+        ("Subject", *(heading for heading, _ in columns)),
+        _measured_rows(document, names, columns),
+    )
+
+
+def _measured_rows(document: Document, names: Sequence[str], columns: Sequence[Column]) -> tuple[Row, ...]:
+    """One per subject that has a cell; failures have their own table."""
+    return tuple(
+        Row(label(document, name), tuple(column.get(name, MISSING) for _, column in columns))
+        for name in names
+        if any(name in column for _, column in columns)
+    )
+
+
+def parts(document: Document, model: Model, *, cold: bool) -> Table:
+    """The parts of a cold start, or the stages of a warm image."""
+    names = subjects_of(document, model)
+    split = cold_parts if cold else warm_parts
+    found = {name: dict(split(document, model, name)) for name in names}
+    kinds = list(dict.fromkeys(part for entry in found.values() for part in entry))
+    kinds = [part for part in kinds if part != "rest"] + ["rest"] * ("rest" in kinds)
+    unit = scale((sum(entry.values()) or None for entry in found.values()), "s").finer()
+    columns: list[Column] = [
+        (title(part), {name: unit.show(entry[part]) for name, entry in found.items() if part in entry})
+        for part in kinds
+    ]
+    caption = "Parts of a cold start" if cold else "Stages of a warm image"
+    note = f"Medians in {unit.unit}; the rest is what the whole takes beyond its parts."
+    return Table(
+        caption, note, ("Subject", *(h for h, _ in columns)), _measured_rows(document, names, columns)
+    )
+
+
+def percentiles(document: Document, model: Model, *, every: bool = False) -> Table:
+    """p50, p90 and p99 of every time, under the main setting or under every one."""
+    rows = []
+    for quantity in QUANTITIES:
+        if not is_time(quantity):
+            continue
+        main = main_setting(document, model, quantity)
+        entries = [
+            entry
+            for entry in document.select(quantity, model=model.name)
+            if entry.values and (every or setting_of(entry) == main)
+        ]
+        for entry in sorted(entries, key=lambda entry: setting_of(entry)):
+            spread = distribution(numbers(entry))
+            unit = scale((spread.p50,), "s")
+            cells = (unit.full(value) for value in (spread.p50, spread.p90, spread.p99, spread.mean))
+            others = ("batch",) if quantity in NETWORKS else ("batch", "steps")
+            head = f"{title(quantity)}, {setting_text(setting_of(entry), others)}"
+            rows.append(Row(head, (label(document, entry.subject), *cells, str(spread.count))))
+    return Table(
+        "Times under every setting" if every else "Times under the main setting",
+        "p50 is the median; p99 only from 100 values on.",
+        ("Quantity", "Subject", "p50", "p90", "p99", "mean", "values"),
+        tuple(rows),
+        2,
+    )
+
+
+def speed(document: Document, model: Model) -> Table:
+    """Pictures per second by batch, and the host's time per step."""
+    names = subjects_of(document, model)
+    found = {name: throughput(document, model, name) for name in names}
+    unit = scale((value for entry in found.values() for value in entry.values()), "1")
+    columns: list[Column] = []
+    for batch in sorted({batch for entry in found.values() for batch in entry}):
+        cells = {name: unit.show(entry[batch]) for name, entry in found.items() if batch in entry}
+        columns.append((f"images/s, batch {batch}", cells))
+    setting = main_setting(document, model, "step")
+    if setting:
+        host = {name: host_time_per_step(document, model.name, name, setting) for name in names}
+        known = {name: value for name, value in host.items() if value is not None}
+        unit = scale(known.values(), "s")
+        if known:
+            cells = {name: unit.show(value) for name, value in known.items()}
+            columns.append((f"host per step, {unit.unit}", cells))
+    return Table(
+        "Throughput and host time",
+        "Host time is the median step less the median evaluation of the U-Net; below 0 it is noise.",
+        ("Subject", *(heading for heading, _ in columns)),
+        _measured_rows(document, names, columns),
+    )
+
+
+def growths(document: Document, model: Model) -> Table:
+    """The fitted exponents, a column for each subject."""
+    fits = [fit for axis in AXES for fit in growth(document, axis, model.name)]
+    names = [name for name in subjects_of(document, model) if any(fit.subject == name for fit in fits)]
+    cells: dict[str, dict[str, str]] = {}
+    for fit in fits:
+        r_squared = f" (R² {fit.r_squared:.2f})" if fit.r_squared < GOOD_FIT else ""
+        row = cells.setdefault(f"{title(fit.quantity)} by {fit.axis}", {})
+        row.setdefault(fit.subject, f"{fit.exponent:.2f}{r_squared}")
+    return Table(
+        "How time grows",
+        "Exponent e of time = c · setting^e, fitted to the medians: 1 is proportional, 0 does not grow. R² "
+        f"where it is below {GOOD_FIT}.",
+        ("What by what", *(label(document, name) for name in names)),
+        tuple(Row(head, tuple(row.get(name, MISSING) for name in names)) for head, row in cells.items()),
+    )
+
+
+def step_costs(document: Document, model: Model) -> Table:
+    """What an image costs whatever its steps, and each step: the straight line through the times by steps."""
+    fits = {fit.subject: fit for fit in growth(document, "steps", model.name)}
+    unit = scale((value for fit in fits.values() for value in (fit.fixed, fit.each)), "s")
+    columns: list[Column] = [
+        (f"fixed, {unit.unit}", {name: unit.show(fit.fixed) for name, fit in fits.items()}),
+        (f"each step, {unit.unit}", {name: unit.show(fit.each) for name, fit in fits.items()}),
+        ("steps", {name: ", ".join(str(x) for x, _ in fit.points) for name, fit in fits.items()}),
+    ]
+    return Table(
+        "Cost of an image by steps",
+        "A straight line through the medians by least squares: what an image costs without steps, and each "
+        "step.",
+        ("Subject", *(heading for heading, _ in columns)),
+        _measured_rows(document, subjects_of(document, model), columns),
+    )
+
+
+def limits(document: Document, model: Model) -> Table:
+    """What share of the attainable speed each network reaches, a column for each subject."""
+    found = sorted(shares(document, model.name), key=lambda s: (NETWORKS.index(s.component), s.setting))
+    names = [name for name in subjects_of(document, model) if any(share.subject == name for share in found)]
+    unit = scale((share.attainable for share in found), "flop/s")
+    bandwidth = scale((share.bytes_per_s for share in found), "B/s")
+    heads: dict[str, tuple[str, str]] = {}
+    cells: dict[str, dict[str, str]] = {}
+    for share in found:
+        head = f"{title(share.component)}, {setting_text(share.setting, ('batch',))}"
+        heads[head] = (f"{share.intensity:.1f}", f"{share.attainable / unit.factor:.0f}")
+        speeds = f"{share.flop_per_s / unit.factor:.1f}, {share.bytes_per_s / bandwidth.factor:.2f}"
+        cells.setdefault(head, {})[share.subject] = f"{share.share:.0%} ({speeds})"
+    return Table(
+        "Share of the machine's limit",
+        "Of the attainable speed: the lower of the measured peak and intensity times measured bandwidth. In "
+        f"brackets {unit.unit} and {bandwidth.unit}: operations and bytes counted from the graph, over the "
+        "median time.",
+        ("Network", "flop/B", f"attainable, {unit.unit}", *(label(document, name) for name in names)),
+        tuple(
+            Row(head, (*heads[head], *(row.get(name, MISSING) for name in names)))
+            for head, row in cells.items()
+        ),
+    )
+
+
+def fidelity(document: Document, model: Model) -> Table:
+    """Difference to the reference under every setting."""
+    rows = []
+    settings = [setting_of(e) for q in ("psnr", "latent_error") for e in document.select(q, model=model.name)]
+    for setting in sorted(set(settings)):
+        for name in subjects_of(document, model):
+            found = [find(document, model.name, name, key, setting) for key in ("psnr", "latent_error")]
+            values = [None if entry is None else percentile(numbers(entry), 50) for entry in found]
+            if any(value is not None for value in values):
+                cells = (label(document, name), psnr_text(values[0]), latent_text(values[1]))
+                rows.append(Row(setting_text(setting), cells))
+    return Table(
+        "Fidelity",
+        "Against PyTorch in fp32 from the same latents: “equal” is the same picture in every pixel; 40 dB "
+        "and more no eye tells apart.",
+        ("Setting", "Subject", "PSNR, dB", "latent error"),
+        tuple(rows),
+        2,
+    )
+
+
+def failures(document: Document) -> Table:
+    """What could not be measured."""
+    rows = tuple(
+        Row(label(document, entry.subject), (entry.model or "all models", entry.stage, entry.error))
+        for entry in document.failures
+    )
+    note = "What was to be measured and could not be, with its error."
+    return Table("Failures", note, ("Subject", "Model", "While", "Error"), rows, 4)
+
+
+def subjects(document: Document) -> Table:
+    """Labels, versions and what differs."""
+    rows = tuple(
+        Row(
+            entry.label,
+            (
+                entry.name,
+                ", ".join(f"{name} {version}" for name, version in entry.versions.items()) or MISSING,
+                " ".join(entry.notes) or MISSING,
+            ),
+        )
+        for entry in document.subjects
+    )
+    note = "The first one is ours, which the ratios compare with each other one."
+    return Table("Subjects", note, ("Subject", "Name", "Versions", "What differs"), rows, 4)
+
+
+PER_MODEL: tuple[Callable[[Document, Model], Table], ...] = (
+    lambda document, model: parts(document, model, cold=True),
+    lambda document, model: parts(document, model, cold=False),
+    speed,
+    memory,
+    fidelity,
+    step_costs,
+    growths,
+    limits,
+    percentiles,
+)
