@@ -26,7 +26,7 @@ from typing import IO, Any, Final
 
 import sdrt
 from sdrt.benchmarks.gpu_report import markdown
-from sdrt.benchmarks.harness.last_line import last_line
+from sdrt.runtime.child_process import last_line
 from sdrt.runtime.engines import ENGINES_FOLDER
 from sdrt.runtime.files import write_atomically
 from sdrt.runtime.manifest import MANIFEST_NAME

@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.benchmarks.harness.gpu_memory import free_gpu_memory
+from sdrt.benchmarks.harness.free_memory import free_gpu_memory
 from sdrt.runtime.errors import BackendError, SdrtError
 from sdrt.runtime.files import write_atomically
 

@@ -1,7 +1,7 @@
 """What ``sd-bench`` found, as data: the JSON that every report is made from.
 
 A document holds raw measurements, one entry for each quantity of each subject under each setting, so that
-a reader can compute any figure anew; what reports show is derived from them (`sdrt.benchmarks.report.derive`).
+a reader can compute any figure anew; `sdrt.benchmarks.report.derive` does so for the reports.
 ``report.schema.json`` beside this file is its JSON Schema, and says what every field means.
 """
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.benchmarks.document.document import Ceilings
-from sdrt.benchmarks.harness.process_memory import available_memory
+from sdrt.benchmarks.harness.free_memory import available_memory
 from sdrt.runtime.executors import usable_cores
 
 SIDES: Final = (512, 1024, 2048, 3072)  # of the square matrices

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Final
 
 from sdrt.benchmarks.harness.export_model import NAMES, exporter_key
-from sdrt.benchmarks.harness.told_process import Tell, run_told
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_unused
 from sdrt.runtime.backends import Gpu
 from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.child_process import Tell, run_told
 from sdrt.runtime.files import new_folder, writing
 from sdrt.runtime.manifest import MANIFEST_NAME
 

@@ -18,9 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
-from sdrt.benchmarks.harness.told_process import Tell, run_told
 from sdrt.benchmarks.peers.environments import MARKER
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_unused
+from sdrt.runtime.child_process import Tell, run_told
 from sdrt.runtime.errors import SdrtError
 from sdrt.runtime.files import writing
 from sdrt.runtime.manifest import MANIFEST_NAME

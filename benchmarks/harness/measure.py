@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +16,6 @@ from sdrt.benchmarks.document.document import Ceilings, Document, Model
 from sdrt.benchmarks.document.recorder import Recorder
 from sdrt.benchmarks.harness.cold import measure_cold
 from sdrt.benchmarks.harness.fidelity import REFERENCE, measure_fidelity
-from sdrt.benchmarks.harness.last_line import last_line
 from sdrt.benchmarks.harness.operations import count_bundle, weight_elements
 from sdrt.benchmarks.harness.plan import ModelPlan, backend_plans, find_model, reference_plan, settings_for
 from sdrt.benchmarks.harness.plan_peers import check_peers, peer_plans
@@ -25,6 +23,7 @@ from sdrt.benchmarks.harness.progress import Progress
 from sdrt.benchmarks.harness.run import SAMPLER, Run, Settings, SubjectPlan
 from sdrt.benchmarks.harness.warm import measure_warm
 from sdrt.benchmarks.harness.worker_process import worker_environment
+from sdrt.runtime.child_process import run_told
 from sdrt.runtime.errors import SdrtError, UsageError
 
 FLOAT32_BYTES: Final = 4
@@ -183,14 +182,12 @@ def measured_ceilings(threads: int, *, quick: bool) -> Ceilings:
         SdrtError: It failed.
     """
     words = [sys.executable, "-m", "sdrt.benchmarks.harness.ceilings", "--threads", str(threads)]
-    done = subprocess.run(
+    done = run_told(
         [*words, *(["--quick"] if quick else [])],
-        env=worker_environment(threads, {"OPENBLAS_NUM_THREADS": str(threads)}),
-        capture_output=True,
-        text=True,
-        timeout=CEILINGS_SECONDS,
+        environment=worker_environment(threads, {"OPENBLAS_NUM_THREADS": str(threads)}),
+        seconds=CEILINGS_SECONDS,
     )
-    if done.returncode:
-        last = last_line(done.stderr, "it gave no reason")
-        raise SdrtError(f"the ceilings were not measured: exit status {done.returncode}: {last}")
-    return Ceilings(**json.loads(done.stdout))
+    if done.status != 0:
+        last = done.last_line or "it gave no reason"
+        raise SdrtError(f"the ceilings were not measured: exit status {done.status}: {last}")
+    return Ceilings(**json.loads(done.output))

@@ -15,11 +15,11 @@ from sdrt.benchmarks.document.document import Subject
 from sdrt.benchmarks.harness.export_model import exported
 from sdrt.benchmarks.harness.progress import Progress
 from sdrt.benchmarks.harness.run import Settings, SubjectPlan
-from sdrt.benchmarks.harness.told_process import Tell
 from sdrt.benchmarks.options import AUTO, EMBEDDED_NAME, NONE, names
 from sdrt.benchmarks.peers.prepare import prepared
 from sdrt.benchmarks.peers.registry import WORKERS
 from sdrt.runtime.bundle import EMBEDDED, Bundle
+from sdrt.runtime.child_process import Tell
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.executors import usable_cores
 from sdrt.runtime.manifest import MANIFEST_NAME, Limits, Manifest

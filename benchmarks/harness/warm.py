@@ -17,8 +17,7 @@ from typing import Final
 from sdrt.benchmarks.document.document import MemoryShortage
 from sdrt.benchmarks.document.recorder import Setting
 from sdrt.benchmarks.harness.fidelity import drawing_files
-from sdrt.benchmarks.harness.gpu_memory import free_gpu_memory
-from sdrt.benchmarks.harness.process_memory import available_memory
+from sdrt.benchmarks.harness.free_memory import available_memory, free_gpu_memory
 from sdrt.benchmarks.harness.run import Run, SubjectPlan, WorkerErrors
 from sdrt.benchmarks.harness.worker_process import RefusedError, Worker, WorkerError
 from sdrt.runtime.errors import BackendError, SdrtError

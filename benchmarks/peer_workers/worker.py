@@ -117,7 +117,7 @@ class Subject(Protocol):
 
 
 def serve(subject: Subject) -> int:
-    """Answer requests until ``close`` or the end of stdin; the exit status is 0."""
+    """Answer requests until the end of stdin; the exit status is 0."""
     requests, answers = _private_pipes()
     worker = Worker(subject)
 
@@ -131,8 +131,6 @@ def serve(subject: Subject) -> int:
             if not line.strip():
                 continue
             send(worker.answer(line))
-            if worker.closed:
-                break
     except (KeyboardInterrupt, BrokenPipeError):
         pass  # whoever asked is gone or going
     return 0
@@ -154,7 +152,6 @@ class Worker:
 
     def __init__(self, subject: Subject) -> None:
         """Nothing is imported or loaded yet."""
-        self.closed = False
         self._subject = subject
         self._loaded = False
         # Prepared stages of the size and batch that were asked for last: some compile a network.
@@ -163,7 +160,6 @@ class Worker:
             "load": self._load,
             "draw": self._draw,
             "stage": self._stage,
-            "close": self._close,
         }
 
     def answer(self, line: str) -> dict[str, Any]:
@@ -233,10 +229,6 @@ class Worker:
         if key not in self._stages:
             self._stages[key] = self._subject.stage(name, height, width, images)
         return self._stages[key]
-
-    def _close(self, _request: dict[str, Any]) -> dict[str, Any]:
-        self.closed = True
-        return {}
 
 
 def _drawing(request: dict[str, Any]) -> Drawing:

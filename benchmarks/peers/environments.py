@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Final
 
 from sdrt.benchmarks.peers.installed_size import closure, total_bytes
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, usable_folder
+from sdrt.runtime.child_process import run_told
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.files import write_atomically, writing
 
@@ -262,31 +262,23 @@ def run_logged(
         BackendError: It failed; the message has its last line and the log's path.
         OutputError: The log cannot be written.
     """
-    last = ""
-    with writing(log), log.open("a", encoding="utf-8") as stream:
-        stream.write(f"$ {' '.join(command)}\n")
+    told = ""
+
+    def tell(line: str, _seconds: float) -> None:
+        nonlocal told
+        if line != told:
+            told = line
+            progress(line[:200])
+
+    with writing(log), log.open("ab") as stream:
+        stream.write(f"$ {' '.join(command)}\n".encode())
         stream.flush()
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
-            encoding="utf-8",
-            errors="replace",
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                stream.write(line)
-                stream.flush()
-                words = " ".join(line.split())
-                if words and "warning" not in words.lower():
-                    last = words
-                    progress(words[:200])
-    if process.returncode != 0:
+        every = {**os.environ, **(environment or {})}
+        ended = run_told(command, tell, reads="both", log=stream, environment=every)
+    if ended.status != 0:
         raise BackendError(
             f"{' '.join((Path(command[0]).name, *command[1:4]))} … failed with exit status "
-            f"{process.returncode}: {last[:400] or 'it printed nothing'}; its log is {log}"
+            f"{ended.status}: {told[:400] or 'it printed nothing'}; its log is {log}"
         )
 
 

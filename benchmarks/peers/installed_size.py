@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sdrt.benchmarks.harness.last_line import last_line
+from sdrt.runtime.child_process import last_line
 from sdrt.runtime.errors import BackendError
 
 

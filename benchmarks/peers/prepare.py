@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdrt.benchmarks.harness.told_process import Tell, run_told
+from sdrt.runtime.child_process import Tell, run_told
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 
 
@@ -51,7 +51,7 @@ def prepared(peer: str, model: str, tell: Tell = lambda _line, _seconds: None) -
     if done.status == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     if done.status:
-        raise SdrtError(f"exit status {done.status}: {done.reason or 'it gave no reason'}")
+        raise SdrtError(f"exit status {done.status}: {done.last_line or 'it gave no reason'}")
     answer = json.loads(done.output.splitlines()[-1])
     if "error" in answer:
         raise SdrtError(answer["error"])

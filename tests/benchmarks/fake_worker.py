@@ -82,8 +82,6 @@ def main() -> None:
         if request["op"] == at:
             misbehave(behaviour, log)
         print(json.dumps({"ok": True, **answer(request)}), flush=True)
-        if request["op"] == "close":
-            break
 
 
 if __name__ == "__main__":

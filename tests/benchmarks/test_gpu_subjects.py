@@ -19,7 +19,7 @@ from sdrt.benchmarks.document.document import Document, Model, Subject, from_jso
 from sdrt.benchmarks.document.recorder import Recorder
 from sdrt.benchmarks.harness import engine_models, measure
 from sdrt.benchmarks.harness import warm as measure_warm
-from sdrt.benchmarks.harness.gpu_memory import free_gpu_memory
+from sdrt.benchmarks.harness.free_memory import free_gpu_memory
 from sdrt.benchmarks.harness.plan import backend_plans, find_model, settings_for
 from sdrt.benchmarks.harness.progress import Progress
 from sdrt.benchmarks.harness.run import Run, Settings, SubjectPlan
