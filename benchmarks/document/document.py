@@ -185,6 +185,7 @@ class Model:
     sizes: tuple[tuple[int, int], ...]
     work: tuple[Work, ...] = ()
     memory_shortage: MemoryShortage | None = None
+    reference: str = "PyTorch in fp32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sdrt.benchmarks.document.document import Ceilings, Document, Measurement, Work
+from sdrt.benchmarks.document.document import Ceilings, Document, Measurement, Model, Work
 from sdrt.benchmarks.report.derive import NETWORKS, Setting, numbers, percentile, ratios, setting_of
 from sdrt.benchmarks.report.formatting import one
 
@@ -76,6 +76,17 @@ def shares(document: Document, model: str | None = None) -> list[Share]:
         and work.flop
         and work.bytes_moved
         and 0 < percentile(numbers(entry), 50) < math.inf
+    ]
+
+
+def main_shares(document: Document, model: Model) -> list[Share]:
+    """Of the main size, one picture at a time."""
+    main = model.sizes[:1]
+    return [
+        share
+        for share in shares(document, model.name)
+        if share.setting.batch == 1
+        and (share.component == "text_encoder" or (share.setting.height, share.setting.width) in main)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Final
 
@@ -12,18 +12,7 @@ from sdrt.benchmarks.document.document import QUANTITIES, Document, Model
 from sdrt.benchmarks.report.derive import main_setting, typical
 from sdrt.benchmarks.report.formatting import factor_text, held_words, one, setting_text, time_text, title
 from sdrt.benchmarks.report.limits import warnings
-from sdrt.benchmarks.report.plots import (
-    bars,
-    curves,
-    distributions,
-    fidelity,
-    memory_bars,
-    part_names,
-    subject_order,
-)
-from sdrt.benchmarks.report.roofline import roofline
-from sdrt.benchmarks.report.style import STYLE
-from sdrt.benchmarks.report.svg import key
+from sdrt.benchmarks.report.style import STYLE, SUBJECT_COLORS
 from sdrt.benchmarks.report.tables import (
     PER_MODEL,
     Row,
@@ -37,7 +26,21 @@ from sdrt.benchmarks.report.tables import (
 )
 
 HEADLINES: Final = ("cold_total", "image", "step", "cold_peak_memory")
+STEADY: Final = (
+    "Every dot is one run; the box holds the middle half, its line is the median. Equal distances are equal "
+    "ratios."
+)
 AXES: Final = (("steps", "steps"), ("pixels", "size"), ("batch", "batch"))
+# As matplotlib's markers of `plots.MARKERS`: paths around the origin, some 8 units across.
+MARKS: Final = (
+    "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
+    "M-3.6,-3.6h7.2v7.2h-7.2z",
+    "M0,-4.6l4.4,8h-8.8z",
+    "M0,-5l5,5l-5,5l-5,-5z",
+    "M0,4.6l4.4,-8h-8.8z",
+    "M-1.5,-4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
+    "M-4.2,-2.4l1.8,-1.8l2.4,2.4l2.4,-2.4l1.8,1.8l-2.4,2.4l2.4,2.4l-1.8,1.8l-2.4,-2.4l-2.4,2.4l-1.8,-1.8z",
+)
 
 
 def page(document: Document) -> str:
@@ -150,14 +153,80 @@ Made = tuple[str | None, str, str, str]  # drawing, heading, how to read it, wha
 
 
 def _figures(document: Document, model: Model) -> Iterator[str]:
-    groups: tuple[tuple[str, Callable[[Document, Model], Iterator[Made]]], ...] = (
-        ("Where time and memory go", _bars),
-        ("How steady it is", _distributions),
-        ("How it grows", _curves),
-        ("Against the machine and the reference", _limits),
-    )
-    for heading, make in groups:
-        found = [made for made in make(document, model) if made[0]]
+    try:
+        from sdrt.benchmarks.report import plots
+    except ImportError as error:  # a machine with a GPU may have little beside PyTorch
+        yield (
+            f'<p class="note">The plots are left out: {escape(str(error))}. <code>sd-bench render</code> '
+            "draws them from report.json where matplotlib is.</p>"
+        )
+        return
+    first = document.subjects[0].label if document.subjects else "the first"
+    cold, warm = (_swatches(plots.part_names(document, model, cold=cold)) for cold in (True, False))
+    own = _swatches([(1, "its own"), (3, "files and shared")])
+    whole = "A whole call in a process that has drawn before: shorter is better. Stages are timed apart; "
+    order = [(index, label) for index, _, label in plots.subject_order(document, model)]
+    groups: dict[str, list[Made]] = {
+        "Where time and memory go": [
+            (
+                plots.bars(document, model, cold=True),
+                title("cold_total"),
+                "From a fresh process to the first picture on disk: shorter is better.",
+                cold,
+            ),
+            (
+                plots.bars(document, model, cold=False),
+                title("image"),
+                f"{whole}where they add up to more than the call, they are drawn narrower.",
+                warm,
+            ),
+            (
+                plots.memory_bars(document, model),
+                title("cold_peak_memory"),
+                "The most that the process of a cold start held, mapped files included: shorter is better.",
+                own,
+            ),
+        ],
+        "How steady it is": [
+            (
+                plots.distributions(document, model, quantity),
+                title(quantity),
+                STEADY,
+                "",
+            )
+            for quantity in ("cold_total", "image", "step")
+        ],
+        "How it grows": [
+            (
+                plots.curves(document, model, axis),
+                f"Warm image by {words}",
+                f"Both axes are logarithmic: a slope of 1 is time in proportion to {axis}; the fitted slope "
+                "is beside each name.",
+                _keys(
+                    (index, f"{label}: {fit.exponent:.2f}")
+                    for index, label, fit in plots.fits(document, model, axis)
+                ),
+            )
+            for axis, words in AXES
+        ],
+        "Against the machine and the reference": [
+            (
+                plots.roofline(document, model),
+                "Roofline",
+                "The line is the most this machine can do, in flop/s; a mark on it would be perfect. "
+                f"Shares are of {first}.",
+                _keys(order),
+            ),
+            (
+                plots.fidelity(document, model),
+                "Fidelity beside speed",
+                f"Up is closer to {model.reference}, left is faster: no speed is bought silently.",
+                _keys(order),
+            ),
+        ],
+    }
+    for heading, made in groups.items():
+        found = [figure for figure in made if figure[0]]
         if found:
             yield f'<h3>{heading}</h3><div class="figures">{"".join(map(_figure, found))}</div>'
 
@@ -168,66 +237,23 @@ def _figure(made: Made) -> str:
     return f"<figure><figcaption>{words}</figcaption>{drawing}{after}</figure>"
 
 
-def _bars(document: Document, model: Model) -> Iterator[Made]:
-    for cold, heading, reading in (
-        (True, title("cold_total"), "From a fresh process to the first picture on disk: shorter is better."),
-        (
-            False,
-            "Warm image",
-            "A whole call in a process that has drawn before: shorter is better. Stages are timed "
-            "apart; where they add up to more than the call, they are drawn narrower.",
-        ),
-    ):
-        names = part_names(document, model, cold=cold)
-        legend = _swatches("Parts, from the left", names)
-        yield bars(document, model, cold=cold), heading, reading, legend
-    legend = _swatches("Parts, from the left", [(1, "its own"), (3, "files and shared")])
-    yield (
-        memory_bars(document, model),
-        title("cold_peak_memory"),
-        "The most that the process of a cold start held, mapped files included: shorter is better.",
-        legend,
-    )
-
-
-def _swatches(what: str, names: Sequence[tuple[int, str]]) -> str:
+def _swatches(names: Iterable[tuple[int, str]]) -> str:
     items = "".join(f'<li><span class="swatch p{shade}"></span>{escape(name)}</li>' for shade, name in names)
-    return f'<ul class="legend" aria-label="{what}">{items}</ul>'
+    return f'<ul class="legend" aria-label="Parts, from the left">{items}</ul>'
 
 
-def _distributions(document: Document, model: Model) -> Iterator[Made]:
-    reading = (
-        "Every dot is one run; the box holds the middle half, its line is the median. Equal "
-        "distances are equal ratios."
+def _keys(names: Iterable[tuple[int, str]]) -> str:
+    items = "".join(f"<li>{key(index)} {escape(label)}</li>" for index, label in names)
+    return f'<ul class="legend" aria-label="Subjects">{items}</ul>'
+
+
+def key(subject: int) -> str:
+    """The mark of the subject at this index, to stand in a line of text."""
+    shape = MARKS[(subject + subject // SUBJECT_COLORS) % len(MARKS)]
+    return (
+        f'<svg class="key s{subject % SUBJECT_COLORS}" viewBox="-6 -6 12 12" width="12" height="12" '
+        f'aria-hidden="true"><path d="{shape}"/></svg>'
     )
-    for quantity in ("cold_total", "image", "step"):
-        yield distributions(document, model, quantity), title(quantity), reading, ""
-
-
-def _curves(document: Document, model: Model) -> Iterator[Made]:
-    for axis, words in AXES:
-        reading = (
-            f"Both axes are logarithmic: a slope of 1 is time in proportion to {axis}; the exponent is "
-            "the fitted slope."
-        )
-        yield curves(document, model, axis), f"Warm image by {words}", reading, ""
-
-
-def _limits(document: Document, model: Model) -> Iterator[Made]:
-    items = "".join(
-        f"<li>{key(index)} {escape(label)}</li>" for index, _, label in subject_order(document, model)
-    )
-    legend = f'<ul class="legend" aria-label="Subjects">{items}</ul>'
-    first = document.subjects[0].label if document.subjects else "the first"
-    yield (
-        roofline(document, model),
-        "Roofline",
-        "The line is the most this machine can do, in flop/s; a mark on it would be perfect. "
-        f"Shares are of {first}.",
-        legend,
-    )
-    reading = "Up is closer to PyTorch in fp32, left is faster: no speed is bought silently."
-    yield fidelity(document, model), "Fidelity beside speed", reading, ""
 
 
 def _end(document: Document) -> Iterator[str]:

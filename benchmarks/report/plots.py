@@ -1,10 +1,21 @@
-"""The plots of a report; each is None where there is nothing to show."""
+"""The plots of a report, drawn by matplotlib as SVG within the page; each is None where nothing is there.
+
+Colours are the variables of the page's style sheet, which follow its light or dark scheme.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
-from collections.abc import Iterator, Sequence
-from typing import Final
+import re
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any, Final
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from sdrt.benchmarks.document.document import Document, Model
 from sdrt.benchmarks.report.derive import (
@@ -12,34 +23,19 @@ from sdrt.benchmarks.report.derive import (
     cold_parts,
     distribution,
     find,
-    is_time,
     main_setting,
     numbers,
-    percentile,
     typical,
     warm_parts,
 )
 from sdrt.benchmarks.report.formatting import one, scale, title
 from sdrt.benchmarks.report.growth import Growth, growth
-from sdrt.benchmarks.report.svg import (
-    WIDTH,
-    Axis,
-    Place,
-    axis_around,
-    box,
-    colored,
-    dots,
-    drawing,
-    line,
-    mark,
-    polyline,
-    shortened,
-    spread_out,
-    text,
-    width_of,
-)
+from sdrt.benchmarks.report.limits import attainable, main_shares
+from sdrt.benchmarks.report.style import SUBJECT_COLORS, VARIABLES
 
-# The shade of each part, so that the same is the same in every bar.
+WIDTH: Final = 360  # points, about as many as a phone has pixels, so that text keeps its size there
+MARKERS: Final = "os^DvPX"  # of subjects: what is told by a colour is told by a shape, too
+# The shade of each part, so that the same is the same in every bar, and the colour of words on each shade.
 SHADES: Final = {
     "cold_start": 0,
     "cold_import": 1,
@@ -53,8 +49,98 @@ SHADES: Final = {
     "vae_decoder": 3,
     "rest": 5,
 }
+ON_SHADE: Final = ("q-dark", "q-dark", "q-middle", "q-light", "q-light", "ink")
 ROW: Final = 50.0  # from one bar to the next
+STRIP: Final = 46.0  # from one distribution to the next
 MOST_DOTS: Final = 300  # of one distribution; beyond it every n-th value is drawn
+_RC: Final = {"svg.fonttype": "none", "svg.hashsalt": "sd-bench", "path.simplify": False}
+
+
+def color(variable: str) -> str:
+    """What stands for a variable of the style sheet until `_svg` puts it there."""
+    return f"#{VARIABLES.index(variable):06x}"
+
+
+def look(subject: int) -> dict[str, Any]:
+    """Colour and marker of the subject at this index."""
+    marker = MARKERS[(subject + subject // SUBJECT_COLORS) % len(MARKERS)]
+    return {"color": color(f"s{subject % SUBJECT_COLORS}"), "marker": marker, "markeredgewidth": 0}
+
+
+def _svg(figure: Any, label: str) -> str:
+    """The figure as an element of the page; ``label`` is what a screen reader says."""
+    stream = io.StringIO()
+    with rc_context(_RC):
+        figure.savefig(stream, format="svg", transparent=True)
+    text = stream.getvalue()
+    body = text[text.index(">", text.index("<svg ")) + 1 : text.rindex("</svg>")]
+    # A style sheet for the whole page, metadata with addresses, identifiers that other drawings have, too.
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    own = hashlib.sha256(label.encode()).hexdigest()[:8]
+    body = re.sub(r' id="[a-z]+_\d+"', "", body)
+    body = re.sub(r'id="(\w+)"', rf'id="{own}\1"', body)
+    body = re.sub(r'xlink:href="#', f'href="#{own}', body).replace("url(#", f"url(#{own}")
+    body = re.sub(r"#0000([0-9a-f]{2})\b", lambda found: f"var(--{VARIABLES[int(found[1], 16)]})", body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    width, height = (round(72 * side) for side in figure.get_size_inches())
+    return (
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}"><title>{escape(label)}</title>{body}</svg>'
+    )
+
+
+def _canvas(height: float) -> tuple[Any, Any]:
+    """A figure, and axes that cover it: points from its top left corner."""
+    figure = Figure(figsize=(WIDTH / 72, height / 72))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
+    axes.axis("off")
+    return figure, axes
+
+
+def _frame(
+    height: float, *, left: float = 48, right: float = 8, top: float = 10, bottom: float = 44
+) -> tuple[Any, Any]:
+    """A figure, and axes with margins in points: a line below, and a grid."""
+    figure = Figure(figsize=(WIDTH / 72, height / 72))
+    box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
+    axes = figure.add_axes(box)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(color("strong-line"))
+    axes.tick_params(length=0, labelsize=11, labelcolor=color("soft"))
+    axes.grid(color=color("line"), linewidth=1)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _logarithmic(axis: Any, values: Iterable[float], margin: float, words: Callable[[float], str]) -> None:
+    """Make an axis logarithmic around positive values, with a few round ticks."""
+    found = list(values)
+    axis._set_axes_scale("log")
+    low, high = min(found) / margin, max(found) * margin
+    set_limits = axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim
+    set_limits(low, high)
+    decades = math.log10(high / low)
+    digits = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
+    even = MaxNLocator(4, steps=(1, 2, 5, 10))
+    axis.set_major_locator(LogLocator(subs=digits, numticks=6) if decades > 0.8 else even)
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+
+
+def seconds(value: float) -> str:
+    """A tick of time, as short as it can be."""
+    return _prefixed(value, ((1.0, " s"), (1e-3, " ms"), (1e-6, " µs")))
+
+
+def operations(value: float) -> str:
+    """A tick of flop/s."""
+    return _prefixed(value, ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1.0, "")))
+
+
+def _prefixed(value: float, units: Sequence[tuple[float, str]]) -> str:
+    factor, name = next(((factor, name) for factor, name in units if value >= factor * 0.9999), units[-1])
+    return f"{value / factor:.4g}{name}"
 
 
 def subject_order(document: Document, model: Model) -> list[tuple[int, str, str]]:
@@ -67,6 +153,14 @@ def subject_order(document: Document, model: Model) -> list[tuple[int, str, str]
     ]
 
 
+def _row_head(axes: Any, y: float, index: int, label: str, value: str) -> None:
+    """Mark, name and value above a bar or a strip."""
+    axes.plot([6], [y + 9], markersize=7, linestyle="none", clip_on=False, **look(index))
+    shown = label if len(label) < 37 else label[:36].rstrip() + "…"
+    axes.text(18, y + 13, shown, color=color("ink"), size=12, parse_math=False)
+    axes.text(WIDTH, y + 13, value, color=color("ink"), size=12, weight="bold", ha="right")
+
+
 def bars(document: Document, model: Model, *, cold: bool) -> str | None:
     """Stacked bars: the parts of a cold start or of a warm image, a bar for each subject."""
     split = cold_parts if cold else warm_parts
@@ -74,34 +168,34 @@ def bars(document: Document, model: Model, *, cold: bool) -> str | None:
     found = [entry for entry in found if entry[3]]
     if not found:
         return None
-    quantity = "cold_total" if cold else "image"
-    setting = main_setting(document, model, quantity)
+    setting = main_setting(document, model, "cold_total" if cold else "image")
     # Medians of parts that were measured apart may add up to more than the median of the whole.
     wholes = [
-        typical(document, model.name, name, quantity, setting) or _sum(parts) for _, name, _, parts in found
+        typical(document, model.name, name, "cold_total" if cold else "image", setting) or _sum(parts)
+        for _, name, _, parts in found
     ]
     unit, longest = scale(wholes, "s"), max(wholes)
-    rows: list[str] = []
+    figure, axes = _canvas(ROW * len(found) - 8)
     for number, ((index, _, label, parts), whole) in enumerate(zip(found, wholes, strict=True)):
-        rows.extend(_row_head(index, label, unit.full(whole), ROW * number))
-        rows.extend(_segments(parts, ROW * number + 20, WIDTH / longest * whole / max(whole, _sum(parts))))
+        _row_head(axes, ROW * number, index, label, unit.full(whole))
+        per_second = WIDTH / longest * whole / max(whole, _sum(parts))
+        x = 0.0
+        for name, spent in parts:
+            _segment(axes, x, ROW * number + 29, spent * per_second, SHADES[name], one(spent, "s"))
+            x += spent * per_second
     what = "parts of a cold start" if cold else "stages of a warm image"
-    return drawing(f"{model.name}: {what}, stacked bars", ROW * len(found) - 8, rows)
+    return _svg(figure, f"{model.name}: {what}, stacked bars")
 
 
 def _sum(parts: Parts) -> float:
     return sum(seconds for _, seconds in parts)
 
 
-def _segments(parts: Parts, y: float, per_second: float) -> Iterator[str]:
-    x = 0.0
-    for name, seconds in parts:
-        width = seconds * per_second
-        yield box(x, y, width - 1 if width > 2 else width, 18, f"part p{SHADES[name]}")
-        shown = one(seconds, "s")
-        if width_of(shown, 11) + 8 < width:
-            yield text(x + width / 2, y + 13, shown, f"within q{SHADES[name]}", anchor="middle")
-        x += width
+def _segment(axes: Any, x: float, y: float, width: float, shade: int, words: str = "") -> None:
+    """One part of a bar; its words where there is room for them."""
+    axes.barh(y, max(width - 1, width / 2), 18, x, color=color(f"p{shade}"), linewidth=0)
+    if 6.4 * len(words) + 8 < width:
+        axes.text(x + width / 2, y + 4, words, color=color(ON_SHADE[shade]), size=11, ha="center")
 
 
 def part_names(document: Document, model: Model, *, cold: bool) -> list[tuple[int, str]]:
@@ -122,209 +216,148 @@ def memory_bars(document: Document, model: Model) -> str | None:
     for index, name, label in subject_order(document, model):
         peak = typical(document, model.name, name, "cold_peak_memory", setting)
         if peak and peak < math.inf:
-            found.append(
-                (index, label, peak, typical(document, model.name, name, "cold_peak_anonymous", setting))
-            )
+            own = typical(document, model.name, name, "cold_peak_anonymous", setting)
+            found.append((index, label, peak, own or 0.0))
     if not found:
         return None
     unit = scale((peak for _, _, peak, _ in found), "B")
     per_byte = WIDTH / max(peak for _, _, peak, _ in found)
-    rows: list[str] = []
+    figure, axes = _canvas(ROW * len(found) - 8)
     for number, (index, label, peak, own) in enumerate(found):
-        rows.extend(_row_head(index, label, unit.full(peak), ROW * number))
-        rows.append(box(0, ROW * number + 20, peak * per_byte, 18, "part p3"))
-        if own:
-            rows.append(box(0, ROW * number + 20, min(own, peak) * per_byte, 18, "part p1"))
-    return drawing(f"{model.name}: peak memory of a cold start, bars", ROW * len(found) - 8, rows)
+        _row_head(axes, ROW * number, index, label, unit.full(peak))
+        _segment(axes, 0, ROW * number + 29, peak * per_byte, 3)
+        _segment(axes, 0, ROW * number + 29, min(own, peak) * per_byte, 1)
+    return _svg(figure, f"{model.name}: peak memory of a cold start, bars")
 
 
-def _row_head(index: int, label: str, value: str, y: float) -> Iterator[str]:
-    """Mark, name and value above a bar or a strip."""
-    yield colored(index, [mark(6, y + 9, index)])
-    yield text(18, y + 13, shortened(label, 250), "halo")
-    yield text(WIDTH, y + 13, value, "strong halo", anchor="end")
-
-
+@rc_context(_RC)  # paths are made when they are drawn the first time: none of the dots may be left out
 def distributions(document: Document, model: Model, quantity: str) -> str | None:
-    """Every value of a quantity as a dot, over a box from quartile to quartile with the median's line."""
+    """Every time of a quantity as a dot, over a box from quartile to quartile with the median's line."""
     setting = main_setting(document, model, quantity)
     rows = []
     for index, name, label in subject_order(document, model):
         entry = find(document, model.name, name, quantity, setting)
         values = [] if entry is None else [value for value in numbers(entry) if 0 < value < math.inf]
         if values:
-            rows.append((index, label, values))
+            rows.append((index, label, values, distribution(values)))
     if not rows:
         return None
-    height = 46.0 * len(rows)
-    axis = axis_around((value for *_, values in rows for value in values), 8, WIDTH - 8, 1.06)
-    parts = list(_ticks_below(axis, 0, height, "s" if is_time(quantity) else ""))
-    medians = scale((percentile(values, 50) for *_, values in rows), "s")
-    for number, (index, label, values) in enumerate(rows):
-        parts.extend(_strip(axis, 46.0 * number, index, label, values, medians.full(percentile(values, 50))))
-    what = f"{model.name}: distribution of {title(quantity)}, a row for each subject"
-    return drawing(what, height + 24, parts)
+    height = STRIP * len(rows)
+    figure, axes = _frame(height + 24, left=8, right=8, top=0, bottom=24)
+    heads = figure.add_axes((0, 24 / (height + 24), 1, height / (height + 24)))
+    heads.set(xlim=(0, WIDTH), ylim=(height, 0))
+    heads.axis("off")
+    axes.set(ylim=(height, 0), yticks=[])
+    _logarithmic(axes.xaxis, (value for row in rows for value in row[2]), 1.06, seconds)
+    unit = scale((spread.p50 for *_, spread in rows), "s")
+    for number, (index, label, values, spread) in enumerate(rows):
+        _row_head(heads, STRIP * number, index, label, unit.full(spread.p50))
+        middle, shade = STRIP * number + 30, look(index)["color"]
+        kept = values[:: math.ceil(len(values) / MOST_DOTS)]
+        # Dots of the same time lie beside each other, in a fixed pattern: the same data gives the same page.
+        places = [middle + (place * 5 % 9 - 4) * 1.3 for place in range(len(kept))]
+        across = [x for value in kept for x in (value, value, math.nan)]
+        up = [y for place in places for y in (place, place, math.nan)]
+        axes.barh(middle, spread.p75 - spread.p25, 18, spread.p25, color=shade, alpha=0.18)
+        axes.plot(across, up, color=shade, linewidth=3, solid_capstyle="round", alpha=0.55)  # one path
+        axes.vlines(spread.p50, middle - 10, middle + 10, color=shade, linewidth=2)
+    return _svg(figure, f"{model.name}: distribution of {title(quantity)}, a row for each subject")
 
 
-def _strip(
-    axis: Axis, y: float, index: int, label: str, values: Sequence[float], median: str
-) -> Iterator[str]:
-    spread = distribution(values)
-    middle = y + 30
-    yield from _row_head(index, label, median, y)
-    left, right = axis.at(spread.p25), axis.at(spread.p75)
-    kept = values[:: math.ceil(len(values) / MOST_DOTS)]
-    # Dots of the same time lie beside each other, in a fixed pattern: the same data gives the same page.
-    places = [(axis.at(value), middle + (number * 5 % 9 - 4) * 1.3) for number, value in enumerate(kept)]
-    yield colored(
-        index,
-        [
-            box(left - 1, middle - 9, right - left + 2, 18, "quartiles"),
-            dots(places),
-            line(axis.at(spread.p50), middle - 10, axis.at(spread.p50), middle + 10, "median"),
-        ],
-    )
-
-
-def _ticks_below(axis: Axis, top: float, bottom: float, unit: str, most: int = 5) -> Iterator[str]:
-    for value in axis.ticks(most):
-        yield line(axis.at(value), top, axis.at(value), bottom)
-        anchor = "end" if axis.at(value) > WIDTH - 24 else "middle"
-        yield text(axis.at(value), bottom + 17, tick(value, unit), "soft", anchor=anchor)
-
-
-def tick(value: float, unit: str) -> str:
-    """As short as it can be."""
-    if unit not in ("s", "flop/s"):
-        return f"{value:g}"
-    prefixes = _prefixes(unit)
-    factor, name = next(
-        ((factor, name) for factor, name in prefixes if value >= factor * 0.9999), prefixes[-1]
-    )
-    return f"{value / factor:.4g} {name}"
-
-
-def _prefixes(unit: str) -> list[tuple[float, str]]:
-    if unit == "s":
-        return [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")]
-    return [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, "")]
-
-
-LEFT, RIGHT, TOP, BOTTOM = 48.0, 226.0, 10.0, 212.0  # of the frame of curves; their labels are at its right
+def fits(document: Document, model: Model, axis: str) -> list[tuple[int, str, Growth]]:
+    """How the warm image of each subject grows along an axis: index, label, fit."""
+    found = {
+        fit.subject: fit for fit in reversed(growth(document, axis, model.name)) if fit.quantity == "image"
+    }
+    order = subject_order(document, model)
+    return [(index, label, found[name]) for index, name, label in order if name in found]
 
 
 def curves(document: Document, model: Model, axis: str) -> str | None:
-    """Time of a warm image along one axis, both logarithmic; the fitted line, and its exponent beside it."""
-    order = {name: (index, label) for index, name, label in subject_order(document, model)}
-    fits = [
-        fit for fit in growth(document, axis, model.name) if fit.quantity == "image" and fit.subject in order
-    ]
-    fits = list({fit.subject: fit for fit in reversed(fits)}.values())[::-1]
-    if not fits:
+    """Time of a warm image along one axis, both logarithmic."""
+    found = fits(document, model, axis)
+    if not found:
         return None
-    points = [point for fit in fits for point in fit.points]
-    across = axis_around((x for x, _ in points), LEFT, RIGHT - 6, 1.12)
-    up = axis_around((y for _, y in points), BOTTOM, TOP, 1.2)
-    parts = [*_frame(across, up, axis, sorted({x for x, _ in points}))]
-    wanted = [up.at(fit.points[-1][1]) for fit in fits]
-    places = spread_out(wanted, 27, TOP + 8, BOTTOM - 10)
-    for fit, place in zip(fits, places, strict=True):
-        parts.append(colored(order[fit.subject][0], _curve(fit, across, up, place, order[fit.subject])))
-    return drawing(f"{model.name}: time of a warm image by {axis}, logarithmic axes", BOTTOM + 36, parts)
+    points = [point for *_, fit in found for point in fit.points]
+    figure, axes = _frame(248)
+    _logarithmic(axes.xaxis, (x for x, _ in points), 1.12, str)
+    _logarithmic(axes.yaxis, (y for _, y in points), 1.2, seconds)
+    at = sorted({x for x, _ in points})
+    axes.set_xticks(at, [_sides(x) if axis == "pixels" else str(x) for x in at])
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel(axis, color=color("soft"), size=11)
+    for index, _, fit in found[::-1]:  # ours last, above the others
+        axes.plot(*zip(*fit.points, strict=True), linewidth=1.75, markersize=7, **look(index))
+    return _svg(figure, f"{model.name}: time of a warm image by {axis}, logarithmic axes")
 
 
-def _curve(fit: Growth, across: Axis, up: Axis, place: float, who: tuple[int, str]) -> Iterator[str]:
-    index, label = who
-    points = [(across.at(x), up.at(y)) for x, y in fit.points]
-    yield polyline(points, "curve")
-    yield from (mark(x, y, index) for x, y in points)
-    yield line(points[-1][0] + 6, points[-1][1], RIGHT + 6, place, "leader")
-    yield text(RIGHT + 9, place + 1, shortened(label, WIDTH - RIGHT - 9, 11), "name")
-    yield text(RIGHT + 9, place + 13, f"{fit.axis}^{fit.exponent:.2f}", "soft small")
-
-
-def _frame(across: Axis, up: Axis, label: str, at: Sequence[float]) -> Iterator[str]:
-    """Grid, numbers and the name of the axis across, at values that were measured."""
-    for value in up.ticks(5):
-        yield line(LEFT, up.at(value), RIGHT, up.at(value))
-        yield text(LEFT - 6, up.at(value) + 4, tick(value, "s"), "soft small", anchor="end")
-    last = -math.inf
-    for value in at:
-        words = f"{math.isqrt(int(value))}²" if label == "pixels" and _square(int(value)) else f"{value:g}"
-        x = across.at(value)
-        yield line(x, BOTTOM, x, BOTTOM + 4, "grid")
-        if x - width_of(words) / 2 > last:
-            yield text(x, BOTTOM + 17, words, "soft small", anchor="middle")
-            last = x + width_of(words) / 2 + 4
-    yield line(LEFT, BOTTOM, RIGHT, BOTTOM, "base")
-    yield text((LEFT + RIGHT) / 2, BOTTOM + 32, label, "soft small", anchor="middle")
-
-
-def _square(value: int) -> bool:
-    return math.isqrt(value) ** 2 == value
+def _sides(pixels: int) -> str:
+    side = math.isqrt(pixels)
+    return f"{side}²" if side * side == pixels else str(pixels)
 
 
 def fidelity(document: Document, model: Model) -> str | None:
     """PSNR over the time of a warm image; pictures that equal the reference lie in a band of their own."""
     setting, quality = main_setting(document, model, "image"), main_setting(document, model, "psnr")
     found = []
-    for index, name, label in subject_order(document, model):
-        seconds = typical(document, model.name, name, "image", setting)
+    for index, name, _ in subject_order(document, model):
+        spent = typical(document, model.name, name, "image", setting)
         psnr = typical(document, model.name, name, "psnr", quality)
-        if seconds and seconds < math.inf and psnr is not None:
-            found.append((index, label, seconds, psnr))
+        if spent and spent < math.inf and psnr is not None:
+            found.append((index, spent, psnr))
     if not found:
         return None
-    right, band = WIDTH - 6.0, 44.0
-    across = axis_around((seconds for _, _, seconds, _ in found), LEFT + 6, right - 10, 1.12)
     finite = [psnr for *_, psnr in found if math.isfinite(psnr)]
-    low, high = (
-        10 * math.floor(min(finite, default=30) / 10),
-        10 * math.ceil((max(finite, default=50) + 1) / 10),
-    )
-    parts = [
-        box(LEFT, TOP - 4, right - LEFT, band - TOP, "band"),
-        text(LEFT - 6, 29, "equal", "soft small", anchor="end"),
-    ]
-    parts.extend(_ticks_below(across, TOP - 4, BOTTOM, "s", 4))
+    low = 10 * math.floor(min(finite, default=30) / 10)
+    high = 10 * math.ceil(max(finite, default=50) / 10) + 10
     step = 10 if high - low <= 60 else 20
-
-    def height(psnr: float) -> float:
-        if not math.isfinite(psnr):
-            return 25.0
-        return BOTTOM - (psnr - low) / (high - low) * (BOTTOM - band - 8)
-
-    for value in range(low, high + 1, step):
-        parts.append(line(LEFT, height(value), right, height(value)))
-        parts.append(text(LEFT - 6, height(value) + 4, f"{value} dB", "soft small", anchor="end"))
-    places = [(index, label, across.at(seconds), height(psnr)) for index, label, seconds, psnr in found]
-    parts.extend(_named(places, right))
-    parts.append(text((LEFT + right) / 2, BOTTOM + 33, "time of a warm image", "soft small", anchor="middle"))
-    return drawing(
-        f"{model.name}: PSNR to the fp32 reference over the time of a warm image", BOTTOM + 38, parts
-    )
+    figure, axes = _frame(248)
+    _logarithmic(axes.xaxis, (spent for _, spent, _ in found), 1.12, seconds)
+    levels = list(range(low, high, step))
+    axes.set_yticks([*levels, high], [*(f"{level} dB" for level in levels), "equal"])
+    axes.set_ylim(low - step / 3, high + step / 2)
+    axes.axhspan(high - step / 2, high + step / 2, color=color("tint"), linewidth=0, zorder=0)
+    axes.set_xlabel("time of a warm image", color=color("soft"), size=11)
+    for index, spent, psnr in found[::-1]:
+        level = psnr if math.isfinite(psnr) else high
+        axes.plot([spent], [level], markersize=9, linestyle="none", **look(index))
+    return _svg(figure, f"{model.name}: PSNR to the reference over the time of a warm image")
 
 
-def _named(places: Sequence[tuple[int, str, float, float]], right: float) -> Iterator[str]:
-    """Marks, each with its name where that covers no other mark nor name."""
-    taken = [Place(x - 6, y - 6, x + 6, y + 6) for _, _, x, y in places]
-    for index, label, x, y in sorted(places, key=lambda place: place[3]):
-        words = shortened(label, 180, 11)
-        width = width_of(words, 11)
-        spots = [(x + 9, y + 4), (x - 9 - width, y + 4)]
-        for rise in (16, 28, 40, 52, 64, 76, 88):
-            for shift in (-width / 2, -width, 0.0):
-                spots += [(x + shift, y + rise), (x + shift, y - rise + 8)]
-        inside = [
-            (left, base) for left, base in spots if left >= LEFT and left + width <= right and base < BOTTOM
-        ]
-        free = [
-            (left, base)
-            for left, base in inside
-            if not any(Place(left, base - 10, left + width, base + 3).meets(place) for place in taken)
-        ]
-        left, base = next(iter(free or inside), spots[0])
-        taken.append(Place(left, base - 10, left + width, base + 3))
-        away = abs(base - 4 - y) > 14
-        near = [line(x, y, min(max(x, left), left + width), base + (3 if base < y else -10), "leader")] * away
-        yield colored(index, [*near, mark(x, y, index), text(left, base, words, "name halo")])
+def roofline(document: Document, model: Model) -> str | None:
+    """flop/s over flop/B, both logarithmic: the ceilings, and every subject's networks at the main size."""
+    found, ceilings = main_shares(document, model), document.ceilings
+    if not found or ceilings is None:
+        return None
+    ridge = ceilings.flop_per_s / ceilings.bytes_per_s
+    figure, axes = _frame(300, top=68)
+    intensities = [ridge, *(share.intensity for share in found)]
+    _logarithmic(axes.xaxis, intensities, 2.2, lambda value: f"{value:g}")
+    speeds = [ceilings.flop_per_s, *(share.flop_per_s for share in found)]
+    _logarithmic(axes.yaxis, speeds, 1.35, operations)
+    axes.set_xlabel("operations per byte (flop/B)", color=color("soft"), size=11)
+    corners = [axes.get_xlim()[0], ridge, axes.get_xlim()[1]]
+    axes.plot(corners, [attainable(ceilings, x) for x in corners], color=color("ink"), linewidth=1.75)
+    small = {"color": color("soft"), "size": 11}
+    axes.text(ridge, ceilings.flop_per_s * 1.06, f" {one(ceilings.flop_per_s, 'flop/s')}", **small)
+    middle = math.sqrt(corners[0] * ridge)
+    axes.text(middle * 1.1, attainable(ceilings, middle) * 0.7, one(ceilings.bytes_per_s, "B/s"), **small)
+    first = {share.component: share for share in reversed(found)}
+    for row, share in enumerate(sorted(first.values(), key=lambda share: share.intensity)):
+        axes.axvline(share.intensity, color=color("strong-line"), linestyle=":", linewidth=1)
+        words = f"{title(share.component)} {share.share:.0%}"
+        axes.annotate(
+            words,
+            (share.intensity, 1),
+            (0, 6 + 14 * row),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            size=11,
+            color=color("ink"),
+        )
+    for index, name, _ in subject_order(document, model)[::-1]:
+        points = [(share.intensity, share.flop_per_s) for share in found if share.subject == name]
+        if points:
+            axes.plot(*zip(*points, strict=True), linestyle="none", markersize=8, **look(index))
+    return _svg(figure, f"{model.name}: roofline, speed of each network over its operations per byte")

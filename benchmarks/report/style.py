@@ -1,5 +1,6 @@
 """The style sheet of a report's page: light and dark, phone and paper."""
 
+import re
 from typing import Final
 
 # Subjects: after Okabe & Ito, whose colours colour-blind people tell apart, darker on white and lighter on
@@ -18,6 +19,10 @@ _DARK: Final = """
   --p0: #e3f0fb; --p1: #9ccbf0; --p2: #5d9fd3; --p3: #356f9f; --p4: #234a6b; --p5: #454d56;
   --q-dark: #10243a; --q-middle: #10243a; --q-light: #ffffff;
 """
+
+SUBJECT_COLORS: Final = 7  # subjects that have a colour of their own; more begin again, with the next mark
+# Black, which a drawing has where nothing else was said, is ink.
+VARIABLES: Final = sorted(re.findall(r"--([\w-]+):", _LIGHT), key=lambda name: name != "ink")
 
 STYLE: Final = (
     f":root {{ color-scheme: light dark; {_LIGHT} }}\n"
@@ -95,33 +100,14 @@ figure > svg { display: block; width: 100%; max-width: 420px; height: auto; over
   font-size: .8rem; }
 .swatch { display: inline-block; width: .75em; height: .75em; margin-right: .4em; border-radius: 1px; }
 
-svg text { font-size: 12px; fill: var(--ink); font-variant-numeric: tabular-nums; }
-svg text.small, svg text.name, svg text.within { font-size: 11px; }
-svg text.soft { fill: var(--soft); }
-svg text.strong { font-weight: 600; }
-svg text.name { fill: currentColor; font-weight: 500; }
-svg text.halo { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
-svg path { fill: none; }
-svg .mark { fill: currentColor; stroke: var(--paper); stroke-width: 1; paint-order: stroke; }
-svg .grid { stroke: var(--line); }
-svg .base { stroke: var(--strong-line); }
-svg .guide { stroke: var(--strong-line); stroke-dasharray: 2 3; }
-svg .leader { stroke: var(--strong-line); stroke-width: .75; }
-svg .curve { stroke: currentColor; stroke-width: 1.75; stroke-linejoin: round; }
-svg .roof { stroke: var(--ink); stroke-width: 1.75; stroke-linejoin: round; }
-svg .dots { stroke: currentColor; stroke-width: 3; stroke-linecap: round; opacity: .55; }
-svg .quartiles { fill: currentColor; opacity: .18; }
-svg .median { stroke: currentColor; stroke-width: 2; }
-svg .band { fill: var(--tint); }
-svg .part.p5 { stroke: var(--strong-line); stroke-width: .5; stroke-dasharray: 2 2; }
+figure svg text { fill: var(--ink); font-family: inherit !important; font-variant-numeric: tabular-nums; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
+.key path { fill: currentColor; }
 .s0 { color: var(--s0); } .s1 { color: var(--s1); } .s2 { color: var(--s2); } .s3 { color: var(--s3); }
 .s4 { color: var(--s4); } .s5 { color: var(--s5); } .s6 { color: var(--s6); }
 .p0 { fill: var(--p0); background: var(--p0); } .p1 { fill: var(--p1); background: var(--p1); }
 .p2 { fill: var(--p2); background: var(--p2); } .p3 { fill: var(--p3); background: var(--p3); }
 .p4 { fill: var(--p4); background: var(--p4); } .p5 { fill: var(--p5); background: var(--p5); }
-svg text.q0, svg text.q1 { fill: var(--q-dark); }
-svg text.q2 { fill: var(--q-middle); } svg text.q3, svg text.q4 { fill: var(--q-light); }
-svg text.q5 { fill: var(--ink); }
 
 details { margin-top: 2rem; }
 summary { cursor: pointer; font-weight: 500; padding: .35rem 0; }
