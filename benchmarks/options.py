@@ -11,7 +11,8 @@ from sdrt.runtime.command import Parser
 from sdrt.runtime.errors import UsageError
 
 AUTO, NONE = "auto", "none"
-ONLY: Final = ("cold", "warm", "growth", "limits", "fidelity")
+ONLY: Final = ("cold", "warm", "growth", "limits", "fidelity", "profile")
+GPU_ONLY: Final = ONLY[1:]  # of ``--gpu``
 EMBEDDED_NAME: Final = "emoji"
 
 EPILOG: Final = """MODEL is a bundle, a checkpoint in diffusers' format (folder or hub id), an architecture
@@ -28,6 +29,7 @@ examples:
   sd-bench emoji --quick --peers none            a smoke run of half a minute
   sd-bench sd15 --sizes 256,512 --steps 4 --report out/sd15
   sd-bench sd15 --only cold --peers diffusers,openvino
+  sd-bench sd15 --gpu --seconds 240 --report out/gpu
   sd-bench my-bundle --checkpoint my-checkpoint --seconds 600 --report out/mine
 
 A subject that fails is a row with its error, and the others go on. With --report what was measured is written
@@ -76,6 +78,12 @@ def _add_subjects(group: argparse._ArgumentGroup) -> None:
         "--checkpoint", type=Path, metavar="DIR", help="what a bundle was exported from, for the peers"
     )
     group.add_argument("--threads", type=_positive, metavar="N", help="of each subject (default: all cores)")
+    group.add_argument(
+        "--gpu",
+        action="store_true",
+        help="on the GPU alone, exported in fp16: every backend that needs one, with engines for what is "
+        "measured, beside diffusers of this Python",
+    )
 
 
 def _add_measuring(group: argparse._ArgumentGroup) -> None:
@@ -93,7 +101,10 @@ def _add_measuring(group: argparse._ArgumentGroup) -> None:
         "--batches", type=_batches, metavar="N,…", help="pictures drawn together (default: 1,2,4,8)"
     )
     group.add_argument(
-        "--only", type=_only, default=ONLY, metavar="NAMES", help=f"of {', '.join(ONLY)} (default: all)"
+        "--only",
+        type=_only,
+        metavar="NAMES",
+        help=f"of {', '.join(ONLY)} (default: all, with --gpu but cold)",
     )
     group.add_argument(
         "--seconds",

@@ -8,16 +8,15 @@ a reader can compute any figure anew; `sdrt.benchmarks.report.derive` does so fo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from types import UnionType
+from typing import Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.files import write_atomically
 
 FORMAT: Final = "sdrt-bench"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 SCHEMA: Final = Path(__file__).with_name("report.schema.json")
 
 # Every quantity, its unit and what it is. Times are of one occurrence, sizes are in bytes.
@@ -42,24 +41,27 @@ QUANTITIES: Final[dict[str, tuple[str, str]]] = {
     "memory": ("B", "memory held after drawing (VmRSS, mapped files included)"),
     "peak_memory": ("B", "most memory the process held (VmHWM, mapped files included)"),
     "gpu_memory": ("B", "GPU memory held after drawing (free memory before less after)"),
-    # Fidelity to the fp32 reference, PyTorch's.
+    # Fidelity to the reference that the model names.
     "psnr": ("dB", "peak signal-to-noise ratio of the picture; null where the pictures are equal"),
     "latent_error": ("1", "norm of the final latents' difference over the norm of the reference's"),
 }
 
 
+class Setting(NamedTuple):
+    """Under which a quantity is measured: pixels, pictures drawn together, steps of the drawing."""
+
+    height: int
+    width: int
+    batch: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.height} x {self.width}, batch {self.batch}, {self.steps} steps"
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the figures were taken on.
-
-    Attributes:
-        cpu: Its name.
-        cores: That the processes may use.
-        memory_bytes: Of the machine.
-        system: Kernel and distribution.
-        python: Version of the interpreter that ran ``sd-bench``.
-        gpus: Names; empty without one.
-    """
+    """What the figures were taken on."""
 
     cpu: str
     cores: int
@@ -71,12 +73,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """How quiet the machine was: a fixed piece of work, timed again and again between the measurements.
-
-    Attributes:
-        probe_seconds: Of each time.
-        load_average: Of the last minute, each time.
-    """
+    """How quiet the machine was: a fixed piece of work, timed again and again between the measurements."""
 
     probe_seconds: tuple[float, ...] = ()
     load_average: tuple[float, ...] = ()
@@ -84,31 +81,17 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the machine's processor can do at most, measured in the same run; a GPU's limits are not measured.
-
-    Attributes:
-        flop_per_s: fp32 matrix product; a multiply-add counts as 2.
-        bytes_per_s: Memory bandwidth, read and written bytes together.
-        how: What was measured.
-    """
+    """What a processor or a GPU can do at most, measured in the same run."""
 
     flop_per_s: float
     bytes_per_s: float
     how: str
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What was measured: sdrt on one backend, or a peer.
-
-    Attributes:
-        name: As on the command line.
-        label: For people.
-        kind: ``backend`` of ours, or ``peer``.
-        versions: Of the packages that matter.
-        notes: What differs from the others, a sentence each.
-        device: What its networks run on: ``cpu`` or ``cuda``.
-    """
+    """What was measured: sdrt on one backend, or a peer."""
 
     name: str
     label: str
@@ -120,17 +103,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Operations and bytes of one component at one setting, counted from its graph.
-
-    Attributes:
-        component: Its name.
-        height: Pixels.
-        width: Pixels.
-        batch: Pictures.
-        flop: Operations of one call; a multiply-add counts as 2.
-        bytes_moved: Weights read once, and every activation written once and read once: what no
-            implementation without fusion can avoid.
-    """
+    """Operations and bytes of one component at one setting, counted from its graph."""
 
     component: str
     height: int
@@ -142,13 +115,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class MemoryShortage:
-    """Memory that did not suffice to hold two subjects at once, or not surely for one.
-
-    Attributes:
-        held: Subjects that were loaded when the free memory was read.
-        free_bytes: That another one could have had.
-        needed_bytes: That another one may need.
-    """
+    """Memory that did not suffice to hold two subjects at once, or not surely for one."""
 
     held: int
     free_bytes: int
@@ -157,22 +124,7 @@ class MemoryShortage:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What was drawn with, and the settings that every subject had.
-
-    Attributes:
-        name: Short, unique in the document.
-        source: As on the command line.
-        weights_bytes: Of all components' weights in fp32.
-        sampler: Name.
-        steps: Of a picture.
-        guidance_scale: Of every step.
-        prompt: Text.
-        threads: Of each subject.
-        sizes: Height and width in pixels of each size, the first being the model's main one.
-        work: Counted operations.
-        memory_shortage: Why subjects were measured one at a time, each started anew for every round; None
-            where memory sufficed.
-    """
+    """What was drawn with, and the settings that every subject had."""
 
     name: str
     source: str
@@ -190,20 +142,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One quantity of one subject under one setting.
-
-    Attributes:
-        model: `Model.name`.
-        subject: `Subject.name`.
-        quantity: A key of `QUANTITIES`; its unit is there.
-        height: Pixels.
-        width: Pixels.
-        batch: Pictures drawn together.
-        steps: Of the drawing.
-        values: In the order in which they were taken; None is an infinite one.
-        rounds: For each value the round it was taken in. Within one round every subject ran once, one after
-            the other, so that values of one round are compared with each other.
-    """
+    """One quantity of one subject under one setting."""
 
     model: str
     subject: str
@@ -215,17 +154,37 @@ class Measurement:
     values: tuple[float | None, ...]
     rounds: tuple[int, ...]
 
+    @property
+    def setting(self) -> Setting:
+        """Under which it was measured."""
+        return Setting(self.height, self.width, self.batch, self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What ran on the GPU under one name in a step."""
+
+    name: str
+    seconds: float
+    launches: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a denoising step does on the GPU, and on the host for it."""
+
+    model: str
+    subject: str
+    batch: int
+    seconds: float
+    launches: float
+    host: dict[str, float]
+    kernels: tuple[Kernel, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What was to be measured and could not be.
-
-    Attributes:
-        model: `Model.name`; empty where it has nothing to do with a model.
-        subject: `Subject.name`.
-        stage: What was being done.
-        error: One line.
-    """
+    """What was to be measured and could not be."""
 
     model: str
     subject: str
@@ -235,33 +194,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A whole run.
-
-    Attributes:
-        created: UTC, ISO 8601.
-        command: The words of the command.
-        complete: Whether the run came to its end.
-        sdrt: Version, and the commit where it is known.
-        machine: What it ran on.
-        noise: How quiet that was.
-        ceilings: What that can do; None where it was not measured.
-        subjects: Ours first; the first one is what ratios compare with the others.
-        models: In the order of the command.
-        measurements: In the order in which they were begun.
-        failures: Likewise.
-    """
+    """A whole run; the first subject is what ratios compare with the others."""
 
     created: str
     command: tuple[str, ...]
     complete: bool
     sdrt: str
     machine: Machine
-    noise: Noise
-    ceilings: Ceilings | None
-    subjects: tuple[Subject, ...]
-    models: tuple[Model, ...]
-    measurements: tuple[Measurement, ...]
-    failures: tuple[Failure, ...]
+    noise: Noise = Noise()
+    ceilings: tuple[Ceilings, ...] = ()
+    subjects: tuple[Subject, ...] = ()
+    models: tuple[Model, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def select(self, quantity: str, **settings: object) -> list[Measurement]:
         """The measurements of one quantity that have these settings (``model``, ``subject``, ``batch`` …)."""
@@ -272,49 +219,54 @@ class Document:
             and all(getattr(entry, name) == value for name, value in settings.items())
         ]
 
+    def joined(self, other: Document) -> Document:
+        """This run with what another one on the same machine found; no two models may have one name."""
+        known = {subject.name for subject in self.subjects}
+        devices = {ceilings.device for ceilings in self.ceilings}
+        return replace(
+            self,
+            complete=self.complete and other.complete,
+            noise=Noise(
+                self.noise.probe_seconds + other.noise.probe_seconds,
+                self.noise.load_average + other.noise.load_average,
+            ),
+            ceilings=self.ceilings + tuple(c for c in other.ceilings if c.device not in devices),
+            subjects=self.subjects + tuple(s for s in other.subjects if s.name not in known),
+            models=self.models + other.models,
+            measurements=self.measurements + other.measurements,
+            profiles=self.profiles + other.profiles,
+            failures=self.failures + other.failures,
+            notes=self.notes + other.notes,
+        )
+
 
 def to_json(document: Document) -> str:
     """The document as JSON text."""
-    return json.dumps(
-        {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(document)},
-        indent=1,
-        ensure_ascii=False,
-        allow_nan=False,
-    )
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    return json.dumps({**head, **asdict(document)}, indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def write(document: Document, path: Path) -> None:
-    """Write it as JSON, whole or not at all.
+def read(path: Path, *, check: bool = True) -> Document:
+    """Read a report's JSON, and unless it is ours check it against the schema.
 
     Raises:
-        OutputError: It cannot be written.
-    """
-    write_atomically(path, (to_json(document) + "\n").encode())
-
-
-def read(path: Path) -> Document:
-    """Read a report's JSON.
-
-    Raises:
-        UsageError: It cannot be read, is no such report, or of a newer format.
+        UsageError: It cannot be read, is no such report, or of another format.
     """
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"), check=check)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise UsageError(f"{path}: {error}") from None
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{path} cannot be read: {reason}") from error
 
 
-def from_json(text: str) -> Document:
+def from_json(text: str, *, check: bool = True) -> Document:
     """Parse a document and check it against the schema.
 
     Raises:
         UsageError: It does not fit.
     """
-    import jsonschema
-
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -324,11 +276,9 @@ def from_json(text: str) -> Document:
     version = found.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UsageError(f"format version {version}, this sdrt reads up to {FORMAT_VERSION}: upgrade sdrt")
-    try:
-        jsonschema.validate(found, json.loads(SCHEMA.read_text(encoding="utf-8")))
-    except jsonschema.ValidationError as error:
-        raise UsageError(f"{error.json_path}: {error.message}; see {SCHEMA.name}") from None
-    document = _document(found)
+    if check:
+        _check(found)
+    document: Document = _value(Document, found)
     for entry in document.measurements:
         if len(entry.values) != len(entry.rounds):
             raise UsageError(
@@ -338,37 +288,23 @@ def from_json(text: str) -> Document:
     return document
 
 
-def _document(found: dict[str, Any]) -> Document:
-    ceilings = found["ceilings"]
-    return Document(
-        created=found["created"],
-        command=tuple(found["command"]),
-        complete=found["complete"],
-        sdrt=found["sdrt"],
-        machine=_record(Machine, found["machine"]),
-        noise=_record(Noise, found["noise"]),
-        ceilings=None if ceilings is None else _record(Ceilings, ceilings),
-        subjects=_records(Subject, found["subjects"]),
-        models=tuple(_model(entry) for entry in found["models"]),
-        measurements=_records(Measurement, found["measurements"]),
-        failures=_records(Failure, found["failures"]),
-    )
+def _check(found: Any) -> None:
+    import jsonschema
+
+    try:
+        jsonschema.validate(found, json.loads(SCHEMA.read_text(encoding="utf-8")))
+    except jsonschema.ValidationError as error:
+        raise UsageError(f"{error.json_path}: {error.message}; see {SCHEMA.name}") from None
 
 
-def _model(found: dict[str, Any]) -> Model:
-    sizes = tuple((height, width) for height, width in found["sizes"])
-    work = _records(Work, found["work"])
-    shortage = found.get("memory_shortage")  # of no report before it was told
-    short = None if shortage is None else _record(MemoryShortage, shortage)
-    return Model(**{**found, "sizes": sizes, "work": work, "memory_shortage": short})
-
-
-def _records(kind: type[Any], found: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
-    return tuple(_record(kind, entry) for entry in found)
-
-
-def _record(kind: type[Any], found: dict[str, Any]) -> Any:
-    """A record of plain fields; the schema has checked names and types."""
-    names = {entry.name for entry in fields(kind)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    return kind(**{name: value for name, value in values.items() if name in names})
+def _value(kind: Any, found: Any) -> Any:
+    """JSON as a value of a type; the schema has checked names and types."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        known = [entry.name for entry in fields(kind) if entry.name in found]
+        return kind(**{name: _value(hints[name], found[name]) for name in known})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        return tuple(_value(get_args(kind)[0], entry) for entry in found)
+    if isinstance(kind, UnionType) and found is not None:
+        return _value(get_args(kind)[0], found)
+    return found

@@ -1,6 +1,6 @@
-"""What the machine can do at most, measured in the same run: fp32 matrix product and memory bandwidth.
+"""What the machine can do at most, measured in the same run: matrix product and memory bandwidth.
 
-    python -m sdrt.benchmarks.harness.ceilings [--threads N] [--quick]
+    python -m sdrt.benchmarks.harness.ceilings [--device cuda] [--threads N] [--quick]
 
 It runs as a process of its own, so that its memory and its thread pools are gone when the rest is measured.
 """
@@ -38,10 +38,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print one line of JSON."""
     commands = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands.add_argument("--threads", type=int, default=usable_cores())
+    commands.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     commands.add_argument("--quick", action="store_true", help="smaller matrices and arrays: a smoke run")
     arguments = commands.parse_args(argv)
-    print(json.dumps(asdict(measure_ceilings(arguments.threads, quick=arguments.quick))))
+    if arguments.device == "cuda":
+        found = gpu_ceilings()
+    else:
+        found = measure_ceilings(arguments.threads, quick=arguments.quick)
+    print(json.dumps(asdict(found)))
     return 0
+
+
+def gpu_ceilings(device: str = "cuda", side: int = 8192, copied: int = 1 << 32) -> Ceilings:
+    """A GPU's, by PyTorch: its fp16 matrix product and a copy within its memory.
+
+    Args:
+        device: Of PyTorch.
+        side: Of the square matrices: large enough to fill every multiprocessor.
+        copied: Bytes.
+    """
+    import torch
+
+    a, b = (torch.randn(side, side, device=device, dtype=torch.float16) for _ in range(2))
+    source = torch.empty(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def finished(work: Callable[[], object]) -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    # Some of each, so that waiting for them is nothing beside them.
+    product = best_seconds(lambda: finished(lambda: [torch.mm(a, b) for _ in range(10)])) / 10
+    copy = best_seconds(lambda: finished(lambda: [target.copy_(source) for _ in range(10)])) / 10
+    how = f"PyTorch's fp16 product of two {side} x {side} matrices, and copying {copied >> 20} MiB"
+    return Ceilings(2 * side**3 / product, 2 * copied / copy, f"{how}; the best of {BEST_OF} times", "cuda")
 
 
 def measure_ceilings(threads: int, *, quick: bool = False) -> Ceilings:

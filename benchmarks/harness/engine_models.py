@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_u
 from sdrt.runtime.backends import Gpu
 from sdrt.runtime.bundle import Bundle
 from sdrt.runtime.child_process import Tell, run_told
+from sdrt.runtime.errors import SdrtError
 from sdrt.runtime.files import new_folder, writing
 from sdrt.runtime.manifest import MANIFEST_NAME
 
@@ -44,6 +46,7 @@ def with_engines(
     sizes: Sequence[tuple[int, int]],
     batches: Sequence[int],
     tell: Tell = lambda _line, _seconds: None,
+    limit: float = math.inf,
 ) -> Bundle:
     """The bundle with engines for what is measured, built by ``sd-export`` if they are not there.
 
@@ -54,6 +57,7 @@ def with_engines(
         sizes: Height and width in pixels, the main one first.
         batches: Pictures drawn together.
         tell: Told what goes on, see `run_told`.
+        limit: Seconds that building may take.
 
     Raises:
         SdrtError: They cannot be built; with the exit status of ``sd-export`` and its last line.
@@ -77,7 +81,7 @@ def with_engines(
         remove_unused(parent, NAMES, COMPLETE)
         with new_folder(target, replace=True) as folder, writing(target):
             _copy(bundle, folder)
-            _build(folder, words, tell)
+            _build(folder, words, tell, limit)
             (folder / COMPLETE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     mark_used(target / COMPLETE)
     return Bundle.open(target)
@@ -86,17 +90,20 @@ def with_engines(
 def engine_words(sizes: Sequence[tuple[int, int]], batches: Sequence[int]) -> list[str]:
     """Options of ``sd-export`` that give the profiles.
 
-    One is for one picture of the main size alone, which is the fastest; another one for all that is measured,
-    if that is more.
+    One is for one picture of the main size alone, which is the fastest. With one size there is another one
+    for each batch alone, with several sizes one for all that is measured.
     """
     (height, width), most = sizes[0], max(batches, default=1)
-    main = f"batch=1,height={height},width={width}"
-    heights, widths = zip(*sizes, strict=True)
-    every = (
-        f"batch=1..{most},height={min(heights)}..{height}..{max(heights)},"
-        f"width={min(widths)}..{width}..{max(widths)}"
-    )
-    return ["--profile", main, *(["--profile", every] if most > 1 or len(set(sizes)) > 1 else [])]
+    profiles = [f"batch=1,height={height},width={width}"]
+    if len(set(sizes)) > 1:
+        heights, widths = zip(*sizes, strict=True)
+        profiles.append(
+            f"batch=1..{most},height={min(heights)}..{height}..{max(heights)},"
+            f"width={min(widths)}..{width}..{max(widths)}"
+        )
+    else:
+        profiles += [f"batch={batch},height={height},width={width}" for batch in batches if batch > 1]
+    return [word for profile in profiles for word in ("--profile", profile)]
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:
@@ -107,10 +114,11 @@ def _copy(bundle: Bundle, folder: Path) -> None:
         shutil.copyfile(bundle.path / name, target)
 
 
-def _build(folder: Path, words: Sequence[str], tell: Tell) -> None:
-    done = run_told(
-        [sys.executable, "-m", "sdrt.benchmarks.harness.engine_models", str(folder), *words], tell
-    )
+def _build(folder: Path, words: Sequence[str], tell: Tell, limit: float) -> None:
+    command = [sys.executable, "-m", "sdrt.benchmarks.harness.engine_models", str(folder), *words]
+    done = run_told(command, tell, seconds=limit)
+    if done.status is None:
+        raise SdrtError(f"engines were not built in {limit:.0f} s: {done.last_line}")
     done.check("engines were not built", "sd-export")
 
 

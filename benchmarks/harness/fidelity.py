@@ -11,18 +11,15 @@ from numpy.typing import NDArray
 
 from sdrt.benchmarks.harness.run import Run, SubjectPlan, WorkerErrors
 
-REFERENCE: Final = "diffusers"
+REFERENCES: Final = ("diffusers", "diffusers-cuda")
 
 
 def measure_fidelity(run: Run) -> None:
     """Compare every subject with the reference, which is drawn if need be; none without a reference."""
-    asked = next((plan for plan in run.plans if plan.name == REFERENCE), None)
-    reference = asked or run.reference
+    reference = run.reference
     if reference is None:
-        why = (
-            f"no {REFERENCE}: `sd-bench peers install {REFERENCE}`, and name the checkpoint with --checkpoint"
-        )
-        run.recorder.fail(run.model, REFERENCE, "fidelity", why)
+        why = "no diffusers: `sd-bench peers install diffusers`, and name the checkpoint with --checkpoint"
+        run.recorder.fail(run.model, REFERENCES[0], "fidelity", why)
         run.progress.note(f"fidelity is not measured: {why}")
         return
     plans = [reference, *(plan for plan in run.usable() if plan is not reference)]

@@ -9,16 +9,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sdrt.benchmarks.document.document import Ceilings, Document, Model
 from sdrt.benchmarks.document.recorder import Recorder
 from sdrt.benchmarks.harness.cold import measure_cold
-from sdrt.benchmarks.harness.fidelity import REFERENCE, measure_fidelity
+from sdrt.benchmarks.harness.fidelity import REFERENCES, measure_fidelity
 from sdrt.benchmarks.harness.operations import count_bundle, weight_elements
-from sdrt.benchmarks.harness.plan import ModelPlan, backend_plans, find_model, reference_plan, settings_for
-from sdrt.benchmarks.harness.plan_peers import check_peers, peer_plans
+from sdrt.benchmarks.harness.plan import (
+    ModelPlan,
+    backend_plans,
+    check_peers,
+    find_model,
+    peer_plans,
+    reference_plan,
+    settings_for,
+)
+from sdrt.benchmarks.harness.profiles import measure_profiles
 from sdrt.benchmarks.harness.progress import Progress
 from sdrt.benchmarks.harness.run import SAMPLER, Run, Settings, SubjectPlan
 from sdrt.benchmarks.harness.warm import measure_warm
@@ -88,7 +97,20 @@ def _prepare(
 ) -> Run:
     manifest = model.bundle.manifest
     settings = settings_for(manifest, arguments, progress.note)
-    plans = backend_plans(model, arguments, settings, progress)
+    weights = weight_elements(model.bundle) * FLOAT32_BYTES
+    entry = Model(
+        name=model.name,
+        source=model.source,
+        weights_bytes=weights,
+        sampler=SAMPLER,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        prompt=settings.prompt,
+        threads=settings.threads,
+        sizes=settings.sizes,
+    )
+    recorder.set_model(entry)
+    plans = backend_plans(model, arguments, settings, recorder, progress)
     for plan in plans:
         recorder.set_subject(plan.subject)  # ours first: the first one is what ratios compare
     recorder.save()  # a folder that cannot be written is found before the minutes of measuring
@@ -97,8 +119,9 @@ def _prepare(
         raise UsageError(f"there is nothing to measure {model.name} with: see --backends and --peers")
     for plan in plans:
         recorder.set_subject(plan.subject)
-    weights = weight_elements(model.bundle) * FLOAT32_BYTES
-    recorder.set_model(_model_entry(model, settings, weights))
+    reference = _reference(model, settings, plans, progress)
+    if reference is not None and reference.subject.device == "cuda":
+        recorder.set_model(replace(entry, reference="diffusers in fp16 on the GPU"))
     return Run(
         model=model.name,
         weights_bytes=weights,
@@ -109,15 +132,19 @@ def _prepare(
         recorder=recorder,
         progress=progress,
         folder=folder,
-        reference=_reference(model, settings, plans, progress),
+        reference=reference,
     )
 
 
 def _reference(
     model: ModelPlan, settings: Settings, plans: list[SubjectPlan], progress: Progress
 ) -> SubjectPlan | None:
-    """diffusers for fidelity, where it is not measured anyway."""
-    if "fidelity" not in settings.blocks or any(plan.name == REFERENCE for plan in plans):
+    """diffusers for fidelity: as a peer, first that on the processor, or else for this alone."""
+    known = {plan.name: plan for plan in plans}
+    for name in REFERENCES:
+        if name in known:
+            return known[name]
+    if "fidelity" not in settings.blocks or all(plan.subject.device == "cuda" for plan in plans):
         return None
     try:
         progress.block(f"{model.name}: the reference's form of the model", 1)
@@ -125,21 +152,6 @@ def _reference(
     except SdrtError as error:
         progress.note(f"no reference: {error}")
         return None
-
-
-def _model_entry(model: ModelPlan, settings: Settings, weights: int, work: tuple[Any, ...] = ()) -> Model:
-    return Model(
-        name=model.name,
-        source=model.source,
-        weights_bytes=weights,
-        sampler=SAMPLER,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        prompt=settings.prompt,
-        threads=settings.threads,
-        sizes=settings.sizes,
-        work=work,
-    )
 
 
 def measure_model(run: Run, model: ModelPlan) -> None:
@@ -153,37 +165,42 @@ def measure_model(run: Run, model: ModelPlan) -> None:
         measure_warm(run)
     if "fidelity" in blocks:
         measure_fidelity(run)
+    if "profile" in blocks:
+        measure_profiles(run)
     run.recorder.save()
 
 
 def _measure_limits(run: Run, model: ModelPlan) -> None:
     run.progress.block(f"{run.model}: the machine's limits", 1)
     recorder, settings = run.recorder, run.settings
+    devices = {plan.subject.device for plan in run.plans}
+    wanted = [(*size, 1) for size in settings.sizes]
+    if "cuda" in devices:  # where networks are timed at every batch, too
+        wanted += [(*settings.sizes[0], batch) for batch in settings.batches if batch > 1]
     try:
-        work = [entry for size in settings.sizes for entry in count_bundle(model.bundle, *size, 1)]
+        work = [entry for size in wanted for entry in count_bundle(model.bundle, *size)]
+        recorder.set_work(run.model, work)
     except SdrtError as error:
         recorder.fail(run.model, "", "counting operations", error)
         run.progress.note(f"operations were not counted: {error}")
-    else:
-        recorder.set_model(_model_entry(model, settings, run.weights_bytes, tuple(work)))
-    if recorder.ceilings is None and any(plan.subject.device == "cpu" for plan in run.plans):
+    for device in sorted(devices - set(recorder.ceilings)):
         try:
-            recorder.ceilings = measured_ceilings(settings.threads, quick=settings.quick)
+            recorder.ceilings[device] = measured_ceilings(settings.threads, device, quick=settings.quick)
         except SdrtError as error:
             recorder.fail("", "", "ceilings", error)
             run.progress.note(str(error))
     recorder.save()
 
 
-def measured_ceilings(threads: int, *, quick: bool) -> Ceilings:
-    """The ceilings, measured by a process of its own.
+def measured_ceilings(threads: int, device: str, *, quick: bool) -> Ceilings:
+    """The ceilings of ``cpu`` or ``cuda``, measured by a process of its own.
 
     Raises:
         SdrtError: It failed.
     """
     words = [sys.executable, "-m", "sdrt.benchmarks.harness.ceilings", "--threads", str(threads)]
     done = run_told(
-        [*words, *(["--quick"] if quick else [])],
+        [*words, "--device", device, *(["--quick"] if quick else [])],
         environment=worker_environment(threads, {"OPENBLAS_NUM_THREADS": str(threads)}),
         seconds=CEILINGS_SECONDS,
     )

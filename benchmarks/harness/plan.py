@@ -1,31 +1,33 @@
-"""From the words of the command to what is to be run: the models, the subjects, the settings."""
+"""From the words of the command to what is to be run: the models, the settings, the subjects."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from sdrt.benchmarks.document.document import Subject
+from sdrt.benchmarks.document.recorder import Recorder
 from sdrt.benchmarks.harness.export_model import exported
 from sdrt.benchmarks.harness.progress import Progress
 from sdrt.benchmarks.harness.run import Settings, SubjectPlan
-from sdrt.benchmarks.options import AUTO, EMBEDDED_NAME, NONE, names
+from sdrt.benchmarks.options import AUTO, EMBEDDED_NAME, GPU_ONLY, NONE, ONLY, names
+from sdrt.benchmarks.peers import registry as peers
 from sdrt.benchmarks.peers.prepare import prepared
-from sdrt.benchmarks.peers.registry import WORKERS
 from sdrt.runtime.bundle import EMBEDDED, Bundle
 from sdrt.runtime.child_process import Tell
-from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.errors import BackendError, SdrtError, UsageError
 from sdrt.runtime.executors import usable_cores
 from sdrt.runtime.manifest import MANIFEST_NAME, Limits, Manifest
 
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
+GPU_BATCHES: Final = (1, 4)
 # Backend → its label, and what pip installs for it.
 LABELS: Final = {
     "tensorrt": ("sdrt, TensorRT", "sdrt[tensorrt]"),
@@ -34,6 +36,7 @@ LABELS: Final = {
     "onnxruntime-cpu": ("sdrt, ONNX Runtime (CPU)", "sdrt[cpu]"),
     "openvino-cpu": ("sdrt, OpenVINO (CPU)", "sdrt[openvino]"),
 }
+ENGINES_SHARE: Final = 0.3  # of the time that was given, for the engines of one backend
 Note = Callable[[str], None]
 
 
@@ -84,7 +87,7 @@ def find_model(word: str, arguments: argparse.Namespace, progress: Progress) -> 
     if arguments.checkpoint is not None:
         raise UsageError(f"--checkpoint goes with a bundle; {word} is exported from itself")
     progress.block(f"exporting {word}", 1)
-    bundle = Bundle.open(exported(word, _export_options(arguments), progress.ongoing))
+    bundle = Bundle.open(exported(word, export_options(arguments), progress.ongoing))
     return _checked(folder.resolve().name if folder.is_dir() else word, word, bundle, word)
 
 
@@ -96,13 +99,19 @@ def _given(arguments: argparse.Namespace, otherwise: Path | None) -> str | None:
     return None if folder is None else str(folder.resolve())
 
 
-def _export_options(arguments: argparse.Namespace) -> list[str]:
-    options = ["--batch", f"1..{max(arguments.batches or ((1, 2) if arguments.quick else BATCHES))}"]
+def export_options(arguments: argparse.Namespace) -> list[str]:
+    """For ``sd-export``: what is measured."""
+    options = ["--batch", f"1..{max(_batches(arguments))}", *(["--fp16"] if arguments.gpu else [])]
     for index, side in enumerate(("height", "width")):
         if arguments.sizes:
             extents = [size[index] for size in arguments.sizes]
             options += [f"--{side}", f"{min(extents)}..{max(extents)}"]
     return options
+
+
+def _batches(arguments: argparse.Namespace) -> tuple[int, ...]:
+    default = (1, 2) if arguments.quick else GPU_BATCHES if arguments.gpu else BATCHES
+    return tuple(arguments.batches or default)
 
 
 def _checked(name: str, source: str, bundle: Bundle, checkpoint: str | None) -> ModelPlan:
@@ -126,37 +135,38 @@ def settings_for(manifest: Manifest, arguments: argparse.Namespace, note: Note) 
     Raises:
         UsageError: A size that the bundle does not admit.
     """
-    quick, defaults = arguments.quick, manifest.defaults
+    quick, gpu, defaults = arguments.quick, arguments.gpu, manifest.defaults
+    blocks = arguments.only or (GPU_ONLY if gpu else ONLY)
     steps = arguments.steps or (2 if quick else defaults.num_inference_steps)
-    sizes = arguments.sizes or default_sizes(manifest, quick=quick or "growth" not in arguments.only)
+    own_alone = quick or gpu or "growth" not in blocks
+    sizes = arguments.sizes or default_sizes(manifest, own_alone=own_alone)
     for height, width in sizes:
         if not (manifest.limits.height.admits(height) and manifest.limits.width.admits(width)):
             raise UsageError(
                 f"--sizes has {height}x{width}: the bundle admits a height of {manifest.limits.height} and a "
                 f"width of {manifest.limits.width}"
             )
-    asked = arguments.batches or ((1, 2) if quick else BATCHES)
-    rounds = arguments.rounds or (2 if quick else 10)
+    rounds = arguments.rounds or (2 if quick else 5 if gpu else 10)
     return Settings(
         steps=steps,
         sizes=sizes,
-        batches=_admitted(asked, manifest.limits, note),
+        batches=_admitted(_batches(arguments), manifest.limits, note),
         growth_steps=growth_steps(steps)[-2:] if quick else growth_steps(steps),
         rounds=rounds,
         growth_rounds=1 if quick else min(3, rounds),
         cold_rounds=arguments.cold_rounds or (1 if quick else 5),
         threads=arguments.threads or usable_cores(),
         guidance_scale=arguments.guidance_scale or max(defaults.guidance_scale, 1.5),
-        blocks=arguments.only,
+        blocks=blocks,
         quick=quick,
     )
 
 
-def default_sizes(manifest: Manifest, *, quick: bool = False) -> tuple[tuple[int, int], ...]:
+def default_sizes(manifest: Manifest, *, own_alone: bool = False) -> tuple[tuple[int, int], ...]:
     """The model's own size, and squares up to the largest that the bundle admits for how it grows."""
     defaults, limits = manifest.defaults, manifest.limits
     own = (defaults.height, defaults.width)
-    if quick:
+    if own_alone:
         return (own,)
     largest = min(limits.height.maximum, limits.width.maximum)
     multiple = max(limits.height.multiple, limits.width.multiple)
@@ -180,9 +190,15 @@ def _admitted(batches: tuple[int, ...], limits: Limits, note: Note) -> tuple[int
 
 
 def backend_plans(
-    model: ModelPlan, arguments: argparse.Namespace, settings: Settings, progress: Progress
+    model: ModelPlan,
+    arguments: argparse.Namespace,
+    settings: Settings,
+    recorder: Recorder,
+    progress: Progress,
 ) -> list[SubjectPlan]:
     """sdrt on each backend that was asked for; engines that a named one lacks are built.
+
+    With ``--gpu`` they are built for all that need a GPU, and one that cannot be had is a row of the report.
 
     Raises:
         UsageError: No backend of that name.
@@ -194,34 +210,39 @@ def backend_plans(
     if arguments.backends == NONE:
         return []
     automatic = arguments.backends == AUTO
+    every = tuple(name for name in BACKENDS if BACKENDS[name].needs_gpu or not arguments.gpu)
+    limit = math.inf if arguments.seconds is None else arguments.seconds * ENGINES_SHARE
     found = []
-    for name in tuple(BACKENDS) if automatic else names(arguments.backends):
+    for name in every if automatic else names(arguments.backends):
+        label, requirement = LABELS.get(name, (name, name))
+        device = "cuda" if name in BACKENDS and BACKENDS[name].needs_gpu else "cpu"
+        subject = Subject(name, label, "backend", device=device)
         try:
-            bundle = _runnable(model.bundle, name, settings, progress, builds=not automatic)
-        except BackendError as error:
-            if not automatic:
+            bundle = _runnable(
+                model.bundle, name, settings, progress, limit, builds=not automatic or arguments.gpu
+            )
+        except SdrtError as error:
+            if not automatic or not (arguments.gpu or isinstance(error, BackendError)):
                 raise
             progress.note(f"{name} is left out: {str(error).partition('; ')[0]}")
+            if arguments.gpu:
+                recorder.set_subject(subject)
+                recorder.fail(model.name, name, "engines", error)
             continue
-        words = (sys.executable, str(WORKERS / "worker_sdrt.py"), "--backend", name)
-        label, requirement = LABELS[name]
-        found.append(
-            SubjectPlan(
-                Subject(name, label, "backend", device="cuda" if BACKENDS[name].needs_gpu else "cpu"),
-                words,
-                bundle.path.resolve(),
-                installed_bytes=_installed_bytes(requirement, arguments, progress.note),
-            )
-        )
+        words = (sys.executable, str(peers.WORKERS / "worker_sdrt.py"), "--backend", name)
+        size = _installed_bytes(requirement, settings, progress.note)
+        found.append(SubjectPlan(subject, words, bundle.path.resolve(), installed_bytes=size))
     return found
 
 
-def _runnable(bundle: Bundle, name: str, settings: Settings, progress: Progress, *, builds: bool) -> Bundle:
+def _runnable(
+    bundle: Bundle, name: str, settings: Settings, progress: Progress, limit: float, *, builds: bool
+) -> Bundle:
     """The bundle, or a copy of it with the engines that a backend needs and the bundle has not.
 
     Raises:
         BackendError: The backend cannot run it here.
-        SdrtError: The engines cannot be built.
+        SdrtError: The engines cannot be built in ``limit`` seconds.
     """
     from sdrt.benchmarks.harness.engine_models import with_engines
     from sdrt.runtime import backends
@@ -237,15 +258,15 @@ def _runnable(bundle: Bundle, name: str, settings: Settings, progress: Progress,
         except BackendError:
             raise error from None
         progress.block(f"{name}: engines, built unless they are there", 1)
-        copy = with_engines(bundle, name, gpu, settings.sizes, settings.batches, progress.ongoing)
+        copy = with_engines(bundle, name, gpu, settings.sizes, settings.batches, progress.ongoing, limit)
         backends.choose_backend(copy, name, shape)
         return copy
     return bundle
 
 
-def _installed_bytes(requirement: str, arguments: argparse.Namespace, note: Note) -> int | None:
+def _installed_bytes(requirement: str, settings: Settings, note: Note) -> int | None:
     """Of sdrt and what it needs; a smoke run does without, since a checkout has to be built for it."""
-    if "cold" not in arguments.only or arguments.quick:
+    if "cold" not in settings.blocks or settings.quick:
         return None
     from sdrt.benchmarks.peers.installed_size import installed_bytes
 
@@ -256,6 +277,63 @@ def _installed_bytes(requirement: str, arguments: argparse.Namespace, note: Note
         return None
 
 
+def check_peers(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The peers to run: those that were named, or all of the device that are installed.
+
+    Raises:
+        UsageError: No peer of that name.
+        BackendError: One that was named is not installed.
+    """
+    if arguments.peers == NONE:
+        return ()
+    if arguments.peers == AUTO:
+        device = "cuda" if arguments.gpu else "cpu"
+        # torch.compile takes minutes on a GPU: it is for those who name it.
+        return tuple(
+            name
+            for name, peer in peers.PEERS.items()
+            if peer.device == device and peers.is_installed(name) and name != "torch-compile-cuda"
+        )
+    wanted = names(arguments.peers)
+    for name in wanted:
+        if name not in peers.PEERS:
+            raise UsageError(f"unknown peer {name!r}; there is {AUTO}, {NONE}, {', '.join(peers.PEERS)}")
+        peers.check_installed(name)
+    return wanted
+
+
+def peer_plans(
+    model: ModelPlan, arguments: argparse.Namespace, recorder: Recorder, progress: Progress
+) -> list[SubjectPlan]:
+    """Each peer with its form of the checkpoint, converted if need be; one without is a row of the report."""
+    wanted = check_peers(arguments)
+    if wanted and model.checkpoint is None:
+        if arguments.peers != AUTO:
+            raise UsageError(
+                f"the peers {', '.join(wanted)} start from a checkpoint, and {model.source} is a bundle: "
+                "name what it was exported from with --checkpoint DIR, or give --peers none"
+            )
+        progress.note(
+            f"no peers: they start from a checkpoint, and {model.source} is a bundle; see --checkpoint"
+        )
+        return []
+    found = []
+    for name in wanted:
+        assert model.checkpoint is not None
+        subject = Subject(name, peers.PEERS[name].label, "peer", device=peers.PEERS[name].device)
+        progress.block(f"{name}: bringing the model into its form", 1)
+        try:
+            folder = prepared(name, model.checkpoint, progress.ongoing)
+        except SdrtError as error:
+            recorder.set_subject(subject)
+            recorder.fail(model.name, name, "converting the model", error)
+            progress.note(f"{name}: the model was not converted: {error}")
+            continue
+        words = tuple(peers.worker_command(name))
+        found.append(SubjectPlan(subject, words, folder, installed_bytes=peers.installed_bytes(name)))
+    return found
+
+
 def reference_plan(model: ModelPlan, tell: Tell) -> SubjectPlan | None:
     """diffusers of this interpreter, for fidelity; None where it or the checkpoint is not there.
 
@@ -264,10 +342,9 @@ def reference_plan(model: ModelPlan, tell: Tell) -> SubjectPlan | None:
     Raises:
         SdrtError: The checkpoint cannot be brought into its form.
     """
-    missing = [name for name in ("diffusers", "torch", "transformers") if find_spec(name) is None]
-    if missing or model.checkpoint is None:
+    if not peers.importable() or model.checkpoint is None:
         return None
-    words = (sys.executable, str(WORKERS / "worker_diffusers.py"))
+    words = (sys.executable, str(peers.WORKERS / "worker_diffusers.py"))
     return SubjectPlan(
         Subject("diffusers", "diffusers", "peer"), words, prepared("diffusers", model.checkpoint, tell)
     )

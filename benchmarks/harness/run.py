@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.benchmarks.document.document import Subject
-from sdrt.benchmarks.document.recorder import Recorder, Setting
+from sdrt.benchmarks.document.document import Setting, Subject
+from sdrt.benchmarks.document.recorder import Recorder
 from sdrt.benchmarks.harness.progress import Progress
 from sdrt.benchmarks.harness.worker_process import RefusedError, Worker, WorkerError, worker_environment
+from sdrt.benchmarks.options import ONLY
 
-BLOCKS: Final = ("cold", "warm", "growth", "limits", "fidelity")
 SAMPLER: Final = "ddim"
 WorkerErrors: Final = (WorkerError, RefusedError)
 
@@ -58,7 +58,7 @@ class Settings:
         cold_rounds: Of fresh processes.
         threads: Of each subject.
         guidance_scale: Of every step.
-        blocks: Which of `BLOCKS`.
+        blocks: Which of `sdrt.benchmarks.options.ONLY`.
         prompt: Text.
         seed: Of the latents.
         quick: A smoke run: small ceilings.
@@ -75,7 +75,7 @@ class Settings:
     cold_rounds: int
     threads: int
     guidance_scale: float = 7.5
-    blocks: tuple[str, ...] = BLOCKS
+    blocks: tuple[str, ...] = ONLY
     prompt: str = "a red apple"
     seed: int = 0
     quick: bool = False
@@ -102,7 +102,7 @@ class Run:
         recorder: Takes the figures.
         progress: Tells people.
         folder: For files that last as long as the run.
-        reference: diffusers in fp32 for fidelity, where it is not a subject; None where it cannot be run.
+        reference: What fidelity is measured against, a subject or not; None where it cannot be run.
         deadline: ``time.monotonic()`` at which the run should be over.
         broken: Names of subjects that cannot even load: they are not tried again.
         drawn: Subjects whose picture and latents at the main setting are in `folder`.
@@ -158,7 +158,7 @@ class Run:
             model=str(plan.model),
             threads=self.settings.threads,
         )
-        if self.reference is None or plan.name != self.reference.name:
+        if plan in self.plans:
             self.recorder.describe(plan.name, answer.get("versions", {}), answer.get("notes", ()))
         return answer
 

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sdrt.benchmarks.document.document import MemoryShortage
-from sdrt.benchmarks.document.recorder import Setting
+from sdrt.benchmarks.document.document import MemoryShortage, Setting
 from sdrt.benchmarks.harness.fidelity import drawing_files
 from sdrt.benchmarks.harness.free_memory import available_memory, free_gpu_memory
 from sdrt.benchmarks.harness.run import Run, SubjectPlan, WorkerErrors
@@ -152,7 +151,8 @@ def points(run: Run) -> list[Point]:
             Point(main._replace(height=height, width=width), rounds, stages=True)
             for height, width in wanted.sizes
         ]
-        found += [Point(main._replace(batch=batch), rounds, stages=False) for batch in wanted.batches]
+        on_gpu = any(plan.subject.device == "cuda" for plan in run.plans)
+        found += [Point(main._replace(batch=batch), rounds, stages=on_gpu) for batch in wanted.batches]
     unique: dict[Setting, Point] = {}
     for point in found:
         unique.setdefault(point.setting, point)

@@ -160,6 +160,7 @@ class Worker:
             "load": self._load,
             "draw": self._draw,
             "stage": self._stage,
+            "profile": self._profile,
         }
 
     def answer(self, line: str) -> dict[str, Any]:
@@ -169,7 +170,7 @@ class Worker:
             if not isinstance(request, dict) or request.get("op") not in self._operations:
                 raise ValueError(f"{line.strip()[:100]!r} is no request: op is {', '.join(self._operations)}")
             operation = request["op"]
-            if operation in ("draw", "stage") and not self._loaded:
+            if operation != "load" and not self._loaded:
                 raise RuntimeError(f"{operation} was asked for, but no model is loaded: load comes first")
             return {"ok": True, **self._operations[operation](request)}
         except (Exception, SystemExit) as error:  # whatever a library raises is a row of the report
@@ -221,6 +222,13 @@ class Worker:
             run()
             seconds.append(time.perf_counter() - started)
         return {"seconds": seconds}
+
+    def _profile(self, request: dict[str, Any]) -> dict[str, Any]:
+        profile = getattr(self._subject, "profile", None)  # of the peers nobody asks for it
+        if profile is None:
+            raise ValueError("this subject is not profiled")
+        found: dict[str, Any] = profile(int(needed(request, "batch")))
+        return found
 
     def _prepared(self, name: str, height: int, width: int, images: int) -> Callable[[], object]:
         key = (name, height, width, images)

@@ -29,7 +29,7 @@ from sdrt.benchmarks.peers.environments import OFFLINE, Progress, locked, run_lo
 from sdrt.benchmarks.peers.safetensors_file import copy_renamed, tensor_names, write_float32
 from sdrt.export.architectures import ARCHITECTURES, open_architecture
 from sdrt.export.checkpoint import Checkpoint, open_checkpoint
-from sdrt.export.checkpoint_files import WEIGHT_NAMES, read_json, weight_files
+from sdrt.export.checkpoint_files import TOKENIZERS, WEIGHT_NAMES, read_json, weight_files
 from sdrt.export.checkpoint_fingerprint import fingerprint
 from sdrt.export.random_weights import random_tensors
 from sdrt.export.tokenizer_json import write_tokenizer_folder
@@ -42,17 +42,29 @@ KIND: Final = "peer-models"  # of cache
 CLASSIC_PREFIX: Final = "text_model."
 TEXT_ENCODER: Final = "text_encoder"
 LINKED: Final = ("model_index.json", "scheduler", "tokenizer", "unet", "vae")
-# Of an architecture, whose own index names no classes.
-_INDEX: Final = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
+# Of an architecture, whose own index names no classes, by family.
+_NONE: Final = [None, None]
+_SHARED: Final = {
+    "feature_extractor": _NONE,
+    "image_encoder": _NONE,
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+}
+_INDEX: Final[dict[str, dict[str, Any]]] = {
+    "sd": {
+        "_class_name": "StableDiffusionPipeline",
+        **_SHARED,
+        "requires_safety_checker": False,
+        "safety_checker": _NONE,
+    },
+    "sdxl": {
+        "_class_name": "StableDiffusionXLPipeline",
+        **_SHARED,
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    },
 }
 # Exporter of a form → its words before the model and the place for the result.
 EXPORTERS: Final = {
@@ -73,16 +85,17 @@ def prepare(name: str, model: str, progress: Progress = lambda _: None) -> Path:
         progress: Told a line at a time what takes long.
 
     Raises:
-        UsageError: No such peer, or the model does not draw from a prompt alone as Stable Diffusion 1.x and
-            2.x do.
+        UsageError: No such peer, or the model does not draw from a prompt alone as those do that it knows.
         CheckpointError: The model is missing or damaged.
         BackendError: The peer's exporter failed; the message has its last words and names its log.
         OutputError: The cache folder cannot be written.
     """
     peer = peers.get(name)
     checkpoint = open_architecture(model) if model in ARCHITECTURES else open_checkpoint(model)
-    if checkpoint.family != "sd" or "inpainting_channels" in checkpoint.sizes():
-        raise UsageError(f"{model}: the peers' workers draw with Stable Diffusion 1.x and 2.x alone")
+    families = ("sd", "sdxl") if peer.form == "diffusers" else ("sd",)
+    if checkpoint.family not in families or "inpainting_channels" in checkpoint.sizes():
+        known = "1.x, 2.x and XL" if len(families) > 1 else "1.x and 2.x"
+        raise UsageError(f"{model}: the worker of {name} draws with Stable Diffusion {known} alone")
     return model_in_form(peer.form, peer.converter, checkpoint, progress)
 
 
@@ -92,7 +105,7 @@ def model_in_form(form: str, converter: str, checkpoint: Checkpoint, progress: P
     Args:
         form: See above.
         converter: The environment that makes it of ``diffusers-classic``; not read for other forms.
-        checkpoint: Of the family ``sd``.
+        checkpoint: Of a family that the peer knows.
         progress: Told a line at a time what takes long.
     """
     place = cache_folder(KIND) / fingerprint(checkpoint)[:16]
@@ -130,12 +143,13 @@ def _made(target: Path, make: Callable[[Path], None], progress: Progress) -> Pat
 def _write_random(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
     """An architecture with its random weights in fp32, of which one tensor is in memory at a time."""
     scheduler = read_json(checkpoint.path / "scheduler" / "scheduler_config.json")["_class_name"]
-    index = {**_INDEX, "scheduler": ["diffusers", scheduler]}
+    index = {**_INDEX[checkpoint.family], "scheduler": ["diffusers", scheduler]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(checkpoint.path / "scheduler", folder / "scheduler")
-    tokenizer = checkpoint.tokenizer
-    pad = next(token for token, number in tokenizer.vocabulary.ids.items() if number == tokenizer.ids["pad"])
-    write_tokenizer_folder(folder / "tokenizer", pad=pad)
+    for subfolder, tokenizer in zip(TOKENIZERS.values(), checkpoint.tokenizers, strict=False):
+        ids = tokenizer.vocabulary.ids
+        pad = next(token for token, number in ids.items() if number == tokenizer.ids["pad"])
+        write_tokenizer_folder(folder / subfolder, pad=pad)
     for name in checkpoint.configs:
         progress(f"{name}: writing random weights")
         part = folder / name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -23,10 +24,11 @@ class Peer:
     Attributes:
         name: On the command line.
         label: For people.
-        environment: A key of `ENVIRONMENTS`.
+        environment: A key of `ENVIRONMENTS`; empty for one that runs in this interpreter, with its PyTorch.
         worker: The script in `peer_workers` that holds it, and words for it.
         form: What its model is, see `sdrt.benchmarks.peers.models`.
         converter: The environment that makes it; empty where none is needed.
+        device: What it draws on: ``cpu`` or ``cuda``.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Peer:
     worker: tuple[str, ...]
     form: str
     converter: str = ""
+    device: str = "cpu"
 
 
 _DIFFUSERS: Final = "worker_diffusers.py"
@@ -49,25 +52,52 @@ _TABLE: Final = (
     Peer(
         "stable-diffusion.cpp", "stable-diffusion.cpp", "stable-diffusion.cpp", (_CPP,), "diffusers-classic"
     ),
+    Peer(
+        *("diffusers-cuda", "diffusers (GPU, fp16)", "", (_DIFFUSERS, "--device", "cuda"), "diffusers"),
+        device="cuda",
+    ),
+    Peer(
+        *("torch-compile-cuda", "diffusers, torch.compile (GPU, fp16)", ""),
+        *((_DIFFUSERS, "--device", "cuda", "--compile"), "diffusers"),
+        device="cuda",
+    ),
 )
 PEERS: Final[dict[str, Peer]] = {peer.name: peer for peer in _TABLE}
 
 
 def find(name: str) -> Installed | None:
-    """A peer's environment; None if it is not there whole.
+    """A peer's environment; None if it is not there whole, or if the peer has none of its own.
 
     Raises:
         UsageError: No such peer.
     """
-    return peer_environments.find(get(name).environment)
+    environment = get(name).environment
+    return peer_environments.find(environment) if environment else None
+
+
+def importable() -> bool:
+    """Whether this interpreter has what draws with diffusers."""
+    return all(find_spec(package) for package in ("diffusers", "torch", "transformers"))
 
 
 def is_installed(name: str) -> bool:
-    """Whether a peer's environment is there whole; errors as `find`."""
-    return find(name) is not None
+    """Whether a peer can be run; errors as `find`."""
+    return find(name) is not None or (not get(name).environment and importable())
 
 
-def install(name: str, progress: Progress = lambda _: None) -> Installed:
+def check_installed(name: str) -> None:
+    """Say what is missing.
+
+    Raises:
+        UsageError: No such peer.
+        BackendError: It is not installed.
+    """
+    if not is_installed(name):
+        how = f"`sd-bench peers install {name}`" if get(name).environment else "pip install 'sdrt[export]'"
+        raise BackendError(f"the peer {name} is not installed: {how}")
+
+
+def install(name: str, progress: Progress = lambda _: None) -> None:
     """Make a peer's environment, and the one that makes its models, where they are not there.
 
     Raises:
@@ -76,9 +106,8 @@ def install(name: str, progress: Progress = lambda _: None) -> Installed:
         OutputError: The cache folder cannot be written.
     """
     peer = get(name)
-    if peer.converter:
-        peer_environments.install(peer.converter, progress)
-    return peer_environments.install(peer.environment, progress)
+    for environment in filter(None, (peer.converter, peer.environment)):
+        peer_environments.install(environment, progress)
 
 
 def remove(name: str) -> None:
@@ -94,26 +123,17 @@ def remove(name: str) -> None:
 
 
 def worker_command(name: str) -> list[str]:
-    """The words that start a peer's worker.
-
-    Raises:
-        UsageError: No such peer.
-        BackendError: It is not installed.
-    """
+    """The words that start a peer's worker; errors as `check_installed`."""
+    check_installed(name)
     script, *words = get(name).worker
-    return [str(_installed(name).python), str(WORKERS / script), *words]
-
-
-def installed_bytes(name: str) -> int:
-    """What a peer's distributions, and those that they need, take on the disk; errors as `worker_command`."""
-    return _installed(name).size_bytes()
-
-
-def _installed(name: str) -> Installed:
     found = find(name)
-    if found is None:
-        raise BackendError(f"the peer {name} is not installed: `sd-bench peers install {name}`")
-    return found
+    return [sys.executable if found is None else str(found.python), str(WORKERS / script), *words]
+
+
+def installed_bytes(name: str) -> int | None:
+    """What a peer's distributions, and those that they need, take on the disk; None where they are ours."""
+    found = find(name)
+    return None if found is None else found.size_bytes()
 
 
 def get(name: str) -> Peer:
@@ -164,6 +184,7 @@ def _act(action: str, name: str) -> None:
         remove(name)
     found = find(name)
     if found is None:
-        print(f"{name:22} not installed")
+        own = not get(name).environment and importable()
+        print(f"{name:22} {'runs with the PyTorch of this Python' if own else 'not installed'}")
     else:
         print(f"{name:22} {found.size_bytes() / 1e6:6.0f} MB  {', '.join(found.environment.requirements)}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from sdrt.benchmarks.document.document import QUANTITIES, Document, Measurement, read
-from sdrt.benchmarks.report.derive import Setting, is_time, numbers, percentile, setting_of
+from sdrt.benchmarks.report.derive import Setting, is_time, numbers, percentile
 from sdrt.benchmarks.report.formatting import factor_text, latent_text, one, psnr_text, setting_text
 from sdrt.benchmarks.report.limits import warnings as doubts
 from sdrt.runtime.errors import UsageError
@@ -106,7 +106,7 @@ def compare(before: Document, after: Document, threshold: float = THRESHOLD) -> 
 
 def _measured(document: Document) -> dict[Key, Measurement]:
     return {
-        Key(entry.model, entry.subject, entry.quantity, setting_of(entry)): entry
+        Key(entry.model, entry.subject, entry.quantity, entry.setting): entry
         for entry in document.measurements
         if entry.values
     }

@@ -7,29 +7,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Final, NamedTuple
+from typing import Final
 
-from sdrt.benchmarks.document.document import QUANTITIES, Document, Measurement, Model
+from sdrt.benchmarks.document.document import QUANTITIES, Document, Measurement, Model, Setting
 
 # From fewer values the 99th percentile is little more than the slowest one under another name.
 VALUES_FOR_P99: Final = 100
 COLD_PARTS: Final = ("cold_start", "cold_import", "cold_load", "cold_image", "cold_save")
 NETWORKS: Final = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 REST: Final = "rest"
-
-
-class Setting(NamedTuple):
-    """Under which a quantity was measured: pixels, pictures drawn together, steps of the drawing."""
-
-    height: int
-    width: int
-    batch: int
-    steps: int
-
-
-def setting_of(entry: Measurement) -> Setting:
-    """The setting of a measurement."""
-    return Setting(entry.height, entry.width, entry.batch, entry.steps)
 
 
 def numbers(entry: Measurement) -> list[float]:
@@ -54,6 +40,11 @@ def percentile(values: Sequence[float], percent: float) -> float:
     if share == 0 or ordered[below] == ordered[below + 1]:
         return ordered[below]
     return ordered[below] + share * (ordered[below + 1] - ordered[below])
+
+
+def median_of(entry: Measurement) -> float:
+    """The median of its values."""
+    return percentile(numbers(entry), 50)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +90,7 @@ def typical(
 ) -> float | None:
     """The median of all values of a quantity at one setting, in its unit; None where it was not measured."""
     entry = find(document, model, subject, quantity, setting)
-    return None if entry is None else percentile(numbers(entry), 50)
+    return None if entry is None else median_of(entry)
 
 
 def find(
@@ -117,7 +108,7 @@ def main_setting(document: Document, model: Model, quantity: str) -> Setting | N
 
     Where nobody measured the quantity there, the setting of its first measurement; None without any.
     """
-    found = [setting_of(entry) for entry in document.select(quantity, model=model.name) if entry.values]
+    found = [entry.setting for entry in document.select(quantity, model=model.name) if entry.values]
     if not found:
         return None
     wanted = [Setting(*size, 1, model.steps) for size in model.sizes[:1]]
@@ -170,10 +161,10 @@ def ratios(document: Document, quantity: str | None = None, model: str | None = 
             or model not in (None, entry.model)
         ):
             continue
-        ours = find(document, entry.model, first, entry.quantity, setting_of(entry))
+        ours = find(document, entry.model, first, entry.quantity, entry.setting)
         values = () if ours is None else _pairs(ours, entry)
         if values:
-            found.append(Ratio(entry.model, entry.subject, entry.quantity, setting_of(entry), values))
+            found.append(Ratio(entry.model, entry.subject, entry.quantity, entry.setting, values))
     return found
 
 
@@ -198,8 +189,8 @@ def throughput(document: Document, model: Model, subject: str) -> dict[int, floa
     setting = main_setting(document, model, "image")
     found = {}
     for entry in document.select("image", model=model.name, subject=subject):
-        if setting and setting_of(entry)._replace(batch=setting.batch) == setting and entry.values:
-            seconds = percentile(numbers(entry), 50)
+        if setting and entry.setting._replace(batch=setting.batch) == setting and entry.values:
+            seconds = median_of(entry)
             found[entry.batch] = entry.batch / seconds if seconds else math.inf
     return dict(sorted(found.items()))
 
@@ -225,7 +216,7 @@ def unet_time(document: Document, model: str, subject: str, setting: Setting) ->
     found = [
         entry for entry in document.select("unet", model=model, subject=subject, **where) if entry.values
     ]
-    return percentile(numbers(found[0]), 50) if found else None
+    return median_of(found[0]) if found else None
 
 
 Parts = list[tuple[str, float]]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sdrt.benchmarks.document.document import Ceilings, Document, Measurement, Model, Work
-from sdrt.benchmarks.report.derive import NETWORKS, Setting, numbers, percentile, ratios, setting_of
+from sdrt.benchmarks.document.document import Ceilings, Document, Measurement, Model, Setting, Work
+from sdrt.benchmarks.report.derive import NETWORKS, median_of, percentile, ratios
 from sdrt.benchmarks.report.formatting import one
 
 # The probe is a fixed piece of work: on a quiet machine its times differ by one or two per cent.
@@ -55,73 +55,63 @@ def attainable(ceilings: Ceilings, intensity: float) -> float:
     return min(ceilings.flop_per_s, intensity * ceilings.bytes_per_s)
 
 
-def shares(document: Document, model: str | None = None) -> list[Share]:
-    """Of every network that was timed on the processor and whose work was counted at that setting.
+def ceilings_of(document: Document, device: str) -> Ceilings | None:
+    """The measured ones of a device; None without."""
+    found = (entry for entry in document.ceilings if entry.device == device)
+    return next((entry for entry in found if entry.flop_per_s and entry.bytes_per_s), None)
 
-    None without ceilings, and none of a subject on a GPU, whose limits are not measured.
+
+def shares(document: Document, model: str | None = None) -> list[Share]:
+    """Of every network that was timed, whose work was counted at that setting, and whose device has ceilings.
+
     Work is counted of what the quantity times: one call on all pictures, both halves where it is guided.
     """
-    if document.ceilings is None or not (document.ceilings.flop_per_s and document.ceilings.bytes_per_s):
-        return []
-    elsewhere = {subject.name for subject in document.subjects if subject.device != "cpu"}
-    return [
-        _share(document.ceilings, entry, work)
-        for entry in document.measurements
-        if entry.subject not in elsewhere
-        and entry.quantity in NETWORKS
-        and entry.values
-        and model in (None, entry.model)
-        for work in [_work_of(document, entry)]
-        if work is not None
-        and work.flop
-        and work.bytes_moved
-        and 0 < percentile(numbers(entry), 50) < math.inf
-    ]
+    devices = {subject.name: ceilings_of(document, subject.device) for subject in document.subjects}
+    found = []
+    for entry in document.measurements:
+        ceilings = devices.get(entry.subject, ceilings_of(document, "cpu"))
+        if ceilings and entry.quantity in NETWORKS and entry.values and model in (None, entry.model):
+            work = _work_of(document, entry)
+            if work is not None and work.flop and work.bytes_moved and 0 < median_of(entry) < math.inf:
+                found.append(_share(ceilings, entry, work))
+    return found
 
 
-def main_shares(document: Document, model: Model) -> list[Share]:
-    """Of the main size, one picture at a time."""
+def main_shares(document: Document, model: Model, device: str) -> list[Share]:
+    """Of the main size, one picture at a time, on one device."""
+    there = {subject.name for subject in document.subjects if subject.device == device}
     main = model.sizes[:1]
     return [
         share
         for share in shares(document, model.name)
-        if share.setting.batch == 1
+        if share.subject in there
+        and share.setting.batch == 1
         and (share.component == "text_encoder" or (share.setting.height, share.setting.width) in main)
     ]
 
 
 def _share(ceilings: Ceilings, entry: Measurement, work: Work) -> Share:
-    seconds = percentile(numbers(entry), 50)
-    intensity = work.flop / work.bytes_moved
-    limit = attainable(ceilings, intensity)
+    seconds, intensity = median_of(entry), work.flop / work.bytes_moved
+    speed, limit = work.flop / seconds, attainable(ceilings, intensity)
     return Share(
-        entry.model,
-        entry.subject,
-        entry.quantity,
-        setting_of(entry),
-        seconds,
-        work.flop / seconds,
-        work.bytes_moved / seconds,
-        intensity,
-        limit,
-        work.flop / seconds / limit,
+        *(entry.model, entry.subject, entry.quantity, entry.setting),
+        seconds=seconds,
+        flop_per_s=speed,
+        bytes_per_s=work.bytes_moved / seconds,
+        intensity=intensity,
+        attainable=limit,
+        share=speed / limit,
     )
 
 
 def _work_of(document: Document, entry: Measurement) -> Work | None:
     """The text encoder knows no pixels: for it the batch alone decides."""
-    return next(
-        (
-            work
-            for model in document.models
-            if model.name == entry.model
-            for work in model.work
-            if work.component == entry.quantity
-            and work.batch == entry.batch
-            and (entry.quantity == "text_encoder" or (work.height, work.width) == (entry.height, entry.width))
-        ),
-        None,
-    )
+    found = (work for model in document.models if model.name == entry.model for work in model.work)
+    for work in found:
+        same = entry.quantity == "text_encoder" or (work.height, work.width) == (entry.height, entry.width)
+        if same and work.component == entry.quantity and work.batch == entry.batch:
+            return work
+    return None
 
 
 def warnings(document: Document) -> list[str]:
@@ -167,11 +157,8 @@ def _devices(document: Document) -> Iterator[str]:
     labels: dict[str, list[str]] = {"cpu": [], "cuda": []}
     for subject in document.subjects:
         labels[subject.device].append(subject.label)
-    if labels["cuda"]:
-        yield (
-            f"The limits of the GPU are not measured: there are no shares of {', '.join(labels['cuda'])}. "
-            "`make gpu` measures them."
-        )
+    if labels["cuda"] and ceilings_of(document, "cuda") is None:
+        yield f"The limits of the GPU are not measured: there are no shares of {', '.join(labels['cuda'])}."
     if labels["cuda"] and labels["cpu"]:
         yield (
             f"{', '.join(labels['cuda'])} ran on the GPU and {', '.join(labels['cpu'])} on the processor: "

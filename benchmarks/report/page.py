@@ -14,11 +14,11 @@ from sdrt.benchmarks.report.formatting import factor_text, held_words, one, sett
 from sdrt.benchmarks.report.limits import warnings
 from sdrt.benchmarks.report.style import STYLE, SUBJECT_COLORS
 from sdrt.benchmarks.report.tables import (
-    PER_MODEL,
     Row,
     Table,
     failures,
     main_ratios,
+    of_model,
     overview,
     percentiles,
     subjects,
@@ -80,6 +80,7 @@ def _header(document: Document) -> Iterator[str]:
         f"{''.join(', ' + escape(gpu) for gpu in machine.gpus)}. {same * bool(peers)}</p>"
         f'<nav aria-label="Contents">{nav}</nav></header>'
     )
+    yield from (f'<p class="note">{escape(note)}</p>' for note in document.notes)
     found = warnings(document)
     if not document.measurements:
         found.append("Nothing was measured.")
@@ -99,7 +100,7 @@ def _model(document: Document, model: Model) -> str:
     if not subjects_of(document, model):
         content = ['<p class="note">Nothing was measured of this model.</p>']
     else:
-        tables = [table for make in PER_MODEL if (table := make(document, model)).rows]
+        tables = of_model(document, model)
         every = percentiles(document, model, every=True)
         content = [
             _headlines(document, model),
@@ -278,10 +279,9 @@ def _machine(document: Document) -> Table:
         Row("Python", (machine.python,)),
         Row("sdrt", (document.sdrt,)),
     ]
-    if document.ceilings:
-        ceilings = document.ceilings
+    for ceilings in document.ceilings:
         most = f"{one(ceilings.flop_per_s, 'flop/s')}, {one(ceilings.bytes_per_s, 'B/s')}: {ceilings.how}"
-        rows.append(Row("Ceilings", (most,)))
+        rows.append(Row("Ceilings" if ceilings.device == "cpu" else "Ceilings of the GPU", (most,)))
     if noise.probe_seconds:
         low, high = min(noise.probe_seconds), max(noise.probe_seconds)
         rows.append(

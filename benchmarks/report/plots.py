@@ -30,7 +30,7 @@ from sdrt.benchmarks.report.derive import (
 )
 from sdrt.benchmarks.report.formatting import one, scale, title
 from sdrt.benchmarks.report.growth import Growth, growth
-from sdrt.benchmarks.report.limits import attainable, main_shares
+from sdrt.benchmarks.report.limits import attainable, ceilings_of, main_shares
 from sdrt.benchmarks.report.style import SUBJECT_COLORS, VARIABLES
 
 WIDTH: Final = 360  # points, about as many as a phone has pixels, so that text keeps its size there
@@ -326,7 +326,8 @@ def fidelity(document: Document, model: Model) -> str | None:
 
 def roofline(document: Document, model: Model) -> str | None:
     """flop/s over flop/B, both logarithmic: the ceilings, and every subject's networks at the main size."""
-    found, ceilings = main_shares(document, model), document.ceilings
+    device = next((subject.device for subject in document.subjects), "cpu")
+    found, ceilings = main_shares(document, model, device), ceilings_of(document, device)
     if not found or ceilings is None:
         return None
     ridge = ceilings.flop_per_s / ceilings.bytes_per_s

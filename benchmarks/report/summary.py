@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from sdrt.benchmarks.document.document import Document, Model
 from sdrt.benchmarks.report.formatting import held_words, one, time_text
 from sdrt.benchmarks.report.limits import warnings
-from sdrt.benchmarks.report.tables import PER_MODEL, Table, failures, overview, subjects
+from sdrt.benchmarks.report.tables import Table, failures, of_model, overview, subjects
 
 
 def summary(document: Document) -> str:
@@ -17,7 +17,7 @@ def summary(document: Document) -> str:
     for model in document.models:
         parts += [f"## {_escape(model.name)}", _settings(model)]
         parts += [_table(overview(document, model), heading=False)]
-        parts += [_table(table) for make in PER_MODEL if (table := make(document, model)).rows]
+        parts += map(_table, of_model(document, model))
     if document.failures:
         parts += [_table(failures(document), level=2)]
     parts += [_table(subjects(document), level=2), "## Machine", *machine(document)]
@@ -29,6 +29,7 @@ def _head(document: Document) -> Iterator[str]:
     command = shlex.join(document.command)
     fence = "`" * max(3, 1 + max((len(run) for run in _runs(command)), default=0))
     yield f"{fence}sh\n{command}\n{fence}"
+    yield from map(_escape, document.notes)
     for warning in warnings(document):
         yield f"> **Warning.** {_escape(warning)}"
     if not document.measurements:
@@ -58,10 +59,10 @@ def machine(document: Document) -> Iterator[str]:
         f"{found.cpu}, {found.cores} cores, {one(found.memory_bytes, 'B')} of memory, {gpus}. "
         f"{found.system}. Python {found.python}."
     )
-    if document.ceilings:
+    for ceilings in document.ceilings:
         yield _escape(
-            f"At most {one(document.ceilings.flop_per_s, 'flop/s')} and "
-            f"{one(document.ceilings.bytes_per_s, 'B/s')}, measured in the same run: {document.ceilings.how}."
+            f"At most{' on the GPU' * (ceilings.device != 'cpu')} {one(ceilings.flop_per_s, 'flop/s')} and "
+            f"{one(ceilings.bytes_per_s, 'B/s')}, measured in the same run: {ceilings.how}."
         )
 
 

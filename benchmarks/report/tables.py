@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sdrt.benchmarks.document.document import QUANTITIES, Document, Model
+from sdrt.benchmarks.document.document import QUANTITIES, Document, Model, Profile
 from sdrt.benchmarks.report.derive import (
     NETWORKS,
     Ratio,
@@ -16,10 +16,9 @@ from sdrt.benchmarks.report.derive import (
     host_time_per_step,
     is_time,
     main_setting,
+    median_of,
     numbers,
-    percentile,
     ratios,
-    setting_of,
     throughput,
     typical,
     warm_parts,
@@ -167,7 +166,7 @@ def overview(document: Document, model: Model) -> Table:
     first = document.subjects[0].label if document.subjects else "ours"
     shown = " ".join(heading for heading, _ in columns)
     cold = "; a cold start is a fresh process to the first picture on disk" * ("Cold start" in shown)
-    faithful = " PSNR and latent error are against PyTorch in fp32." * ("PSNR" in shown)
+    faithful = f" PSNR and latent error are against {model.reference}." * ("PSNR" in shown)
     return Table(
         "Summary",
         f"Medians{cold}. "
@@ -236,14 +235,14 @@ def percentiles(document: Document, model: Model, *, every: bool = False) -> Tab
         entries = [
             entry
             for entry in document.select(quantity, model=model.name)
-            if entry.values and (every or setting_of(entry) == main)
+            if entry.values and (every or entry.setting == main)
         ]
-        for entry in sorted(entries, key=lambda entry: setting_of(entry)):
+        for entry in sorted(entries, key=lambda entry: entry.setting):
             spread = distribution(numbers(entry))
             unit = scale((spread.p50,), "s")
             cells = (unit.full(value) for value in (spread.p50, spread.p90, spread.p99, spread.mean))
             others = ("batch",) if quantity in NETWORKS else ("batch", "steps")
-            head = f"{title(quantity)}, {setting_text(setting_of(entry), others)}"
+            head = f"{title(quantity)}, {setting_text(entry.setting, others)}"
             rows.append(Row(head, (label(document, entry.subject), *cells, str(spread.count))))
     return Table(
         "Times under every setting" if every else "Times under the main setting",
@@ -300,10 +299,10 @@ def growths(document: Document, model: Model) -> Table:
 def step_costs(document: Document, model: Model) -> Table:
     """What an image costs whatever its steps, and each step: the straight line through the times by steps."""
     fits = {fit.subject: fit for fit in growth(document, "steps", model.name)}
-    unit = scale((value for fit in fits.values() for value in (fit.fixed, fit.each)), "s")
+    unit = scale((value for fit in fits.values() for value in fit.line), "s")
     columns: list[Column] = [
-        (f"fixed, {unit.unit}", {name: unit.show(fit.fixed) for name, fit in fits.items()}),
-        (f"each step, {unit.unit}", {name: unit.show(fit.each) for name, fit in fits.items()}),
+        (f"fixed, {unit.unit}", {name: unit.show(fit.line[1]) for name, fit in fits.items()}),
+        (f"each step, {unit.unit}", {name: unit.show(fit.line[0]) for name, fit in fits.items()}),
         ("steps", {name: ", ".join(str(x) for x, _ in fit.points) for name, fit in fits.items()}),
     ]
     return Table(
@@ -344,22 +343,62 @@ def limits(document: Document, model: Model) -> Table:
 def fidelity(document: Document, model: Model) -> Table:
     """Difference to the reference under every setting."""
     rows = []
-    settings = [setting_of(e) for q in ("psnr", "latent_error") for e in document.select(q, model=model.name)]
+    settings = [e.setting for q in ("psnr", "latent_error") for e in document.select(q, model=model.name)]
     for setting in sorted(set(settings)):
         for name in subjects_of(document, model):
             found = [find(document, model.name, name, key, setting) for key in ("psnr", "latent_error")]
-            values = [None if entry is None else percentile(numbers(entry), 50) for entry in found]
+            values = [None if entry is None else median_of(entry) for entry in found]
             if any(value is not None for value in values):
                 cells = (label(document, name), psnr_text(values[0]), latent_text(values[1]))
                 rows.append(Row(setting_text(setting), cells))
     return Table(
         "Fidelity",
-        "Against PyTorch in fp32 from the same latents: “equal” is the same picture in every pixel; 40 dB "
+        f"Against {model.reference} from the same latents: “equal” is the same picture in every pixel; 40 dB "
         "and more no eye tells apart.",
         ("Setting", "Subject", "PSNR, dB", "latent error"),
         tuple(rows),
         2,
     )
+
+
+def host_work(document: Document, model: Model) -> Table:
+    """What a step does on a GPU and on the host for it."""
+    found = [entry for entry in document.profiles if entry.model == model.name]
+    kinds = list(dict.fromkeys(kind for entry in found for kind in entry.host))
+    rows = tuple(
+        Row(
+            f"{label(document, entry.subject)}, batch {entry.batch}",
+            (
+                f"{entry.seconds * 1e3:.2f}",
+                f"{entry.launches:g}",
+                *(f"{entry.host[kind]:g}" if kind in entry.host else MISSING for kind in kinds),
+            ),
+        )
+        for entry in found
+    )
+    return Table(
+        "A step on the GPU",
+        "Profiled by PyTorch, which does not list the launch of a graph by the driver's own function: 0 "
+        "launches of the host are one that it does not see.",
+        ("Subject", "on the GPU, ms", "kernels and copies", *(f"host: {kind}" for kind in kinds)),
+        rows,
+    )
+
+
+def kernels(document: Document, profile: Profile) -> Table:
+    """Which kernels a step spends its time in, the longest first."""
+    rows = (
+        Row(entry.name, (f"{entry.seconds * 1e3:.3f}", f"{entry.launches:g}")) for entry in profile.kernels
+    )
+    caption = f"Kernels of a step: {label(document, profile.subject)}, batch {profile.batch}"
+    return Table(caption, "Those that take longest.", ("Kernel", "ms", "launches"), tuple(rows))
+
+
+def of_model(document: Document, model: Model) -> list[Table]:
+    """Every table of a model but the overview, without those that have no rows."""
+    found = [make(document, model) for make in PER_MODEL]
+    found += [kernels(document, entry) for entry in document.profiles if entry.model == model.name]
+    return [table for table in found if table.rows]
 
 
 def failures(document: Document) -> Table:
@@ -395,6 +434,7 @@ PER_MODEL: tuple[Callable[[Document, Model], Table], ...] = (
     speed,
     memory,
     fidelity,
+    host_work,
     step_costs,
     growths,
     limits,

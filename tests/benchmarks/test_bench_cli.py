@@ -182,7 +182,7 @@ def test_a_model_that_cannot_be_converted_is_a_row_after_ours(
         raise SdrtError("its exporter failed")
 
     monkeypatch.setattr("sdrt.benchmarks.peers.registry.is_installed", lambda _: True)
-    monkeypatch.setattr("sdrt.benchmarks.harness.plan_peers.prepared", refuse)
+    monkeypatch.setattr("sdrt.benchmarks.harness.plan.prepared", refuse)
     monkeypatch.setattr(measure, "measure_model", lambda *_: None)
     command = ["emoji", "--quick", "--quiet", "--peers", "openvino", "--only", "cold"]
     command += ["--backends", "onnxruntime-cpu", "--report", str(tmp_path)]
@@ -194,10 +194,10 @@ def test_a_model_that_cannot_be_converted_is_a_row_after_ours(
 
 
 def test_render_writes_a_report_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sdrt.benchmarks.document.document import write
+    from sdrt.benchmarks.document.document import to_json
     from sdrt.benchmarks.document.recorder import Recorder
 
-    write(Recorder(("sd-bench",)).document(complete=False), tmp_path / "old.json")
+    (tmp_path / "old.json").write_text(to_json(Recorder(("sd-bench",)).document(complete=False)))
     assert main(["render", str(tmp_path / "old.json"), "--report", str(tmp_path / "new")]) == 0
     assert (tmp_path / "new" / "index.html").is_file()
     assert main(["render", str(tmp_path / "none.json"), "--report", str(tmp_path / "new")]) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdrt.benchmarks.document.recorder import probe_seconds
+from sdrt.benchmarks.document.machine import probe_seconds
 from sdrt.benchmarks.harness.ceilings import (
     array_bytes,
     best_seconds,

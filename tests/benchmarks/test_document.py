@@ -18,7 +18,6 @@ from sdrt.benchmarks.document.document import (
     from_json,
     read,
     to_json,
-    write,
 )
 from sdrt.runtime.errors import UsageError
 
@@ -27,7 +26,7 @@ Change = Callable[[dict[str, Any]], object]
 
 def test_a_document_survives_json(tmp_path: Path) -> None:
     example = document()
-    write(example, tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(to_json(example))
     assert read(tmp_path / "report.json") == example
 
 

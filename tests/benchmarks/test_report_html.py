@@ -88,7 +88,7 @@ def variants() -> Iterator[Document]:
     yield example
     yield seven_subjects()
     ours = tuple(entry for entry in example.measurements if entry.subject == SUBJECTS[0].name)
-    yield replace(example, subjects=SUBJECTS[:1], measurements=ours, failures=(), ceilings=None)
+    yield replace(example, subjects=SUBJECTS[:1], measurements=ours, failures=(), ceilings=())
     yield replace(example, measurements=())
     yield replace(example, measurements=example.measurements[:1])
     yield replace(example, measurements=(replace(example.measurements[0], values=(), rounds=()),))
@@ -99,7 +99,7 @@ def variants() -> Iterator[Document]:
             replace(entry, values=odd[number % 3]) if len(entry.values) == 7 else entry
             for number, entry in enumerate(example.measurements)
         ),
-        ceilings=Ceilings(0, 0, ""),
+        ceilings=(Ceilings(0, 0, ""),),
     )
     yield small_document()
     yield replace(document_without_measurements(), subjects=(), complete=False)
