@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -38,6 +38,19 @@ from sdrt.benchmarks.report.growth import AXES, growth
 from sdrt.benchmarks.report.limits import shares
 
 GOOD_FIT: Final = 0.99
+# What a reader wants first, and whether the first subject's ratio to each other one stands beside it.
+OVERVIEW: Final = {
+    "cold_total": True,
+    "image": True,
+    "step": True,
+    "cold_peak_memory": False,
+    "psnr": False,
+    "latent_error": False,
+    "installed_size": False,
+}
+MEMORY: Final = ("cold_peak_memory", "cold_peak_anonymous", "peak_memory", "memory", "gpu_memory")
+Cells = Mapping[str, str]  # of one column, by subject
+Columns = list[tuple[str, Cells]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,59 +103,70 @@ def subjects_of(document: Document, model: Model) -> list[str]:
 def main_ratios(document: Document, model: Model, quantity: str) -> dict[str, Ratio]:
     """By subject, the first one's ratio to it at the quantity's main setting."""
     setting = main_setting(document, model, quantity)
-    return {
-        entry.subject: entry for entry in ratios(document, quantity, model.name) if entry.setting == setting
-    }
+    found = ratios(document, quantity, model.name)
+    return {entry.subject: entry for entry in found if entry.setting == setting}
 
 
-Column = tuple[str, dict[str, str]]  # heading, and the cell of each subject
-
-
-def _times(document: Document, model: Model, quantity: str, names: Sequence[str]) -> list[Column]:
-    """The median and, where there is one, the first subject's ratio to it."""
-    found = _medians(document, model, quantity, names)
-    if not found:
-        return []
-    unit = quantity_scale(quantity, found.values())
-    compared = main_ratios(document, model, quantity)
-    heading = f"{title(quantity)}, {unit.unit}"
-    columns = [(heading, {name: unit.show(value) for name, value in found.items()})]
-    if compared:
-        columns.append(("ours ÷ it", {name: ratio_text(ratio) for name, ratio in compared.items()}))
-    return columns
-
-
-def _plain(document: Document, model: Model, quantity: str, names: Sequence[str]) -> list[Column]:
-    """One column: the median."""
-    found = _medians(document, model, quantity, names)
-    if not found:
-        return []
-    if quantity == "psnr":
-        return [("PSNR, dB", {name: psnr_text(value) for name, value in found.items()})]
-    if quantity == "latent_error":
-        return [("Latent error", {name: latent_text(value) for name, value in found.items()})]
-    unit = quantity_scale(quantity, found.values())
-    return [(f"{title(quantity)}, {unit.unit}", {name: unit.show(value) for name, value in found.items()})]
-
-
-def _medians(document: Document, model: Model, quantity: str, names: Sequence[str]) -> dict[str, float]:
+def _medians(document: Document, model: Model, quantity: str) -> dict[str, float]:
     setting = main_setting(document, model, quantity)
+    names = subjects_of(document, model)
     found = {name: typical(document, model.name, name, quantity, setting) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _rows(
-    document: Document, model: Model, names: Sequence[str], columns: Sequence[Column]
-) -> tuple[Row, ...]:
-    """One per subject; of one without any cell its first error."""
+def _column(document: Document, model: Model, quantity: str, *, compared: bool = False) -> Columns:
+    """The medians of a quantity at its main setting, and the ratios to the first subject's; none without."""
+    found = _medians(document, model, quantity)
+    if not found:
+        return []
+    unit = quantity_scale(quantity, found.values())
+    show: Callable[[float], str] = {"psnr": psnr_text, "latent_error": latent_text}.get(quantity, unit.show)
+    heading = ", ".join(filter(None, (title(quantity), unit.unit)))
+    columns: Columns = [(heading, {name: show(value) for name, value in found.items()})]
+    if compared and (ours := main_ratios(document, model, quantity)):
+        columns.append(("ours ÷ it", {name: ratio_text(ratio) for name, ratio in ours.items()}))
+    return columns
+
+
+def _by_subject(document: Document, model: Model, caption: str, note: str, columns: Columns) -> Table:
+    """A row for each subject that has a cell; failures have their own table."""
+    rows = tuple(
+        Row(label(document, name), tuple(cells.get(name, MISSING) for _, cells in columns))
+        for name in subjects_of(document, model)
+        if any(name in cells for _, cells in columns)
+    )
+    return Table(caption, note, ("Subject", *(heading for heading, _ in columns)), rows)
+
+
+def _values(values: Mapping[str, float | None], unit: str, heading: str) -> Columns:
+    """A column of values in a unit of `scale`, without those that are None; none without any."""
+    known = {name: value for name, value in values.items() if value is not None}
+    shown = scale(known.values(), unit)
+    named = ", ".join(filter(None, (heading, shown.unit)))
+    return [(named, {name: shown.show(value) for name, value in known.items()})] if known else []
+
+
+def overview(document: Document, model: Model) -> Table:
+    """What a reader wants first: every subject in one row; of one without any cell its first error."""
+    columns: Columns = []
+    for quantity, compared in OVERVIEW.items():
+        columns += _column(document, model, quantity, compared=compared)
     rows = []
-    for name in names:
-        cells = tuple(column.get(name, MISSING) for _, column in columns)
-        row = Row(label(document, name), cells)
-        if all(cell == MISSING for cell in cells):
+    for name in subjects_of(document, model):
+        row = Row(label(document, name), tuple(cells.get(name, MISSING) for _, cells in columns))
+        if all(cell == MISSING for cell in row.cells):
             row = replace(row, cells=(), error=_error(document, model, name))
         rows.append(row)
-    return tuple(rows)
+    first = document.subjects[0].label if document.subjects else "ours"
+    shown = " ".join(heading for heading, _ in columns)
+    cold = "; a cold start is a fresh process to the first picture on disk" * ("Cold start" in shown)
+    faithful = f" PSNR and latent error are against {model.reference}." * ("PSNR" in shown)
+    note = (
+        f"Medians{cold}. “ours ÷ it” is {first} over the row's subject, paired within each round: the median "
+        f"and, in brackets, the middle half of the rounds; below 1, ours needs less.{faithful}"
+    )
+    headings = tuple(heading for heading, _ in columns) or ("Result",)
+    return Table("Summary", note, ("Subject", *headings), tuple(rows))
 
 
 def _error(document: Document, model: Model, name: str) -> str:
@@ -151,93 +175,44 @@ def _error(document: Document, model: Model, name: str) -> str:
     return "none of this was measured" if failure is None else f"failed, {failure.stage}: {failure.error}"
 
 
-def overview(document: Document, model: Model) -> Table:
-    """What a reader wants first: every subject in one row."""
-    names = subjects_of(document, model)
-    columns = [
-        *_times(document, model, "cold_total", names),
-        *_times(document, model, "image", names),
-        *_times(document, model, "step", names),
-        *_plain(document, model, "cold_peak_memory", names),
-        *_plain(document, model, "psnr", names),
-        *_plain(document, model, "latent_error", names),
-        *_plain(document, model, "installed_size", names),
-    ]
-    first = document.subjects[0].label if document.subjects else "ours"
-    shown = " ".join(heading for heading, _ in columns)
-    cold = "; a cold start is a fresh process to the first picture on disk" * ("Cold start" in shown)
-    faithful = f" PSNR and latent error are against {model.reference}." * ("PSNR" in shown)
-    return Table(
-        "Summary",
-        f"Medians{cold}. "
-        f"“ours ÷ it” is {first} over the row's subject, paired within each round: the median and, "
-        f"in brackets, the middle half of the rounds; below 1, ours needs less.{faithful}",
-        ("Subject", *(heading for heading, _ in columns or [("Result", {})])),
-        _rows(document, model, names, columns),
-    )
-
-
 def memory(document: Document, model: Model) -> Table:
     """Memory in all its measures, and beside the weights."""
-    names = subjects_of(document, model)
-    measures = ("cold_peak_memory", "cold_peak_anonymous", "peak_memory", "memory", "gpu_memory")
-    columns = [column for name in measures for column in _plain(document, model, name, names)]
-    any_on_gpu = bool(_medians(document, model, "gpu_memory", names))
-    peak = _medians(document, model, "cold_peak_memory", names)
+    columns = [column for quantity in MEMORY for column in _column(document, model, quantity)]
+    peak = _medians(document, model, "cold_peak_memory")
     if peak and model.weights_bytes:
         beside = {name: factor_text(value / model.weights_bytes) for name, value in peak.items()}
         columns.append(("Peak ÷ weights", beside))
     own = "; “its own” leaves out what the system can drop. The weights are counted in fp32" * bool(peak)
-    return Table(
-        "Memory",
-        f"Peaks count mapped files, too{own}."
-        + " GPU memory is what nvidia-smi counts beside it, the CUDA context included." * any_on_gpu,
-        ("Subject", *(heading for heading, _ in columns)),
-        _measured_rows(document, names, columns),
-    )
-
-
-def _measured_rows(document: Document, names: Sequence[str], columns: Sequence[Column]) -> tuple[Row, ...]:
-    """One per subject that has a cell; failures have their own table."""
-    return tuple(
-        Row(label(document, name), tuple(column.get(name, MISSING) for _, column in columns))
-        for name in names
-        if any(name in column for _, column in columns)
-    )
+    on_gpu = " GPU memory is what nvidia-smi counts beside it, the CUDA context included."
+    any_on_gpu = bool(_medians(document, model, "gpu_memory"))
+    note = f"Peaks count mapped files, too{own}.{on_gpu * any_on_gpu}"
+    return _by_subject(document, model, "Memory", note, columns)
 
 
 def parts(document: Document, model: Model, *, cold: bool) -> Table:
     """The parts of a cold start, or the stages of a warm image."""
-    names = subjects_of(document, model)
     split = cold_parts if cold else warm_parts
-    found = {name: dict(split(document, model, name)) for name in names}
-    kinds = list(dict.fromkeys(part for entry in found.values() for part in entry))
-    kinds = [part for part in kinds if part != "rest"] + ["rest"] * ("rest" in kinds)
+    found = {name: dict(split(document, model, name)) for name in subjects_of(document, model)}
+    kinds = sorted({part: 0 for entry in found.values() for part in entry}, key=lambda part: part == "rest")
     unit = scale((sum(entry.values()) or None for entry in found.values()), "s").finer()
-    columns: list[Column] = [
+    columns: Columns = [
         (title(part), {name: unit.show(entry[part]) for name, entry in found.items() if part in entry})
         for part in kinds
     ]
     caption = "Parts of a cold start" if cold else "Stages of a warm image"
     note = f"Medians in {unit.unit}; the rest is what the whole takes beyond its parts."
-    return Table(
-        caption, note, ("Subject", *(h for h, _ in columns)), _measured_rows(document, names, columns)
-    )
+    return _by_subject(document, model, caption, note, columns)
 
 
 def percentiles(document: Document, model: Model, *, every: bool = False) -> Table:
     """p50, p90 and p99 of every time, under the main setting or under every one."""
     rows = []
-    for quantity in QUANTITIES:
-        if not is_time(quantity):
-            continue
+    for quantity in filter(is_time, QUANTITIES):
         main = main_setting(document, model, quantity)
-        entries = [
-            entry
-            for entry in document.select(quantity, model=model.name)
-            if entry.values and (every or entry.setting == main)
-        ]
-        for entry in sorted(entries, key=lambda entry: entry.setting):
+        found = [entry for entry in document.select(quantity, model=model.name) if entry.values]
+        for entry in sorted(found, key=lambda entry: entry.setting):
+            if not every and entry.setting != main:
+                continue
             spread = distribution(numbers(entry))
             unit = scale((spread.p50,), "s")
             cells = (unit.full(value) for value in (spread.p50, spread.p90, spread.p99, spread.mean))
@@ -258,131 +233,126 @@ def speed(document: Document, model: Model) -> Table:
     names = subjects_of(document, model)
     found = {name: throughput(document, model, name) for name in names}
     unit = scale((value for entry in found.values() for value in entry.values()), "1")
-    columns: list[Column] = []
-    for batch in sorted({batch for entry in found.values() for batch in entry}):
-        cells = {name: unit.show(entry[batch]) for name, entry in found.items() if batch in entry}
-        columns.append((f"images/s, batch {batch}", cells))
-    setting = main_setting(document, model, "step")
-    if setting:
+    columns: Columns = [
+        (
+            f"images/s, batch {batch}",
+            {name: unit.show(entry[batch]) for name, entry in found.items() if batch in entry},
+        )
+        for batch in sorted({batch for entry in found.values() for batch in entry})
+    ]
+    if setting := main_setting(document, model, "step"):
         host = {name: host_time_per_step(document, model.name, name, setting) for name in names}
-        known = {name: value for name, value in host.items() if value is not None}
-        unit = scale(known.values(), "s")
-        if known:
-            cells = {name: unit.show(value) for name, value in known.items()}
-            columns.append((f"host per step, {unit.unit}", cells))
-    return Table(
-        "Throughput and host time",
-        "Host time is the median step less the median evaluation of the U-Net; below 0 it is noise.",
-        ("Subject", *(heading for heading, _ in columns)),
-        _measured_rows(document, names, columns),
-    )
+        columns += _values(host, "s", "host per step")
+    note = "Host time is the median step less the median evaluation of the U-Net; below 0 it is noise."
+    return _by_subject(document, model, "Throughput and host time", note, columns)
 
 
 def growths(document: Document, model: Model) -> Table:
     """The fitted exponents, a column for each subject."""
     fits = [fit for axis in AXES for fit in growth(document, axis, model.name)]
-    names = [name for name in subjects_of(document, model) if any(fit.subject == name for fit in fits)]
-    cells: dict[str, dict[str, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
     for fit in fits:
         r_squared = f" (R² {fit.r_squared:.2f})" if fit.r_squared < GOOD_FIT else ""
-        row = cells.setdefault(f"{title(fit.quantity)} by {fit.axis}", {})
+        row = cells.setdefault((f"{title(fit.quantity)} by {fit.axis}",), {})
         row.setdefault(fit.subject, f"{fit.exponent:.2f}{r_squared}")
-    return Table(
-        "How time grows",
+    note = (
         "Exponent e of time = c · setting^e, fitted to the medians: 1 is proportional, 0 does not grow. R² "
-        f"where it is below {GOOD_FIT}.",
-        ("What by what", *(label(document, name) for name in names)),
-        tuple(Row(head, tuple(row.get(name, MISSING) for name in names)) for head, row in cells.items()),
+        f"where it is below {GOOD_FIT}."
     )
+    return _across_subjects(document, model, "How time grows", note, ("What by what",), cells)
+
+
+def _across_subjects(
+    document: Document,
+    model: Model,
+    caption: str,
+    note: str,
+    headings: tuple[str, ...],
+    cells: Mapping[tuple[str, ...], Cells],
+) -> Table:
+    """A column for each subject; ``cells`` are by what stands before them in a row."""
+    names = [name for name in subjects_of(document, model) if any(name in row for row in cells.values())]
+    rows = (
+        Row(head[0], (*head[1:], *(row.get(name, MISSING) for name in names))) for head, row in cells.items()
+    )
+    return Table(caption, note, (*headings, *(label(document, name) for name in names)), tuple(rows))
 
 
 def step_costs(document: Document, model: Model) -> Table:
     """What an image costs whatever its steps, and each step: the straight line through the times by steps."""
     fits = {fit.subject: fit for fit in growth(document, "steps", model.name)}
     unit = scale((value for fit in fits.values() for value in fit.line), "s")
-    columns: list[Column] = [
+    columns: Columns = [
         (f"fixed, {unit.unit}", {name: unit.show(fit.line[1]) for name, fit in fits.items()}),
         (f"each step, {unit.unit}", {name: unit.show(fit.line[0]) for name, fit in fits.items()}),
         ("steps", {name: ", ".join(str(x) for x, _ in fit.points) for name, fit in fits.items()}),
     ]
-    return Table(
-        "Cost of an image by steps",
+    note = (
         "A straight line through the medians by least squares: what an image costs without steps, and each "
-        "step.",
-        ("Subject", *(heading for heading, _ in columns)),
-        _measured_rows(document, subjects_of(document, model), columns),
+        "step."
     )
+    return _by_subject(document, model, "Cost of an image by steps", note, columns)
 
 
 def limits(document: Document, model: Model) -> Table:
     """What share of the attainable speed each network reaches, a column for each subject."""
     found = sorted(shares(document, model.name), key=lambda s: (NETWORKS.index(s.component), s.setting))
-    names = [name for name in subjects_of(document, model) if any(share.subject == name for share in found)]
     unit = scale((share.attainable for share in found), "flop/s")
     bandwidth = scale((share.bytes_per_s for share in found), "B/s")
-    heads: dict[str, tuple[str, str]] = {}
-    cells: dict[str, dict[str, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
     for share in found:
         head = f"{title(share.component)}, {setting_text(share.setting, ('batch',))}"
-        heads[head] = (f"{share.intensity:.1f}", f"{share.attainable / unit.factor:.0f}")
+        row = cells.setdefault((head, f"{share.intensity:.1f}", f"{share.attainable / unit.factor:.0f}"), {})
         speeds = f"{share.flop_per_s / unit.factor:.1f}, {share.bytes_per_s / bandwidth.factor:.2f}"
-        cells.setdefault(head, {})[share.subject] = f"{share.share:.0%} ({speeds})"
-    return Table(
-        "Share of the machine's limit",
+        row[share.subject] = f"{share.share:.0%} ({speeds})"
+    note = (
         "Of the attainable speed: the lower of the measured peak and intensity times measured bandwidth. In "
         f"brackets {unit.unit} and {bandwidth.unit}: operations and bytes counted from the graph, over the "
-        "median time.",
-        ("Network", "flop/B", f"attainable, {unit.unit}", *(label(document, name) for name in names)),
-        tuple(
-            Row(head, (*heads[head], *(row.get(name, MISSING) for name in names)))
-            for head, row in cells.items()
-        ),
+        "median time."
     )
+    headings = ("Network", "flop/B", f"attainable, {unit.unit}")
+    return _across_subjects(document, model, "Share of the machine's limit", note, headings, cells)
 
 
 def fidelity(document: Document, model: Model) -> Table:
     """Difference to the reference under every setting."""
+    measures = {"psnr": psnr_text, "latent_error": latent_text}
+    settings = {entry.setting for name in measures for entry in document.select(name, model=model.name)}
     rows = []
-    settings = [e.setting for q in ("psnr", "latent_error") for e in document.select(q, model=model.name)]
-    for setting in sorted(set(settings)):
+    for setting in sorted(settings):
         for name in subjects_of(document, model):
-            found = [find(document, model.name, name, key, setting) for key in ("psnr", "latent_error")]
-            values = [None if entry is None else median_of(entry) for entry in found]
-            if any(value is not None for value in values):
-                cells = (label(document, name), psnr_text(values[0]), latent_text(values[1]))
-                rows.append(Row(setting_text(setting), cells))
-    return Table(
-        "Fidelity",
+            found = [find(document, model.name, name, key, setting) for key in measures]
+            if any(found):
+                values = (None if entry is None else median_of(entry) for entry in found)
+                cells = (show(value) for show, value in zip(measures.values(), values, strict=True))
+                rows.append(Row(setting_text(setting), (label(document, name), *cells)))
+    note = (
         f"Against {model.reference} from the same latents: “equal” is the same picture in every pixel; 40 dB "
-        "and more no eye tells apart.",
-        ("Setting", "Subject", "PSNR, dB", "latent error"),
-        tuple(rows),
-        2,
+        "and more no eye tells apart."
     )
+    return Table("Fidelity", note, ("Setting", "Subject", "PSNR, dB", "latent error"), tuple(rows), 2)
 
 
 def host_work(document: Document, model: Model) -> Table:
     """What a step does on a GPU and on the host for it."""
     found = [entry for entry in document.profiles if entry.model == model.name]
     kinds = list(dict.fromkeys(kind for entry in found for kind in entry.host))
-    rows = tuple(
+    rows = (
         Row(
             f"{label(document, entry.subject)}, batch {entry.batch}",
             (
-                f"{entry.seconds * 1e3:.2f}",
-                f"{entry.launches:g}",
+                *(f"{entry.seconds * 1e3:.2f}", f"{entry.launches:g}"),
                 *(f"{entry.host[kind]:g}" if kind in entry.host else MISSING for kind in kinds),
             ),
         )
         for entry in found
     )
-    return Table(
-        "A step on the GPU",
+    note = (
         "Profiled by PyTorch, which does not list the launch of a graph by the driver's own function: 0 "
-        "launches of the host are one that it does not see.",
-        ("Subject", "on the GPU, ms", "kernels and copies", *(f"host: {kind}" for kind in kinds)),
-        rows,
+        "launches of the host are one that it does not see."
     )
+    columns = ("Subject", "on the GPU, ms", "kernels and copies", *(f"host: {kind}" for kind in kinds))
+    return Table("A step on the GPU", note, columns, tuple(rows))
 
 
 def kernels(document: Document, profile: Profile) -> Table:
@@ -396,7 +366,18 @@ def kernels(document: Document, profile: Profile) -> Table:
 
 def of_model(document: Document, model: Model) -> list[Table]:
     """Every table of a model but the overview, without those that have no rows."""
-    found = [make(document, model) for make in PER_MODEL]
+    made: Iterable[Callable[[Document, Model], Table]] = (
+        speed,
+        memory,
+        fidelity,
+        host_work,
+        step_costs,
+        growths,
+        limits,
+        percentiles,
+    )
+    found = [parts(document, model, cold=cold) for cold in (True, False)]
+    found += [make(document, model) for make in made]
     found += [kernels(document, entry) for entry in document.profiles if entry.model == model.name]
     return [table for table in found if table.rows]
 
@@ -413,30 +394,9 @@ def failures(document: Document) -> Table:
 
 def subjects(document: Document) -> Table:
     """Labels, versions and what differs."""
-    rows = tuple(
-        Row(
-            entry.label,
-            (
-                entry.name,
-                ", ".join(f"{name} {version}" for name, version in entry.versions.items()) or MISSING,
-                " ".join(entry.notes) or MISSING,
-            ),
-        )
-        for entry in document.subjects
-    )
+    rows = []
+    for entry in document.subjects:
+        versions = ", ".join(f"{name} {version}" for name, version in entry.versions.items())
+        rows.append(Row(entry.label, (entry.name, versions or MISSING, " ".join(entry.notes) or MISSING)))
     note = "The first one is ours, which the ratios compare with each other one."
-    return Table("Subjects", note, ("Subject", "Name", "Versions", "What differs"), rows, 4)
-
-
-PER_MODEL: tuple[Callable[[Document, Model], Table], ...] = (
-    lambda document, model: parts(document, model, cold=True),
-    lambda document, model: parts(document, model, cold=False),
-    speed,
-    memory,
-    fidelity,
-    host_work,
-    step_costs,
-    growths,
-    limits,
-    percentiles,
-)
+    return Table("Subjects", note, ("Subject", "Name", "Versions", "What differs"), tuple(rows), 4)
