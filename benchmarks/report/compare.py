@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from sdrt.benchmarks.document.document import QUANTITIES, Document, Measurement, read
-from sdrt.benchmarks.report.derive import Setting, is_time, numbers, percentile
+from sdrt.benchmarks.document.document import QUANTITIES, Document, Measurement, Setting, read
+from sdrt.benchmarks.report.derive import is_time, median_of, numbers, percentile
 from sdrt.benchmarks.report.formatting import factor_text, latent_text, one, psnr_text, setting_text
 from sdrt.benchmarks.report.limits import warnings as doubts
 from sdrt.runtime.errors import UsageError
@@ -28,6 +28,8 @@ THRESHOLD: Final = 1.10
 FEWEST_VALUES: Final = 3
 ROUNDING: Final = 1 / (255 * math.sqrt(12))  # root mean square of rounding to 8 bits, of the picture's range
 WORSE, UNCERTAIN, BETTER, SAME = "worse", "uncertain", "better", "same"
+OF_MACHINE: Final = ("cpu", "cores", "memory_bytes", "system", "python", "gpus")
+OF_MODEL: Final = ("source", "sampler", "guidance_scale", "prompt", "threads", "weights_bytes", "reference")
 
 
 class Key(NamedTuple):
@@ -37,6 +39,9 @@ class Key(NamedTuple):
     subject: str
     quantity: str
     setting: Setting
+
+    def __str__(self) -> str:
+        return f"{self.model}: {self.subject}, {self.quantity} at {setting_text(self.setting)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class Comparison:
 
     Attributes:
         changes: Of all that is in both, the largest ratio first.
-        only_before: In A alone, with the error of B where there is one.
+        only_before: In A alone.
         only_after: In B alone.
         broken: Subjects and models that A measured and B failed at.
         cautions: What makes the comparison doubtful.
@@ -94,44 +99,40 @@ def compare(before: Document, after: Document, threshold: float = THRESHOLD) -> 
             f"the threshold is {threshold:g}, and a ratio above 1 is needed: 1.10 allows 10 % more"
         )
     old, new = _measured(before), _measured(after)
-    changes = [_change(key, old[key], new[key], threshold) for key in old if key in new]
+    changes = (_change(key, old[key], new[key], threshold) for key in old if key in new)
     return Comparison(
         tuple(sorted(changes, key=lambda change: -change.ratio)),
-        tuple(map(_name, (key for key in old if key not in new))),
-        tuple(map(_name, (key for key in new if key not in old))),
+        tuple(str(key) for key in old if key not in new),
+        tuple(str(key) for key in new if key not in old),
         tuple(_broken(before, after)),
         tuple(_cautions(before, after)),
     )
 
 
 def _measured(document: Document) -> dict[Key, Measurement]:
-    return {
-        Key(entry.model, entry.subject, entry.quantity, entry.setting): entry
-        for entry in document.measurements
-        if entry.values
-    }
+    entries = (entry for entry in document.measurements if entry.values)
+    return {Key(entry.model, entry.subject, entry.quantity, entry.setting): entry for entry in entries}
 
 
 def _change(key: Key, before: Measurement, after: Measurement, threshold: float) -> Change:
-    old, new = numbers(before), numbers(after)
-    old_cost, new_cost = _costs(key.quantity, old), _costs(key.quantity, new)
-    a, b = percentile(old_cost, 50), percentile(new_cost, 50)
+    old, new = _costs(before), _costs(after)
+    a, b = percentile(old, 50), percentile(new, 50)
     ratio = b / a if a else (1.0 if b == 0 else math.inf)
     verdict = SAME
     if ratio > threshold:
-        verdict = WORSE if _apart(key.quantity, old_cost, new_cost) else UNCERTAIN
+        verdict = WORSE if _apart(key.quantity, old, new) else UNCERTAIN
     elif ratio < 1 / threshold:
-        verdict = BETTER if _apart(key.quantity, new_cost, old_cost) else UNCERTAIN
-    return Change(key, percentile(old, 50), percentile(new, 50), ratio, verdict)
+        verdict = BETTER if _apart(key.quantity, new, old) else UNCERTAIN
+    return Change(key, median_of(before), median_of(after), ratio, verdict)
 
 
-def _costs(quantity: str, values: list[float]) -> list[float]:
+def _costs(entry: Measurement) -> list[float]:
     """Numbers of which less is better, and whose ratios can be compared."""
-    if quantity == "psnr":
-        return [max(ROUNDING, 10 ** (-value / 20)) for value in values]
-    if quantity == "latent_error":
-        return [max(ROUNDING, value) for value in values]
-    return values
+    values = numbers(entry)
+    if entry.quantity == "psnr":
+        values = [10 ** (-value / 20) for value in values]
+    faithful = entry.quantity in ("psnr", "latent_error")
+    return [max(ROUNDING, value) for value in values] if faithful else values
 
 
 def _apart(quantity: str, less: list[float], more: list[float]) -> bool:
@@ -139,10 +140,6 @@ def _apart(quantity: str, less: list[float], more: list[float]) -> bool:
     if is_time(quantity) and min(len(less), len(more)) < FEWEST_VALUES:
         return False
     return percentile(more, 25) > percentile(less, 75)
-
-
-def _name(key: Key) -> str:
-    return f"{key.model}: {key.subject}, {key.quantity} at {setting_text(key.setting)}"
 
 
 def _broken(before: Document, after: Document) -> Iterator[str]:
@@ -156,11 +153,16 @@ def _broken(before: Document, after: Document) -> Iterator[str]:
 
 
 def _cautions(before: Document, after: Document) -> Iterator[str]:
-    for what in ("cpu", "cores", "memory_bytes", "system", "python", "gpus"):
+    for what in OF_MACHINE:
         a, b = getattr(before.machine, what), getattr(after.machine, what)
         if a != b:
             yield f"the machines differ in {what}: {a} and {b}"
-    yield from _models_differ(before, after)
+    models = {model.name: model for model in before.models}
+    for model in after.models:
+        for what in OF_MODEL:
+            a, b = getattr(models.get(model.name, model), what), getattr(model, what)
+            if a != b:
+                yield f"{model.name}: {what} {a} became {b}"
     versions = {entry.name: entry.versions for entry in before.subjects}
     for entry in after.subjects:
         known = versions.get(entry.name, entry.versions)
@@ -170,16 +172,6 @@ def _cautions(before: Document, after: Document) -> Iterator[str]:
                 yield f"{entry.name}: {package} {a} became {b}"
     for name, document in (("A", before), ("B", after)):
         yield from (f"{name}: {doubt}" for doubt in doubts(document))
-
-
-def _models_differ(before: Document, after: Document) -> Iterator[str]:
-    models = {model.name: model for model in before.models}
-    for model in after.models:
-        known = models.get(model.name, model)
-        for what in ("source", "sampler", "guidance_scale", "prompt", "threads", "weights_bytes"):
-            a, b = getattr(known, what), getattr(model, what)
-            if a != b:
-                yield f"{model.name}: {what} {a} became {b}"
 
 
 def text(comparison: Comparison, threshold: float = THRESHOLD) -> str:
@@ -201,19 +193,15 @@ def text(comparison: Comparison, threshold: float = THRESHOLD) -> str:
 def _aligned(changes: tuple[Change, ...]) -> list[str]:
     rows: list[tuple[str, ...]] = [("verdict", "B/A", "A", "B", "quantity", "subject", "model", "setting")]
     for change in changes:
-        key = change.key
-        values = (_value(key.quantity, value) for value in (change.before, change.after))
-        where = (key.quantity, key.subject, key.model, setting_text(key.setting))
+        model, subject, quantity, setting = change.key
+        values = (_value(quantity, value) for value in (change.before, change.after))
+        where = (quantity, subject, model, setting_text(setting))
         rows.append((change.verdict, factor_text(change.ratio), *values, *where))
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    right = range(1, 4)
-    return [
-        "  ".join(
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    template = "  ".join(
+        f"{{:{'>' if 1 <= index <= 3 else '<'}{width}}}" for index, width in enumerate(widths)
+    )
+    return [template.format(*row).rstrip() for row in rows]
 
 
 def _value(quantity: str, value: float) -> str:
