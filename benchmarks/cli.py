@@ -44,11 +44,11 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> None:
         raise SdrtError(f"{error}: pip install 'sdrt[bench]'") from error
     from sdrt.benchmarks.report.summary import summary
 
-    def write(document: Document) -> None:
+    def write(document: Document, last: bool) -> None:
         if arguments.report is not None:
             from sdrt.benchmarks.report.writing import write_report
 
-            write_report(document, arguments.report)
+            write_report(document, arguments.report, with_page=last)  # drawing it takes a second
 
     with unwinding():  # what was measured is kept, and programs that were started are ended
         recorder = measure(arguments, ["sd-bench", *words], write, InterruptedRunError)
@@ -56,7 +56,8 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> None:
     if not document.measurements and document.failures:
         first = document.failures[0]
         raise SdrtError(f"nothing could be measured: {first.subject}: {first.stage}: {first.error}")
-    put(summary(document).rstrip("\n"))
+    for line in summary(document).splitlines():
+        put(line)
 
 
 def _compare(words: list[str]) -> int:

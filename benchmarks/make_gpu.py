@@ -106,7 +106,7 @@ class GpuRun:
             for child in exports.values():
                 child.kill()
         self.document = replace(self.document, complete=True)
-        self.write()
+        write_report(self.document, self.report)
         return tests is not None and tests.status == 0
 
     def left(self) -> float:
@@ -180,7 +180,7 @@ class GpuRun:
 
     def write(self) -> None:
         """The report as it stands."""
-        write_report(self.document, self.report)
+        write_report(self.document, self.report, with_page=False)
 
 
 def renamed(document: Document, title: str) -> Document:

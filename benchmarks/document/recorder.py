@@ -34,12 +34,12 @@ class Recorder:
         profiles: Of steps on a GPU.
     """
 
-    def __init__(self, command: Sequence[str], write: Callable[[Document], None] = lambda _: None) -> None:
+    def __init__(self, command: Sequence[str], write: Callable[[Document, bool], None] | None = None) -> None:
         """Begin a report.
 
         Args:
             command: The words of the command.
-            write: What `save` does with the document.
+            write: What `save` does with the document, and whether it is the last one.
         """
         self.ceilings: dict[str, Ceilings] = {}
         self.profiles: list[Profile] = []
@@ -135,6 +135,7 @@ class Recorder:
             failures=tuple(self._failures),
         )
 
-    def save(self, *, complete: bool = False) -> None:
+    def save(self, *, complete: bool = False, last: bool = False) -> None:
         """Write the report as it stands, where one was asked for."""
-        self._write(self.document(complete=complete))
+        if self._write is not None:
+            self._write(self.document(complete=complete), last or complete)

@@ -101,7 +101,7 @@ def exporter_digest(root: Path) -> str:
         root: See `package_root`.
     """
     sources = [*(root / "export").rglob("*.py"), *(root / "export" / "data").rglob("*")]
-    sources += [root / "runtime" / name for name in RUNTIME_SOURCES]
+    sources += [file for name in RUNTIME_SOURCES for file in (root / "runtime").rglob(name)]
     digest = hashlib.sha256()
     for file in sorted(file for file in sources if file.is_file() and "__pycache__" not in file.parts):
         digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode())

@@ -42,7 +42,7 @@ CEILINGS_SECONDS: Final = 600.0
 def measure(
     arguments: argparse.Namespace,
     command: Sequence[str],
-    write: Callable[[Document], None],
+    write: Callable[[Document, bool], None],
     interrupted: Callable[[str], Exception],
 ) -> Recorder:
     """Measure what the command asks for.
@@ -50,7 +50,7 @@ def measure(
     Args:
         arguments: Of `bench_options.parser`.
         command: The words of the command.
-        write: Writes the report as it stands, after each block.
+        write: Writes the report as it stands, after each block; told whether it is the last time.
         interrupted: Makes the error for Ctrl-C from its message.
 
     Raises:
@@ -75,7 +75,7 @@ def measure(
                 run.deadline = now + (ends - now) / (len(models) - index)
                 measure_model(run, model)
         except KeyboardInterrupt:
-            recorder.save()
+            recorder.save(last=True)
             where = "nothing was kept, for want of --report"
             if arguments.report is not None:
                 where = f"what was measured until then is in {arguments.report}"

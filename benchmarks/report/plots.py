@@ -340,7 +340,8 @@ def roofline(document: Document, model: Model) -> str | None:
     corners = [axes.get_xlim()[0], ridge, axes.get_xlim()[1]]
     axes.plot(corners, [attainable(ceilings, x) for x in corners], color=color("ink"), linewidth=1.75)
     small = {"color": color("soft"), "size": 11}
-    axes.text(ridge, ceilings.flop_per_s * 1.06, f" {one(ceilings.flop_per_s, 'flop/s')}", **small)
+    peak = {"ha": "right", "va": "top", **small}
+    axes.text(corners[2], ceilings.flop_per_s * 0.9, one(ceilings.flop_per_s, "flop/s"), **peak)
     middle = math.sqrt(corners[0] * ridge)
     axes.text(middle * 1.1, attainable(ceilings, middle) * 0.7, one(ceilings.bytes_per_s, "B/s"), **small)
     first = {share.component: share for share in reversed(found)}

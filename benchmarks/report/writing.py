@@ -13,8 +13,8 @@ from sdrt.runtime.files import explain, write_all_atomically
 JSON, MARKDOWN, HTML = "report.json", "report.md", "index.html"
 
 
-def write_report(document: Document, folder: Path) -> None:
-    """Write ``report.json``, ``report.md`` and ``index.html`` to a folder, which is made, all or none.
+def write_report(document: Document, folder: Path, *, with_page: bool = True) -> None:
+    """Write ``report.json``, ``report.md`` and the page ``index.html`` to a folder, all or none of them.
 
     Raises:
         OutputError: They cannot be written.
@@ -23,11 +23,10 @@ def write_report(document: Document, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {folder}: {explain(error)}") from error
+    texts = {JSON: to_json(document) + "\n", MARKDOWN: summary(document)}
+    if with_page:
+        texts[HTML] = page(document)
     # A command line may hold bytes that are no UTF-8, as lone surrogates; JSON reads their escape back.
     write_all_atomically(
-        {
-            folder / JSON: (to_json(document) + "\n").encode(errors="backslashreplace"),
-            folder / MARKDOWN: summary(document).encode(errors="backslashreplace"),
-            folder / HTML: page(document).encode(errors="backslashreplace"),
-        }
+        {folder / name: text.encode(errors="backslashreplace") for name, text in texts.items()}
     )

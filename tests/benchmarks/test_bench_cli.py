@@ -139,7 +139,8 @@ def test_a_smoke_run_with_a_peer_that_fails(
     command += ["--only", "cold,warm,growth,limits"]
     assert main([*command, "--backends", "onnxruntime-cpu", "--report", str(report)]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("# ")
+    assert out.startswith("# sd-bench\n\n")
+    assert "## emoji" in out.splitlines()
     assert "fake: cold start failed: it ended with exit status 3; its last line: the library says why" in err
     document = read(report / "report.json")
     assert document.complete
@@ -254,16 +255,19 @@ def test_exports_that_nobody_used_for_a_month_are_removed(
     assert (first.is_dir(), second.exists(), mine.is_dir(), len(made)) == (True, False, True, 3)
 
 
-@pytest.mark.parametrize("file", ["export/graph.py", "export/data/sd15/config.json", "runtime/components.py"])
+@pytest.mark.parametrize("file", ["export/new.py", "export/data/sd15/config.json", "runtime"])
 def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path, file: str) -> None:
     root = export_model.package_root()
-    for part in ("export/graph.py", *(f"runtime/{name}" for name in export_model.RUNTIME_SOURCES)):
-        copy = tmp_path / part
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes((root / part).read_bytes())  # each is where the digest looks for it
+    for name in export_model.RUNTIME_SOURCES:
+        (source,) = (root / "runtime").rglob(name)  # each is there, once
+        copy = tmp_path / source.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    file = str(copy.relative_to(tmp_path)) if file == "runtime" else file
+    (tmp_path / "export").mkdir()
     before = export_model.exporter_digest(tmp_path)
     (tmp_path / "export" / "__pycache__").mkdir()
-    (tmp_path / "export" / "__pycache__" / "graph.py").write_text("of no account")
+    (tmp_path / "export" / "__pycache__" / "new.py").write_text("of no account")
     (tmp_path / "runtime" / "pipeline.py").write_text("of no account")
     assert export_model.exporter_digest(tmp_path) == before
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

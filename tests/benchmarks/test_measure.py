@@ -279,6 +279,7 @@ def test_a_subject_that_fails_is_a_row_and_the_others_go_on(
 
 def test_fidelity_uses_the_drawings_that_are_there(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"a": "@", "diffusers": "@"}, replace(SETTINGS, blocks=("warm",), rounds=1))
+    run.reference = run.plans[1]
     measure_warm.measure_warm(run)
     drawn = order(run, "draw")
     measure_fidelity(run)

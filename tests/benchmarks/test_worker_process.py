@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -113,34 +111,6 @@ def test_anonymous_memory_is_watched_while_it_works(tmp_path: Path) -> None:
         worker.request("load", timeout=20, sample=True, model="m", threads=1)
         assert worker.peak_anonymous >= worker.memory()["RssAnon"] * 0.5
         assert worker.peak_anonymous > 1 << 20
-
-
-PARENT = """
-import sys, pathlib
-sys.path.insert(0, {here!r})
-from test_worker_process import start
-worker = start(pathlib.Path({folder!r}), "hang@load")
-if {stop}: worker.pause()
-print(worker.pid, flush=True)
-with worker:
-    worker.request("load", timeout=1000, model="m", threads=1)
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "stop"), [(signal.SIGINT, False), (signal.SIGKILL, False), (signal.SIGKILL, True)]
-)
-def test_a_worker_dies_with_its_parent(tmp_path: Path, number: int, stop: bool) -> None:
-    program = PARENT.format(here=str(Path(__file__).parent), folder=str(tmp_path), stop=stop)
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        time.sleep(0.1)
-        parent.send_signal(number)
-        parent.wait(20)
-    assert gone(pid)
 
 
 def test_memory_of_the_machine_and_of_nobody() -> None:
