@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.benchmarks.options import parser
-from sdrt.runtime.command import Parser, put, run_command
-from sdrt.runtime.entry import enter
+from sdrt.runtime.console.enter import enter
+from sdrt.runtime.console.run_command import Parser, put, run_command
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
-from sdrt.runtime.interrupts import unwinding
+from sdrt.runtime.system.interrupts import unwinding
 
 if TYPE_CHECKING:
     from sdrt.benchmarks.document.document import Document

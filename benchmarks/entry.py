@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdrt.runtime.entry import enter
+from sdrt.runtime.console.enter import enter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from sdrt.benchmarks.harness.plan import export_options
 from sdrt.benchmarks.options import parser
 from sdrt.benchmarks.report.summary import summary
 from sdrt.benchmarks.report.writing import JSON, write_report
-from sdrt.runtime.backends import find_gpu
+from sdrt.runtime.backends.registry import find_gpu
 from sdrt.runtime.child_process import Child, Ended, last_line, run_told
 from sdrt.runtime.errors import BackendError, UsageError
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from sdrt.runtime.command import Parser
+from sdrt.runtime.console.run_command import Parser
 from sdrt.runtime.errors import UsageError
 
 AUTO, NONE = "auto", "none"

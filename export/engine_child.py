@@ -1,4 +1,4 @@
-"""The build of one engine, in a process of its own (`sdrt.export.engine_process` starts it).
+"""The build of one engine, in a process of its own (`sdrt.export.engines.process` starts it).
 
 A build takes gigabytes, prints from C++, may end in an abort, and cannot be stopped everywhere; here all of
 that ends with the process. The job comes as a JSON file; events go out as JSON lines on standard output,
@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.export.engine_flavours import ORT_CUDA, RTX, choose_polygraphy, import_flavour
-from sdrt.export.engine_layers import (
+from sdrt.export.engines.flavours import ORT_CUDA, RTX, choose_polygraphy, import_flavour
+from sdrt.export.engines.layers import (
     Layer,
     check_attentions,
     layers_document,
@@ -26,10 +26,10 @@ from sdrt.export.engine_layers import (
     layers_from_log,
     memory_from_log,
 )
-from sdrt.export.pass_attention import NARROWEST_HEAD, WIDEST_HEAD
+from sdrt.export.passes.attention import NARROWEST_HEAD, WIDEST_HEAD
 from sdrt.runtime.child_process import process_memory
 from sdrt.runtime.errors import BackendError, SdrtError
-from sdrt.runtime.files import explain
+from sdrt.runtime.system.files import explain
 
 GRACE: Final = 3.0  # seconds from the wish to stop to the end of the process
 EVENT_INTERVAL: Final = 0.1  # seconds between two reports of progress inside a phase
@@ -166,7 +166,7 @@ def prepare_graph(job: Mapping[str, Any], path: Path) -> tuple[Any, list[str]]:
     """
     import onnx_ir as ir
 
-    from sdrt.export.pass_pipeline import prepare_for_onnxruntime_cuda, prepare_for_tensorrt
+    from sdrt.export.passes.pipeline import prepare_for_onnxruntime_cuda, prepare_for_tensorrt
 
     source = Path(job["model"])
     model = ir.load(source)

@@ -1,4 +1,4 @@
-"""Run `sdrt.export.engine_child` and listen to it: a build that crashes or is stopped costs a process."""
+"""Run `sdrt.export.engines.child` and listen to it: a build that crashes or is stopped costs a process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.export.engine_child import GRACE
+from sdrt.export.engines.child import GRACE
 from sdrt.runtime.child_process import Child, last_line, process_memory
 from sdrt.runtime.errors import BackendError, OutputError, SdrtError, UsageError
 
 OnPhase = Callable[[str, float], None]  # the phase's name, and the share of the build that is done
-COMMAND: Final = (sys.executable, "-P", "-m", "sdrt.export.engine_child")
+COMMAND: Final = (sys.executable, "-P", "-m", "sdrt.export.engines.child")
 _POLL: Final = 0.5  # seconds between two looks at the child's memory
 _STATUSES: Final = {kind.exit_status: kind for kind in (UsageError, BackendError, OutputError)}
 
@@ -40,7 +40,7 @@ def run_build(
     """Run one build to its end.
 
     Args:
-        job: See `sdrt.export.engine_child.build`.
+        job: See `sdrt.export.engines.child.build`.
         folder: Where the job and the child's output are written; the caller deletes it.
         on_phase: Told how far the build is.
         command: The child; tests give another.

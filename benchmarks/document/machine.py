@@ -12,7 +12,7 @@ from typing import Final
 
 import sdrt
 from sdrt.benchmarks.document.document import Machine
-from sdrt.runtime.executors import usable_cores
+from sdrt.runtime.backends.executor import usable_cores
 
 _PROBE_BYTES: Final = bytes(1 << 20)  # stays in a core's own cache
 _PROBE_REPEATS: Final = 40  # some 30 ms
@@ -54,7 +54,7 @@ def _distribution() -> str:
 
 
 def _gpus() -> tuple[str, ...]:
-    from sdrt.runtime.backends import find_gpu
+    from sdrt.runtime.backends.registry import find_gpu
     from sdrt.runtime.errors import BackendError
 
     found: list[str] = []

@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw
 
 from sdrt.benchmarks.gallery.page import page
 from sdrt.benchmarks.gallery.sections import Entry, Section, sections
-from sdrt.runtime.animation import animation_bytes, animation_recipe
-from sdrt.runtime.cli import DEFAULT_FPS
-from sdrt.runtime.cli_options import interpolates, parsed, parser, pipeline_options
-from sdrt.runtime.files import write_all_atomically, write_atomically
-from sdrt.runtime.images import png_bytes
+from sdrt.runtime.cli.main import DEFAULT_FPS
+from sdrt.runtime.cli.options import interpolates, parsed, parser, pipeline_options
+from sdrt.runtime.pictures.animation import animation_bytes, animation_recipe
+from sdrt.runtime.pictures.writing import png_bytes
 from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.system.files import write_all_atomically, write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:

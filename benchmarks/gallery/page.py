@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import sdrt
-from sdrt.runtime.manifest import Manifest
+from sdrt.runtime.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
     from sdrt.benchmarks.gallery.sections import Entry, Section

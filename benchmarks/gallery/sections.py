@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.runtime.solvers import SAMPLERS
+from sdrt.runtime.samplers.registry import SAMPLERS
 
 SAMPLER_STEPS = (10, 20, 50)
 GUIDANCE = (1, 1.5, 2, 3, 5, 7.5, 10, 12)

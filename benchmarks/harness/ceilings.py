@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sdrt.benchmarks.document.document import Ceilings
 from sdrt.benchmarks.harness.free_memory import available_memory
-from sdrt.runtime.executors import usable_cores
+from sdrt.runtime.backends.executor import usable_cores
 
 SIDES: Final = (512, 1024, 2048, 3072)  # of the square matrices
 QUICK_SIDES: Final = (512, 1024)

@@ -20,12 +20,12 @@ from typing import Final
 
 from sdrt.benchmarks.harness.export_model import NAMES, exporter_key
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_unused
-from sdrt.runtime.backends import Gpu
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.backends.registry import Gpu
+from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.child_process import Tell, run_told
 from sdrt.runtime.errors import SdrtError
-from sdrt.runtime.files import new_folder, writing
-from sdrt.runtime.manifest import MANIFEST_NAME
+from sdrt.runtime.system.files import new_folder, writing
 
 KIND: Final = "bench/engines"  # of cache
 COMPLETE: Final = "sdrt-bench-engines.json"  # written last: what the engines were built for
@@ -33,7 +33,7 @@ COMPLETE: Final = "sdrt-bench-engines.json"  # written last: what the engines we
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``sd-export`` with its progress on standard error; the exit status is its own."""
-    from sdrt.export import cli
+    from sdrt.export.cli import main as cli
 
     with contextlib.redirect_stdout(sys.stderr):
         return cli.main(argv)
@@ -52,7 +52,7 @@ def with_engines(
 
     Args:
         bundle: What they are built from.
-        flavour: A key of `sdrt.runtime.engines.FLAVOURS`.
+        flavour: A key of `sdrt.runtime.bundle.engines.FLAVOURS`.
         gpu: That they are to run on.
         sizes: Height and width in pixels, the main one first.
         batches: Pictures drawn together.
@@ -63,7 +63,7 @@ def with_engines(
         SdrtError: They cannot be built; with the exit status of ``sd-export`` and its last line.
         OutputError: The cache folder cannot be written.
     """
-    from sdrt.export.engine_flavours import flavour_version
+    from sdrt.export.engines.flavours import flavour_version
 
     words = ["--engine", flavour, *engine_words(sizes, batches), "--no-engine-parity"]
     facts = {

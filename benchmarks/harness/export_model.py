@@ -20,10 +20,10 @@ from typing import Final
 
 from sdrt.benchmarks.peers.environments import MARKER
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_unused
+from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.child_process import Tell, run_told
 from sdrt.runtime.errors import SdrtError
-from sdrt.runtime.files import writing
-from sdrt.runtime.manifest import MANIFEST_NAME
+from sdrt.runtime.system.files import writing
 
 KIND: Final = "bench/bundles"  # of cache
 NAMES: Final = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)  # of the folders there, as of those with engines
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_argument("model", help="a diffusers folder, a hub id, or the name of an architecture")
     commands.add_argument("options", nargs=argparse.REMAINDER, help="of sd-export")
     arguments = commands.parse_args(argv)
-    from sdrt.export import cli
-    from sdrt.export.architectures import open_architecture
-    from sdrt.export.checkpoint import open_checkpoint
-    from sdrt.export.checkpoint_fingerprint import fingerprint
-    from sdrt.export.cli_options import ARCHITECTURES
-    from sdrt.runtime.command import say
+    from sdrt.export.checkpoint.architectures import open_architecture
+    from sdrt.export.checkpoint.checkpoint import open_checkpoint
+    from sdrt.export.checkpoint.fingerprint import fingerprint
+    from sdrt.export.cli import main as cli
+    from sdrt.export.cli.options import ARCHITECTURES
+    from sdrt.runtime.console.run_command import say
 
     is_architecture = arguments.model in ARCHITECTURES
     try:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exporter_key() -> str:
     """Changes when the exporter here would write another bundle: version, format, and `exporter_digest`."""
     from sdrt import __version__
-    from sdrt.runtime.manifest import FORMAT_VERSION
+    from sdrt.runtime.bundle.manifest import FORMAT_VERSION
 
     return f"sdrt {__version__} format {FORMAT_VERSION} exporter {exporter_digest(package_root())}"
 

@@ -18,8 +18,8 @@ import onnx
 import onnx_ir as ir
 
 from sdrt.benchmarks.document.document import Work
-from sdrt.runtime.backends import RequestShape
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.backends.registry import RequestShape
+from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 
 _VIEWS: Final = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})

@@ -19,11 +19,11 @@ from sdrt.benchmarks.harness.run import Settings, SubjectPlan
 from sdrt.benchmarks.options import AUTO, EMBEDDED_NAME, GPU_ONLY, NONE, ONLY, names
 from sdrt.benchmarks.peers import registry as peers
 from sdrt.benchmarks.peers.prepare import prepared
-from sdrt.runtime.bundle import EMBEDDED, Bundle
+from sdrt.runtime.backends.executor import usable_cores
+from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
+from sdrt.runtime.bundle.manifest import MANIFEST_NAME, Limits, Manifest
 from sdrt.runtime.child_process import Tell
 from sdrt.runtime.errors import BackendError, SdrtError, UsageError
-from sdrt.runtime.executors import usable_cores
-from sdrt.runtime.manifest import MANIFEST_NAME, Limits, Manifest
 
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
@@ -69,7 +69,7 @@ def find_model(word: str, arguments: argparse.Namespace, progress: Progress) -> 
         UsageError: There is no such model, or it does not draw from a prompt alone.
         SdrtError: It cannot be opened or exported.
     """
-    from sdrt.export.cli_options import ARCHITECTURES
+    from sdrt.export.cli.options import ARCHITECTURES
 
     folder = Path(word)
     if word == EMBEDDED_NAME and not (folder / MANIFEST_NAME).is_file():
@@ -205,7 +205,7 @@ def backend_plans(
         BackendError: One that was named cannot run here.
         SdrtError: Its engines cannot be built.
     """
-    from sdrt.runtime.backends import BACKENDS
+    from sdrt.runtime.backends.registry import BACKENDS
 
     if arguments.backends == NONE:
         return []
@@ -245,7 +245,7 @@ def _runnable(
         SdrtError: The engines cannot be built in ``limit`` seconds.
     """
     from sdrt.benchmarks.harness.engine_models import with_engines
-    from sdrt.runtime import backends
+    from sdrt.runtime.backends import registry as backends
 
     shape = backends.RequestShape(1, *settings.sizes[0])
     try:

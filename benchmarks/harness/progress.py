@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import Any, Final, Self
 
-from sdrt.runtime.command import say
+from sdrt.runtime.console.run_command import say
 
 _LINE_SECONDS: Final = 5.0  # between two lines where there is no terminal
 _ONGOING_SECONDS: Final = 30.0  # likewise, of one thing that takes minutes

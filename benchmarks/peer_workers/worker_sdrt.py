@@ -52,7 +52,7 @@ class Sdrt:
     stages: Sequence[str] = STAGES
 
     def __init__(self, backend: str) -> None:
-        """``backend`` is a name in `sdrt.runtime.backends.BACKENDS`, or ``auto``."""
+        """``backend`` is a name in `sdrt.runtime.backends.registry.BACKENDS`, or ``auto``."""
         self._backend = backend
         self._pipeline: Any = None
         self.notes: Sequence[str] = [
@@ -117,7 +117,7 @@ class Sdrt:
 
     def _text_encoder(self) -> Callable[[], object]:
         """Both texts through each tokenizer and encoder, one after the other as the pipeline does it."""
-        from sdrt.runtime.text_encoders import open_tokenizers
+        from sdrt.runtime.drawing.text_encoders import open_tokenizers
 
         bundle, device = self._pipeline.bundle, self._pipeline._device
         names = [name for name in bundle.manifest.components if name.startswith("text_encoder")]

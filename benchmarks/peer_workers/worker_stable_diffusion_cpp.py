@@ -3,7 +3,7 @@
 Its model is a folder in diffusers' format. It has DDIM with trailing timesteps alone, and takes no latents.
 So it is given the noise levels of the others' timesteps and runs Euler over them, which is DDIM in another
 scale (Song et al. 2021, eq. 14), and starts from the seed: its generator ``cuda`` is Philox, as PyTorch has
-it on a GPU and `sdrt.runtime.noise` too.
+it on a GPU and `sdrt.runtime.samplers.noise` too.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ from sdrt.benchmarks.peers.installed_size import closure, total_bytes
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, usable_folder
 from sdrt.runtime.child_process import run_told
 from sdrt.runtime.errors import BackendError, UsageError
-from sdrt.runtime.files import write_atomically, writing
+from sdrt.runtime.system.files import write_atomically, writing
 
 # What keeps a peer from asking a hub, and OpenVINO from reporting: it leaves that in a continuous integration
-# alone. (The variables of `sdrt.runtime.telemetry` are inherited.)
+# alone. (The variables of `sdrt.runtime.system.telemetry` are inherited.)
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CI": "true"}
 
 Progress = Callable[[str], None]

@@ -27,16 +27,16 @@ from sdrt.benchmarks.peers import environments as peer_environments
 from sdrt.benchmarks.peers import registry as peers
 from sdrt.benchmarks.peers.environments import OFFLINE, Progress, locked, run_logged
 from sdrt.benchmarks.peers.safetensors_file import copy_renamed, tensor_names, write_float32
-from sdrt.export.architectures import ARCHITECTURES, open_architecture
-from sdrt.export.checkpoint import Checkpoint, open_checkpoint
-from sdrt.export.checkpoint_files import TOKENIZERS, WEIGHT_NAMES, read_json, weight_files
-from sdrt.export.checkpoint_fingerprint import fingerprint
-from sdrt.export.random_weights import random_tensors
-from sdrt.export.tokenizer_json import write_tokenizer_folder
-from sdrt.export.weights import meta_module
+from sdrt.export.checkpoint.architectures import ARCHITECTURES, open_architecture
+from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.files import TOKENIZERS, WEIGHT_NAMES, read_json, weight_files
+from sdrt.export.checkpoint.fingerprint import fingerprint
+from sdrt.export.checkpoint.random_weights import random_tensors
+from sdrt.export.checkpoint.tokenizer_json import write_tokenizer_folder
+from sdrt.export.checkpoint.weights import meta_module
 from sdrt.kernels.cache import cache_folder, private_folder
 from sdrt.runtime.errors import BackendError, UsageError
-from sdrt.runtime.files import new_folder, writing
+from sdrt.runtime.system.files import new_folder, writing
 
 KIND: Final = "peer-models"  # of cache
 CLASSIC_PREFIX: Final = "text_model."

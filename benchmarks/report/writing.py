@@ -8,7 +8,7 @@ from sdrt.benchmarks.document.document import Document, to_json
 from sdrt.benchmarks.report.page import page
 from sdrt.benchmarks.report.summary import summary
 from sdrt.runtime.errors import OutputError
-from sdrt.runtime.files import explain, write_all_atomically
+from sdrt.runtime.system.files import explain, write_all_atomically
 
 JSON, MARKDOWN, HTML = "report.json", "report.md", "index.html"
 

@@ -16,8 +16,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from sdrt.runtime.options import DrawOptions
 from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.request.options import DrawOptions
 
 PROMPT, STEPS, GUIDANCE = "a red apple", 20, 7.5
 SHARES = (0.0, 0.25, 0.5, 0.75)

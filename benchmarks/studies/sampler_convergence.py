@@ -30,8 +30,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.schedule import FloatArray, NoiseSchedule
-from sdrt.runtime.solvers import SAMPLERS, SamplerOptions, SamplerTable, make_table, run_table
+from sdrt.runtime.samplers.registry import SAMPLERS, SamplerOptions, SamplerTable, make_table, run_table
+from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule
 
 RESULTS: Final = Path(__file__).parents[1] / "results"
 STEPS: Final = (4, 6, 8, 10, 14, 20, 28, 40, 50)

@@ -20,7 +20,7 @@ from sdrt.benchmarks.harness.plan import default_sizes, growth_steps, settings_f
 from sdrt.benchmarks.harness.run import SubjectPlan
 from sdrt.benchmarks.options import parser
 from sdrt.kernels.cache import UNUSED_SECONDS
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 
 FAKE = Path(__file__).with_name("fake_worker.py")
@@ -208,7 +208,7 @@ def test_render_writes_a_report_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """The words of every export, which writes nothing but a manifest; the cache is empty."""
-    from sdrt.export import cli
+    from sdrt.export.cli import main as cli
 
     found: list[list[str]] = []
 
@@ -277,6 +277,6 @@ def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path,
 
 
 def test_labels_cover_all_backends() -> None:
-    from sdrt.runtime.backends import BACKENDS
+    from sdrt.runtime.backends.registry import BACKENDS
 
     assert set(plan.LABELS) == set(BACKENDS)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browsers import chromium
 from PIL import Image
+from support.runs.browsers import chromium
 
 from sdrt.benchmarks.gallery.sections import SAMPLER_STEPS, Section
 from sdrt.runtime.cli import main as sd_run
-from sdrt.runtime.solvers import SAMPLERS
+from sdrt.runtime.samplers.registry import SAMPLERS
 
 Gallery = tuple[Path, list[Section]]
 # Appended to a copy of the page: what the browser made of it, as attributes that --dump-dom prints.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from example_document import document
-from recorded_pipeline import Recorded, recording
+from support.fakes.recorded_pipeline import Recorded, recording
 
 import sdrt.benchmarks.peer_workers
 from sdrt.benchmarks.document.document import Ceilings, Document, Model, Subject, from_json, to_json
@@ -29,10 +29,10 @@ from sdrt.benchmarks.options import parser
 from sdrt.benchmarks.report.limits import shares, warnings
 from sdrt.benchmarks.report.page import page
 from sdrt.benchmarks.report.summary import summary
-from sdrt.runtime import backends
-from sdrt.runtime.backends import Gpu
-from sdrt.runtime.bundle import EMBEDDED, Bundle
-from sdrt.runtime.engine_search import list_engines
+from sdrt.runtime.backends import registry as backends
+from sdrt.runtime.backends.registry import Gpu
+from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
+from sdrt.runtime.bundle.engine_search import list_engines
 from sdrt.runtime.errors import BackendError, SdrtError
 from sdrt.runtime.pipeline import Pipeline
 

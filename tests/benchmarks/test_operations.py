@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdrt.benchmarks.harness.operations import Count, count_bundle, count_graph, weight_elements
-from sdrt.export.checkpoint import Checkpoint, open_checkpoint
-from sdrt.export.modules import UNet, example_inputs
-from sdrt.export.weights import meta_module
-from sdrt.runtime.bundle import Bundle
+from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.weights import meta_module
+from sdrt.export.graphs.networks import UNet, example_inputs
+from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 
 FP32, FP16 = TensorProto.FLOAT, TensorProto.FLOAT16

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_sdxl import write_tiny_sdxl_checkpoint
+from support.checkpoints.tiny_sdxl import write_tiny_sdxl_checkpoint
 from worker_child import WORKERS, child, drawing
 
 from sdrt.benchmarks.peers import models as peer_models
@@ -19,10 +19,10 @@ from sdrt.benchmarks.peers.environments import COMPLETE, environment_folder
 from sdrt.benchmarks.peers.prepare import prepared
 from sdrt.benchmarks.peers.registry import PEERS
 from sdrt.benchmarks.peers.safetensors_file import write_float32
-from sdrt.export import architectures
-from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.weights import load_module
-from sdrt.runtime.bundle import EMBEDDED
+from sdrt.export.checkpoint import architectures
+from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.weights import load_module
+from sdrt.runtime.bundle.bundle import EMBEDDED
 from sdrt.runtime.errors import BackendError, SdrtError, UsageError
 
 CHECKPOINT = EMBEDDED.parent

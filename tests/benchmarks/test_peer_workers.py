@@ -14,7 +14,7 @@ import pytest
 from worker_child import WORKERS, Child, child, drawing
 
 from sdrt.benchmarks.harness.fidelity import psnr
-from sdrt.runtime.bundle import EMBEDDED
+from sdrt.runtime.bundle.bundle import EMBEDDED
 from tolerances import EMBEDDED_PSNR_DB
 
 CHECKPOINT = EMBEDDED.parent

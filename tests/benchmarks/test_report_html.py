@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from browsers import chromium
 from example_document import ERROR, SUBJECTS, document, document_without_measurements, small_document
+from support.runs.browsers import chromium
 
 from sdrt.benchmarks.document.document import Ceilings, Document, Subject, read
 from sdrt.benchmarks.report.page import page

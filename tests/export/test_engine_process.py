@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.export.engine_child import Events, Progress
-from sdrt.export.engine_process import run_build
+from sdrt.export.engines.child import Events, Progress
+from sdrt.export.engines.process import run_build
 from sdrt.runtime.errors import BackendError, OutputError, SdrtError
 
-# A child with the protocol of sdrt.export.engine_child: argv is the job's file, events go to standard output.
+# A child with the protocol of sdrt.export.engines.child: argv is the job's file, events go to standard output.
 START = (
     "import json, os, sys; out = os.dup(1); os.dup2(2, 1);"
     "send = lambda **e: os.write(out, (json.dumps(e) + '\\n').encode());"
@@ -98,7 +98,7 @@ def test_an_interrupt_ends_a_child_that_listens(tmp_path: Path) -> None:
 def test_an_interrupt_ends_a_child_that_does_not_listen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdrt.export.engine_process.GRACE", 0.3)
+    monkeypatch.setattr("sdrt.export.engines.process.GRACE", 0.3)
     command = child("import time", "print(os.getpid(), flush=True)", "time.sleep(60)")
     _interrupt_soon(tmp_path / "build.log")
     with pytest.raises(KeyboardInterrupt):
