@@ -26,9 +26,9 @@ from sdrt.benchmarks.harness.plan import export_options
 from sdrt.benchmarks.options import parser
 from sdrt.benchmarks.report.summary import summary
 from sdrt.benchmarks.report.writing import JSON, write_report
-from sdrt.runtime.backends.registry import find_gpu
-from sdrt.runtime.child_process import Child, Ended, last_line, run_told
+from sdrt.runtime.devices.gpu.discovery import find_gpu
 from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.system.child_process import Child, Ended, last_line, run_told
 
 ROOT: Final = Path(sdrt.__file__).resolve().parents[2]
 PYTEST: Final = (sys.executable, "-m", "pytest", "-m", "gpu", "-q")

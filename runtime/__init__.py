@@ -17,7 +17,9 @@ TYPE_CHECKING = False  # a command imports this before it can be interrupted: no
 if TYPE_CHECKING:
     from typing import Any
 
-    from sdrt.runtime.bundle import Bundle
+    from sdrt.runtime.bundle.bundle import Bundle
+    from sdrt.runtime.drawing.output import BlackImageWarning, PipelineOutput
+    from sdrt.runtime.drawing.text_conditioning import PromptTruncatedWarning
     from sdrt.runtime.errors import (
         BackendError,
         BundleError,
@@ -28,31 +30,29 @@ if TYPE_CHECKING:
         SdrtError,
         UsageError,
     )
-    from sdrt.runtime.images import save_image, save_png
-    from sdrt.runtime.output import BlackImageWarning, PipelineOutput
+    from sdrt.runtime.pictures.metadata import read_recipe
+    from sdrt.runtime.pictures.writing import save_image, save_png
     from sdrt.runtime.pipeline import Pipeline
-    from sdrt.runtime.prompt_syntax import PromptSyntaxWarning
-    from sdrt.runtime.prompts import PromptTruncatedWarning
-    from sdrt.runtime.recipe_metadata import read_recipe
+    from sdrt.runtime.text.syntax import PromptSyntaxWarning
 
 _HOME = {
     "BackendError": "errors",
-    "BlackImageWarning": "output",
-    "Bundle": "bundle",
+    "BlackImageWarning": "drawing.output",
+    "Bundle": "bundle.bundle",
     "BundleError": "errors",
     "CancelledError": "errors",
     "DeviceMemoryError": "errors",
     "NumericsError": "errors",
     "OutputError": "errors",
     "Pipeline": "pipeline",
-    "PipelineOutput": "output",
-    "PromptSyntaxWarning": "prompt_syntax",
-    "PromptTruncatedWarning": "prompts",
+    "PipelineOutput": "drawing.output",
+    "PromptSyntaxWarning": "text.syntax",
+    "PromptTruncatedWarning": "drawing.text_conditioning",
     "SdrtError": "errors",
     "UsageError": "errors",
-    "read_recipe": "recipe_metadata",
-    "save_image": "images",
-    "save_png": "images",
+    "read_recipe": "pictures.metadata",
+    "save_image": "pictures.writing",
+    "save_png": "pictures.writing",
 }
 
 __all__ = [

@@ -19,22 +19,14 @@ from numpy.typing import NDArray
 
 import sdrt
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.backends import (
-    AUTO,
-    RequestShape,
-    choose_backend,
-    open_device,
-)
-from sdrt.runtime.bundle import ALWAYS, Bundle, Verify, sha256
-from sdrt.runtime.c_library import trim_memory
-from sdrt.runtime.callbacks import BatchEndCallback, StepHook, check_function
-from sdrt.runtime.devices import Device
-from sdrt.runtime.encode import Pictures
-from sdrt.runtime.errors import DeviceMemoryError, UsageError
-from sdrt.runtime.executors import Executor
-from sdrt.runtime.forks import keep_in_children
-from sdrt.runtime.generation import Generations
-from sdrt.runtime.loading import (
+from sdrt.runtime.backends.backend import RequestShape
+from sdrt.runtime.backends.executor import Executor
+from sdrt.runtime.backends.registry import AUTO, choose_backend, open_device
+from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify, sha256
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.drawing.callbacks import BatchEndCallback, StepHook, check_function
+from sdrt.runtime.drawing.generation import Generations
+from sdrt.runtime.drawing.loading import (
     AT_ONCE,
     check_gpu,
     condition_encoder,
@@ -42,9 +34,7 @@ from sdrt.runtime.loading import (
     load_component,
     needed,
 )
-from sdrt.runtime.noise import DEFAULT_RNG, Rng, noise_source
-from sdrt.runtime.options import DrawOptions
-from sdrt.runtime.output import (
+from sdrt.runtime.drawing.output import (
     WITHOUT_PICTURES,
     BlackImageWarning,
     Collected,
@@ -54,16 +44,22 @@ from sdrt.runtime.output import (
     PipelineOutput,
     checked_output_type,
 )
-from sdrt.runtime.prompts import PromptEncoder
-from sdrt.runtime.recipes import check_embeddings
-from sdrt.runtime.request import Request, build_request, checked_size, latent_shape
-from sdrt.runtime.request_picture import PictureTask
-from sdrt.runtime.schedule import check_integer
-from sdrt.runtime.side_by_side import SideBySide
-from sdrt.runtime.solvers import inversion_table
-from sdrt.runtime.start import KnownPicture, slerp, with_device_latents
-from sdrt.runtime.text_encoders import open_tokenizers
-from sdrt.runtime.tokenizer import Tokenizer
+from sdrt.runtime.drawing.starting_point import KnownPicture, slerp, with_device_latents
+from sdrt.runtime.drawing.text_conditioning import PromptEncoder
+from sdrt.runtime.drawing.text_encoders import open_tokenizers
+from sdrt.runtime.drawing.vae import Pictures
+from sdrt.runtime.errors import DeviceMemoryError, UsageError
+from sdrt.runtime.request.options import DrawOptions
+from sdrt.runtime.request.picture import PictureTask
+from sdrt.runtime.request.recipes import check_embeddings
+from sdrt.runtime.request.request import Request, build_request, checked_size, latent_shape
+from sdrt.runtime.samplers.noise import DEFAULT_RNG, Rng, noise_source
+from sdrt.runtime.samplers.schedule import check_integer
+from sdrt.runtime.samplers.timestep import inversion_table
+from sdrt.runtime.system.c_library import trim_memory
+from sdrt.runtime.system.forks import keep_in_children
+from sdrt.runtime.system.side_by_side import SideBySide
+from sdrt.runtime.text.tokenizer import Tokenizer
 
 __all__ = ["BlackImageWarning", "Pipeline", "PipelineOutput"]
 
@@ -161,9 +157,9 @@ class Pipeline:
         if verify:
             bundle.verify(again=verify == ALWAYS)
         if choice.gpu is None and not bundle.embedded:
-            from sdrt.runtime.admission import admit  # what sdrt ships need not wait for it
+            from sdrt.runtime.admission.records import admit  # what sdrt ships need not wait for it
 
-            admit(bundle, bundle.manifest.required_components, choice.name, verify=bool(verify))
+            admit(bundle, bundle.manifest.record.required, choice.name, verify=bool(verify))
         with ExitStack() as undo:
             opened = open_device(choice, stream)
             load = partial(load_component, bundle, choice, opened, threads, verify)
@@ -231,7 +227,7 @@ class Pipeline:
 
         Args:
             prompt: One text, or a list of P texts; None where a picture alone says what to draw.
-            **options: See `sdrt.runtime.options.DrawOptions`.
+            **options: See `sdrt.runtime.request.options.DrawOptions`.
 
         Raises:
             UsageError: An argument is unknown or out of range (the message says what is allowed), or another
@@ -272,7 +268,7 @@ class Pipeline:
         Raises:
             UsageError: As a call, or nothing differs between the ends.
         """
-        from sdrt.runtime.interpolation import interpolated_request
+        from sdrt.runtime.request.interpolation import interpolated_request
 
         started = time.perf_counter()
         request = interpolated_request(self.bundle.manifest, prompt, to_prompt, frames, to_seed, options)
@@ -292,13 +288,15 @@ class Pipeline:
             UsageError: The file cannot be read or does not fit the text encoder, or the bundle's text encoder
                 takes no embeddings.
         """
-        from sdrt.runtime.textual_inversion import read_embedding
+        from sdrt.runtime.text.textual_inversion import read_embedding
 
         with self._alone():
             self._check_open()
             if not isinstance(self._encoder, PromptEncoder):
                 raise UsageError("this bundle reads no text: there is nothing to teach it a word")
-            embedding = read_embedding(path, token, widths=self._encoder.widths)
+            embedding = read_embedding(
+                path, token, family=self.bundle.manifest.record, widths=self._encoder.widths
+            )
             self._encoder.add_embedding(embedding.name, embedding.vectors)
             self._embeddings[embedding.name] = sha256(Path(path))
         return embedding.name
@@ -330,7 +328,7 @@ class Pipeline:
     ) -> NDArray[np.float32]:
         """The unit-variance noise that a call with these seeds starts from, float32 [N, C, h, w].
 
-        That of a call with an image is a later draw: `sdrt.runtime.start.draws_at_start`.
+        That of a call with an image is a later draw: `sdrt.runtime.drawing.starting_point.draws_at_start`.
         """
         size = checked_size(self.bundle.manifest, height, width)
         given = seeds if isinstance(seeds, Sequence) else [seeds]

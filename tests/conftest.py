@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from browsers import find_browser
-from tiny_variants import (
+from support.checkpoints.tiny_variants import (
     write_model_index,
     write_tiny_image_variations_checkpoint,
     write_tiny_inpainting_checkpoint,
     write_tiny_lcm_checkpoint,
 )
+from support.runs.browsers import find_browser
 
-from sdrt.runtime.telemetry import switch_telemetry_off
+from sdrt.runtime.system.telemetry import switch_telemetry_off
 
 if TYPE_CHECKING:
     from sdrt.benchmarks.gallery.sections import Section
@@ -51,7 +51,7 @@ def write_tiny_checkpoint(folder: Path) -> None:
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from sdrt.export.tokenizer_json import write_tokenizer_folder
+    from sdrt.export.checkpoint.tokenizer_json import write_tokenizer_folder
 
     torch.manual_seed(0)
     vocabulary = 512 + TINY_MERGES + 2
@@ -133,7 +133,7 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """
     if made_before := os.environ.get("SDRT_TINY_BUNDLE"):
         return Path(made_before)
-    from sdrt.export.cli import main
+    from sdrt.export.cli.main import main
 
     out = tmp_path_factory.mktemp("bundle") / "tiny"
     sizes = ["--height", "16..32", "--width", "16..32", "--batch", "1..2"]
@@ -167,9 +167,9 @@ def _variant_bundle(
         return Path(place)
     import onnx_ir as ir
 
-    from sdrt.export import bundle_writer
-    from sdrt.export.cli import main
-    from sdrt.export.graph import onnx_from_module
+    from sdrt.export import writer as bundle_writer
+    from sdrt.export.cli.main import main
+    from sdrt.export.graphs.from_module import onnx_from_module
 
     def graph(module: Any, args: Any, spec: Any, *rest: Any) -> ir.Model:
         if spec.name in ("text_encoder", "vae_decoder", "vae_encoder"):

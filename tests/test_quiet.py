@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 
 import pytest
-from system_calls import Watched, missing_strace, watched
+from support.runs.system_calls import Watched, missing_strace, watched
 
-import sdrt.runtime.telemetry
+import sdrt.runtime.system.telemetry
 
 DRAW = ("a red apple", "--steps", "1", "--quiet", "--output", "apple.png")
 
@@ -64,6 +64,6 @@ def test_a_home_that_cannot_be_written_is_nothing_to_speak_of(tmp_path: Path) ->
 def test_who_wants_telemetry_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
-    sdrt.runtime.telemetry.switch_telemetry_off()
+    sdrt.runtime.system.telemetry.switch_telemetry_off()
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

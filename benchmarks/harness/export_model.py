@@ -21,22 +21,22 @@ from typing import Final
 from sdrt.benchmarks.peers.environments import MARKER
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_unused
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
-from sdrt.runtime.child_process import Tell, run_told
 from sdrt.runtime.errors import SdrtError
+from sdrt.runtime.system.child_process import Tell, run_told
 from sdrt.runtime.system.files import writing
 
 KIND: Final = "bench/bundles"  # of cache
 NAMES: Final = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)  # of the folders there, as of those with engines
 # Of the runtime what says which inputs a graph has and what a manifest holds.
 RUNTIME_SOURCES: Final = (
-    "components.py",
-    "guidance_embedding.py",
-    "manifest.py",
-    "manifest_json.py",
-    "manifest_rules.py",
-    "schedule.py",
-    "schedule_edm.py",
-    "solvers_table.py",
+    "bundle/families/*.py",
+    "bundle/manifest.py",
+    "bundle/manifest_json.py",
+    "bundle/manifest_rules.py",
+    "samplers/edm.py",
+    "samplers/guidance.py",
+    "samplers/schedule.py",
+    "samplers/table.py",
 )
 # Whose versions change the graphs that PyTorch's exporter and the passes give.
 LIBRARIES: Final = ("diffusers", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_argument("options", nargs=argparse.REMAINDER, help="of sd-export")
     arguments = commands.parse_args(argv)
     from sdrt.export.checkpoint.architectures import open_architecture
-    from sdrt.export.checkpoint.checkpoint import open_checkpoint
     from sdrt.export.checkpoint.fingerprint import fingerprint
+    from sdrt.export.checkpoint.reader import open_checkpoint
     from sdrt.export.cli import main as cli
     from sdrt.export.cli.options import ARCHITECTURES
     from sdrt.runtime.console.run_command import say
@@ -101,7 +101,7 @@ def exporter_digest(root: Path) -> str:
         root: See `package_root`.
     """
     sources = [*(root / "export").rglob("*.py"), *(root / "export" / "data").rglob("*")]
-    sources += [file for name in RUNTIME_SOURCES for file in (root / "runtime").rglob(name)]
+    sources += [file for name in RUNTIME_SOURCES for file in (root / "runtime").glob(name)]
     digest = hashlib.sha256()
     for file in sorted(file for file in sources if file.is_file() and "__pycache__" not in file.parts):
         digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode())

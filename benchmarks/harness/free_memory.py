@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from sdrt.runtime.child_process import last_line
 from sdrt.runtime.errors import BackendError
+from sdrt.runtime.system.child_process import last_line
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
 # Asking through CUDA would make a context, which takes memory of its own.

@@ -32,8 +32,8 @@ from sdrt.benchmarks.harness.progress import Progress
 from sdrt.benchmarks.harness.run import SAMPLER, Run, Settings, SubjectPlan
 from sdrt.benchmarks.harness.warm import measure_warm
 from sdrt.benchmarks.harness.worker_process import worker_environment
-from sdrt.runtime.child_process import run_told
 from sdrt.runtime.errors import SdrtError, UsageError
+from sdrt.runtime.system.child_process import run_told
 
 FLOAT32_BYTES: Final = 4
 CEILINGS_SECONDS: Final = 600.0

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from sdrt.benchmarks.document.document import Work
-from sdrt.runtime.backends.registry import RequestShape
+from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 

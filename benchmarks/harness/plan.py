@@ -22,19 +22,19 @@ from sdrt.benchmarks.peers.prepare import prepared
 from sdrt.runtime.backends.executor import usable_cores
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME, Limits, Manifest
-from sdrt.runtime.child_process import Tell
 from sdrt.runtime.errors import BackendError, SdrtError, UsageError
+from sdrt.runtime.system.child_process import Tell
 
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
 GPU_BATCHES: Final = (1, 4)
 # Backend → its label, and what pip installs for it.
 LABELS: Final = {
-    "tensorrt": ("sdrt, TensorRT", "sdrt[tensorrt]"),
-    "tensorrt-rtx": ("sdrt, TensorRT for RTX", "sdrt[rtx]"),
-    "onnxruntime-cuda": ("sdrt, ONNX Runtime (CUDA)", "sdrt[cuda]"),
-    "onnxruntime-cpu": ("sdrt, ONNX Runtime (CPU)", "sdrt[cpu]"),
-    "openvino-cpu": ("sdrt, OpenVINO (CPU)", "sdrt[openvino]"),
+    "tensorrt": "sdrt, TensorRT",
+    "tensorrt-rtx": "sdrt, TensorRT for RTX",
+    "onnxruntime-cuda": "sdrt, ONNX Runtime (CUDA)",
+    "onnxruntime-cpu": "sdrt, ONNX Runtime (CPU)",
+    "openvino-cpu": "sdrt, OpenVINO (CPU)",
 }
 ENGINES_SHARE: Final = 0.3  # of the time that was given, for the engines of one backend
 Note = Callable[[str], None]
@@ -116,8 +116,8 @@ def _batches(arguments: argparse.Namespace) -> tuple[int, ...]:
 
 def _checked(name: str, source: str, bundle: Bundle, checkpoint: str | None) -> ModelPlan:
     manifest = bundle.manifest
-    if manifest.tokenizer is None or manifest.reads_mask:
-        kind = "a picture" if manifest.tokenizer is None else "a picture and a mask"
+    if not manifest.tokenizers or manifest.reads_mask:
+        kind = "a picture" if not manifest.tokenizers else "a picture and a mask"
         raise UsageError(
             f"{source} draws from {kind}: sd-bench measures models that draw from a prompt alone"
         )
@@ -205,18 +205,18 @@ def backend_plans(
         BackendError: One that was named cannot run here.
         SdrtError: Its engines cannot be built.
     """
-    from sdrt.runtime.backends.registry import BACKENDS
+    from sdrt.runtime.backends.registry import BACKENDS, find_backend
 
     if arguments.backends == NONE:
         return []
     automatic = arguments.backends == AUTO
-    every = tuple(name for name in BACKENDS if BACKENDS[name].needs_gpu or not arguments.gpu)
+    every = tuple(name for name in BACKENDS if not arguments.gpu or find_backend(name).needs_gpu)
     limit = math.inf if arguments.seconds is None else arguments.seconds * ENGINES_SHARE
     found = []
     for name in every if automatic else names(arguments.backends):
-        label, requirement = LABELS.get(name, (name, name))
-        device = "cuda" if name in BACKENDS and BACKENDS[name].needs_gpu else "cpu"
-        subject = Subject(name, label, "backend", device=device)
+        backend = find_backend(name)
+        device = "cuda" if backend.needs_gpu else "cpu"
+        subject = Subject(name, LABELS.get(name, name), "backend", device=device)
         try:
             bundle = _runnable(
                 model.bundle, name, settings, progress, limit, builds=not automatic or arguments.gpu
@@ -230,7 +230,7 @@ def backend_plans(
                 recorder.fail(model.name, name, "engines", error)
             continue
         words = (sys.executable, str(peers.WORKERS / "worker_sdrt.py"), "--backend", name)
-        size = _installed_bytes(requirement, settings, progress.note)
+        size = _installed_bytes(f"sdrt[{backend.extra}]", settings, progress.note)
         found.append(SubjectPlan(subject, words, bundle.path.resolve(), installed_bytes=size))
     return found
 
@@ -245,21 +245,23 @@ def _runnable(
         SdrtError: The engines cannot be built in ``limit`` seconds.
     """
     from sdrt.benchmarks.harness.engine_models import with_engines
-    from sdrt.runtime.backends import registry as backends
+    from sdrt.runtime.backends.backend import RequestShape
+    from sdrt.runtime.backends.registry import choose_backend, find_backend
+    from sdrt.runtime.devices.gpu import discovery
 
-    shape = backends.RequestShape(1, *settings.sizes[0])
+    shape = RequestShape(1, *settings.sizes[0])
     try:
-        backends.choose_backend(bundle, name, shape)
+        choose_backend(bundle, name, shape)
     except BackendError as error:
-        if not builds or not backends.BACKENDS[name].needs_gpu:
+        if not builds or not find_backend(name).needs_gpu:
             raise
         try:
-            gpu = backends.find_gpu()
+            gpu = discovery.find_gpu()
         except BackendError:
             raise error from None
         progress.block(f"{name}: engines, built unless they are there", 1)
         copy = with_engines(bundle, name, gpu, settings.sizes, settings.batches, progress.ongoing, limit)
-        backends.choose_backend(copy, name, shape)
+        choose_backend(copy, name, shape)
         return copy
     return bundle
 

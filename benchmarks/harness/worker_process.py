@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from sdrt.benchmarks.peers.environments import OFFLINE
-from sdrt.runtime.child_process import Child, last_line, process_memory
 from sdrt.runtime.errors import SdrtError
+from sdrt.runtime.system.child_process import Child, last_line, process_memory
 
 PROTOCOL: Final = 1
 START_SECONDS: Final = 120.0

@@ -120,7 +120,7 @@ class Sdrt:
         from sdrt.runtime.drawing.text_encoders import open_tokenizers
 
         bundle, device = self._pipeline.bundle, self._pipeline._device
-        names = [name for name in bundle.manifest.components if name.startswith("text_encoder")]
+        names = [encoder.component for encoder in bundle.manifest.record.encoders]
         axes = {"batch": bundle.manifest.limits.min_batch}
         tokenizers = zip(open_tokenizers(bundle), names, strict=True)
         encoders = [(tokenizer, *self._bound(name, axes)) for tokenizer, name in tokenizers]

@@ -24,8 +24,8 @@ from typing import Final
 
 from sdrt.benchmarks.peers.installed_size import closure, total_bytes
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, usable_folder
-from sdrt.runtime.child_process import run_told
 from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.system.child_process import run_told
 from sdrt.runtime.system.files import write_atomically, writing
 
 # What keeps a peer from asking a hub, and OpenVINO from reporting: it leaves that in a continuous integration

@@ -17,8 +17,8 @@ from urllib.parse import unquote, urlparse
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sdrt.runtime.child_process import last_line
 from sdrt.runtime.errors import BackendError
+from sdrt.runtime.system.child_process import last_line
 
 
 def installed_bytes(requirements: Sequence[str], site_packages: Path) -> int:

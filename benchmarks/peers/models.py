@@ -28,10 +28,11 @@ from sdrt.benchmarks.peers import registry as peers
 from sdrt.benchmarks.peers.environments import OFFLINE, Progress, locked, run_logged
 from sdrt.benchmarks.peers.safetensors_file import copy_renamed, tensor_names, write_float32
 from sdrt.export.checkpoint.architectures import ARCHITECTURES, open_architecture
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from sdrt.export.checkpoint.files import TOKENIZERS, WEIGHT_NAMES, read_json, weight_files
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.files import WEIGHT_NAMES, read_json, weight_files
 from sdrt.export.checkpoint.fingerprint import fingerprint
 from sdrt.export.checkpoint.random_weights import random_tensors
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.tokenizer_json import write_tokenizer_folder
 from sdrt.export.checkpoint.weights import meta_module
 from sdrt.kernels.cache import cache_folder, private_folder
@@ -146,7 +147,7 @@ def _write_random(checkpoint: Checkpoint, folder: Path, progress: Progress) -> N
     index = {**_INDEX[checkpoint.family], "scheduler": ["diffusers", scheduler]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(checkpoint.path / "scheduler", folder / "scheduler")
-    for subfolder, tokenizer in zip(TOKENIZERS.values(), checkpoint.tokenizers, strict=False):
+    for subfolder, tokenizer in zip(checkpoint.kind.tokenizers.values(), checkpoint.tokenizers, strict=True):
         ids = tokenizer.vocabulary.ids
         pad = next(token for token, number in ids.items() if number == tokenizer.ids["pad"])
         write_tokenizer_folder(folder / subfolder, pad=pad)

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdrt.runtime.child_process import Tell, run_told
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
+from sdrt.runtime.system.child_process import Tell, run_told
 
 
 def main(argv: Sequence[str] | None = None) -> int:

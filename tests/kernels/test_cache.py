@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from strange_files import make_device, make_folder, make_nested, make_pipe
+from support.checkpoints.strange_files import make_device, make_folder, make_nested, make_pipe
 
 from sdrt.kernels.cache import (
     KEY_NAME,

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from step_runs import STEPS, artificial_table, copied, drive, make_buffers, make_run, same_bits
-from step_runs import arrays as named_arrays
+from support.runs.step_runs import STEPS, artificial_table, copied, drive, make_buffers, make_run, same_bits
+from support.runs.step_runs import arrays as named_arrays
 
 from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
 from sdrt.kernels.compile import SOURCES

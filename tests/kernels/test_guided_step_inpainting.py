@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from step_runs import STEPS, Run, artificial_table, copied, drive, make_buffers, make_run
+from support.runs.step_runs import STEPS, Run, artificial_table, copied, drive, make_buffers, make_run
 
 import tolerances
 from sdrt.kernels.guided_step import StepBuffers, guided_step
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.schedule import NoiseSchedule
-from sdrt.runtime.solvers import make_table
+from sdrt.runtime.samplers.registry import make_table
+from sdrt.runtime.samplers.schedule import NoiseSchedule
 
 
 def parts(buffers: StepBuffers) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from recording import recording_device
-from step_runs import (
+from support.fakes.recording import recording_device
+from support.runs.step_runs import (
     STEPS,
     TABLES,
     arrays,
@@ -31,9 +31,9 @@ from sdrt.kernels.guided_step import NO_FAULT, StepBuffers, guided_step, prepare
 from sdrt.kernels.image_to_uint8 import image_to_uint8
 from sdrt.kernels.launch import BLOCK, MAX_GRID
 from sdrt.kernels.philox_normal import NO_DRAW, fill_philox_normal
-from sdrt.runtime.cuda_device import CudaDevice
-from sdrt.runtime.devices import Device
-from sdrt.runtime.solvers import SamplerTable
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.gpu.device import CudaDevice
+from sdrt.runtime.samplers.table import SamplerTable
 
 ODD = (2, 3, 3, 5)
 SD15 = (1, 4, 64, 64)

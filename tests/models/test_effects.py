@@ -18,10 +18,10 @@ from PIL import Image
 
 import tolerances
 from sdrt.benchmarks.gallery.sections import Entry, Section
-from sdrt.runtime.noise import noise_source
+from sdrt.runtime.drawing.starting_point import slerp
 from sdrt.runtime.pipeline import Pipeline
-from sdrt.runtime.request import build_request
-from sdrt.runtime.start import slerp
+from sdrt.runtime.request.request import build_request
+from sdrt.runtime.samplers.noise import noise_source
 
 RECIPE = Path(__file__).parents[2] / "models" / "emoji"
 FACES = ("a fox face", "a tiger face", "a lion face", "a dog face", "a cat face", "a bear face", "an owl")

@@ -9,11 +9,12 @@ import pytest
 
 import tolerances
 from sdrt.benchmarks.harness.fidelity import psnr
-from sdrt.export.checkpoint import Checkpoint, open_checkpoint
-from sdrt.export.checkpoint_fingerprint import fingerprint
-from sdrt.export.reference import reference_pipeline
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.fingerprint import fingerprint
+from sdrt.export.checkpoint.reader import open_checkpoint
+from sdrt.export.parity.reference import reference_pipeline
 from sdrt.runtime import Bundle, Pipeline
-from sdrt.runtime.bundle import EMBEDDED
+from sdrt.runtime.bundle.bundle import EMBEDDED
 
 CHECKPOINT = EMBEDDED.parent
 PARTS = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")

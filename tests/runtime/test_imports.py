@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_drawing_works_where_nothing_of_the_export_is_installed(tiny_bundle: Pat
     assert (tmp_path / "a.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("statement", ["import sdrt", "import sdrt.runtime", "import sdrt.runtime.cli"])
+@pytest.mark.parametrize("statement", ["import sdrt", "import sdrt.runtime", "import sdrt.runtime.cli.main"])
 def test_names_alone_load_not_even_numpy(statement: str) -> None:
     assert not modules(statement) & {"numpy", "PIL", "tokenizers", "onnxruntime", "rich"}
 
@@ -76,18 +77,17 @@ def test_names_alone_load_not_even_numpy(statement: str) -> None:
 # and repair of text are 20 to 100 ms each, the others 1 to 8.
 NOT_FOR_A_PICTURE = {
     *("PIL", "rich", "ftfy", "hashlib", "secrets", "random", "difflib", "shutil", "subprocess", "fractions"),
-    *(
-        f"sdrt.runtime.{name}"
-        for name in ("canvas", "image_files", "picture_prompts", "preview", "animation")
-    ),
-    *(f"sdrt.runtime.{name}" for name in ("interactive", "interpolation", "textual_inversion")),
-    *(
-        "sdrt.runtime.engine_search",
-        "sdrt.runtime.engines",
-        "sdrt.kernels.compile",
-        "sdrt.kernels.host_build",
-    ),
+    *(f"sdrt.runtime.pictures.{name}" for name in ("animation", "canvas", "preview", "reading")),
+    *(f"sdrt.runtime.bundle.{name}" for name in ("engine_search", "engines")),
+    *("sdrt.runtime.cli.interactive", "sdrt.runtime.drawing.picture_conditioning"),
+    *("sdrt.runtime.request.interpolation", "sdrt.runtime.text.textual_inversion"),
+    *("sdrt.kernels.compile", "sdrt.kernels.host_build"),
 }
+
+
+@pytest.mark.parametrize("name", sorted(NOT_FOR_A_PICTURE))
+def test_what_is_not_loaded_exists(name: str) -> None:
+    assert importlib.util.find_spec(name) is not None
 
 
 def test_a_plain_picture_loads_little(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_plain_picture_loads_little(tiny_bundle: Path, tmp_path: Path) -> None
     Pipeline.load(sys.argv[1])("x", num_inference_steps=1, output_type="numpy")
     """
     command = """
-    from sdrt.runtime.cli import main
+    from sdrt.runtime.cli.main import main
     assert main(["x", "--bundle", sys.argv[1], "--steps", "1", "--quiet", "--output", sys.argv[2]]) == 0
     """
     run(python, tiny_bundle)  # files are hashed and graphs prepared

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pipeline_spies import OpenPipeline, assert_close, assert_differ, assert_equal, spy
+from support.runs.pipeline_spies import OpenPipeline, assert_close, assert_differ, assert_equal, spy
 
-from sdrt.runtime import backends, generation, prompts
-from sdrt.runtime.bundle import Bundle
+from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.devices.gpu import discovery
+from sdrt.runtime.drawing import generation
+from sdrt.runtime.drawing import text_conditioning as prompts
+from sdrt.runtime.drawing.text_conditioning import PromptEncoder, PromptTruncatedWarning
 from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageError
-from sdrt.runtime.noise import RNGS, noise_source
 from sdrt.runtime.pipeline import BlackImageWarning, Pipeline
-from sdrt.runtime.prompts import PromptEncoder, PromptTruncatedWarning
-from sdrt.runtime.solvers import SAMPLERS, make_table
+from sdrt.runtime.samplers.noise import RNGS, noise_source
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 
 Array = NDArray[Any]
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "numpy"}
@@ -818,7 +820,7 @@ def test_gpu_that_is_not_there(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatc
     def no_gpu(_: int) -> None:
         raise BackendError("no NVIDIA driver: install it")
 
-    monkeypatch.setattr(backends, "find_gpu", no_gpu)
+    monkeypatch.setattr(discovery, "find_gpu", no_gpu)
     with pytest.raises(UsageError, match=r"device is 0.* runs on the CPU \(tensorrt, .*: no NVIDIA driver"):
         Pipeline.load(tiny_bundle, device=0)
 

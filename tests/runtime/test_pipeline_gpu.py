@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from repeats import assert_repeats
-from task_calls import SHORT, TASKS
+from support.runs.repeats import assert_repeats
+from support.runs.task_calls import SHORT, TASKS
 
-from sdrt.export.checkpoint import open_checkpoint
-from sdrt.export.engine_compare import random_inputs, tolerance
-from sdrt.export.modules import wrapped
-from sdrt.export.parity import compare
-from sdrt.export.parity_sampling import SAMPLING_FACTOR
+from sdrt.export.checkpoint.reader import open_checkpoint
+from sdrt.export.engines.compare import random_inputs, tolerance
+from sdrt.export.graphs.networks import wrapped
+from sdrt.export.parity.components import compare
+from sdrt.export.parity.sampling import SAMPLING_FACTOR
 from sdrt.kernels.philox import philox_normal
-from sdrt.runtime import Bundle, Pipeline, decode, denoise, prompts
-from sdrt.runtime.backends import choose_backend, load_executor, open_device
-from sdrt.runtime.cuda_device import CudaDevice
+from sdrt.runtime import Bundle, Pipeline
+from sdrt.runtime.backends.registry import choose_backend, load_executor, open_device
+from sdrt.runtime.devices.gpu.device import CudaDevice
+from sdrt.runtime.drawing import loop as denoise
+from sdrt.runtime.drawing import text_conditioning as prompts
+from sdrt.runtime.drawing import vae as decode
 from tolerances import PHILOX_CUDA, PHILOX_RADIUS
 
 pytestmark = pytest.mark.gpu

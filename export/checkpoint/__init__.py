@@ -1,0 +1,1 @@
+"""A checkpoint, read and checked: its classes, fields, tokenizer, scheduler and weights."""

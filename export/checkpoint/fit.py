@@ -1,0 +1,147 @@
+"""Whether the parts of a checkpoint belong together, and whether its U-Net is of a kind that is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
+from sdrt.runtime.errors import CheckpointError
+
+# Channels that a U-Net takes beside the latents' → what such a checkpoint is for. Those for inpainting, with
+# latents and a mask, are supported.
+OTHER_KINDS: Final[dict[str, Callable[[int], int]]] = {
+    "the latents of a picture to edit": lambda latents: latents,
+    "a depth map": lambda _latents: 1,
+    "a small picture to enlarge": lambda _latents: 3,
+}
+# What a U-Net's configuration says of inputs that no component has.
+OTHER_INPUTS: Final = {
+    "class_embed_type": "a class or an embedding beside the text (as of unCLIP)",
+    "num_class_embeds": "a class or a noise level beside the text (as of upscalers)",
+    "encoder_hid_dim_type": "embeddings that it projects itself (as of Kandinsky)",
+}
+
+
+LEAST_GUIDANCE_WIDTH: Final = 4
+
+
+def check_fit(checkpoint: Checkpoint) -> None:
+    """The parts must agree about the sizes that they hand to each other.
+
+    Raises:
+        CheckpointError: Two of them do not, or the U-Net is of a kind that is not supported.
+    """
+    sizes = checkpoint.sizes()
+    _check_kind(checkpoint, sizes)
+    if checkpoint.record.reads_text:
+        _check_text_fit(checkpoint, sizes)
+    else:
+        _check_image_fit(checkpoint, sizes)
+    if checkpoint.kind.added:
+        _check_added_fit(checkpoint)
+    elif (added := checkpoint.configs["unet"].get("addition_embed_type")) is not None:
+        raise CheckpointError(
+            f"the U-Net's addition_embed_type is {added!r}, and a {checkpoint.pipeline} gives it nothing for "
+            "that: model_index.json and unet are not of one model"
+        )
+    if checkpoint.pipeline.startswith("Latent") and not checkpoint.distilled_guidance:
+        raise CheckpointError(
+            f"the U-Net has no time_cond_proj_dim, through which a {checkpoint.pipeline} tells it the "
+            "guidance scale: model_index.json and unet are not of one model (with a merged LCM-LoRA it is a "
+            "StableDiffusionPipeline with an LCMScheduler)"
+        )
+
+
+def _check_kind(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+    unet = checkpoint.configs["unet"]
+    takes, gives, latents = int(unet["in_channels"]), int(unet["out_channels"]), sizes["latent_channels"]
+    for what, channels in OTHER_KINDS.items():
+        if takes == latents + channels(latents):
+            raise CheckpointError(
+                f"the U-Net takes {takes} channels, the VAE's {latents} and {channels(latents)} more for "
+                f"{what}: not supported; checkpoints for text to image, inpainting and image variations are"
+            )
+    if not gives == latents == sizes["unet_channels"]:
+        raise CheckpointError(
+            f"the U-Net takes {takes} and gives {gives} channels, the VAE has {latents}: they are not of one "
+            "model, or it is of a kind that is not supported"
+        )
+    if sizes.get("guidance_width", LEAST_GUIDANCE_WIDTH) < LEAST_GUIDANCE_WIDTH:
+        raise CheckpointError(
+            f"the U-Net's time_cond_proj_dim is {sizes['guidance_width']}; it must be at least "
+            f"{LEAST_GUIDANCE_WIDTH}, two frequencies"
+        )
+    for key, what in OTHER_INPUTS.items():
+        if unet.get(key) is not None:
+            raise CheckpointError(
+                f"the U-Net's {key} is {unet[key]!r}: it takes {what}, which is not supported"
+            )
+
+
+def _check_image_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+    (encoder,), facts = checkpoint.record.encoders, checkpoint.image_processor
+    features = checkpoint.configs[encoder.component]["projection_dim"]
+    if features != sizes["cross_width"]:
+        raise CheckpointError(
+            f"the image encoder gives {features} features, the U-Net's cross-attention "
+            f"takes {sizes['cross_width']}: {encoder.component} and unet are not of one model"
+        )
+    if facts is None or facts.size != sizes["encoder_size"]:
+        raise CheckpointError(
+            f"the feature_extractor makes pictures of {facts and facts.size} pixels, the image encoder takes "
+            f"{sizes['encoder_size']}: feature_extractor and {encoder.component} are not of one model"
+        )
+
+
+def _check_text_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+    folders = checkpoint.kind.tokenizers
+    for (name, folder), tokenizer in zip(folders.items(), checkpoint.tokenizers, strict=True):
+        largest, entries = max(tokenizer.vocabulary.ids.values()), checkpoint.configs[name]["vocab_size"]
+        if largest >= entries:
+            raise CheckpointError(
+                f"the {folder} has ids up to {largest}, {name} embeds "
+                f"{entries}: {folder} and {name} are not of one model"
+            )
+    given = _given(checkpoint, ENCODER_HIDDEN_STATES)
+    if given != sizes["cross_width"]:
+        raise CheckpointError(
+            f"the text encoder{'s give' if len(folders) > 1 else ' gives'} {given} features, the U-Net's "
+            f"cross-attention takes {sizes['cross_width']}: text_encoder and unet are not of one model"
+        )
+    lengths = [tokenizer.ids["max_length"] for tokenizer in checkpoint.tokenizers]
+    if len(set(lengths)) > 1:
+        raise CheckpointError(
+            f"the tokenizers give {' and '.join(map(str, lengths))} tokens; the U-Net reads them side by side"
+        )
+
+
+def _check_added_fit(checkpoint: Checkpoint) -> None:
+    """The U-Net takes the pooled texts, and each of the numbers of pixels as a sinusoidal embedding."""
+    unet, record = checkpoint.configs["unet"], checkpoint.record
+    if unet.get("addition_embed_type") != checkpoint.kind.added:
+        raise CheckpointError(
+            f"the U-Net's addition_embed_type is {unet.get('addition_embed_type')!r}; of the models with two "
+            "text encoders only SDXL's, with text_time, is supported"
+        )
+    takes, width = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    pooled = {name for one in record.encoders for name in one.gives} - {ENCODER_HIDDEN_STATES}
+    gives = sum(_given(checkpoint, name) for name in pooled)
+    gives += 2 * len(record.pixel_options) * (width if isinstance(width, int) else 0)
+    if takes != gives:
+        encoders = " and ".join(one.component for one in record.encoders if pooled & set(one.gives))
+        raise CheckpointError(
+            f"the U-Net's projection_class_embeddings_input_dim is {takes}, {encoders} and six time ids "
+            f"give {gives}: {encoders} and unet are not of one model (or it is a refiner)"
+        )
+
+
+def _given(checkpoint: Checkpoint, name: str) -> int:
+    """The features that the encoders give for an input of the U-Net, side by side."""
+    record, sizes = checkpoint.record, checkpoint.sizes()
+    outputs = [
+        record.components[record.encoders[index].component].output(output)
+        for index, output in record.sources(name)
+    ]
+    return sum(sizes[str(output.shape[-1])] for output in outputs if output is not None)

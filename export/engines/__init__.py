@@ -1,0 +1,1 @@
+"""Bundle to engines: compiled in a process of their own, and compared."""

@@ -1,0 +1,1 @@
+"""PyTorch modules to ONNX graphs, and what their precision must be."""

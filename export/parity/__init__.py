@@ -1,0 +1,1 @@
+"""What is written is compared with PyTorch before it ships."""

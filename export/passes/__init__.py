@@ -1,0 +1,1 @@
+"""Graph passes: one a file, put in order by `pipeline`."""

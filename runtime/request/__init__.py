@@ -1,0 +1,1 @@
+"""What a call may ask, checked and spread over its images before anything is computed."""

@@ -1,0 +1,148 @@
+"""The picture that a call starts from, and what is to become of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from numpy.typing import NDArray
+
+from sdrt.runtime.bundle.manifest import Manifest
+from sdrt.runtime.checks import number, share, whole
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.request.recipes import check_pixels, pixels_sha256
+
+if TYPE_CHECKING:
+    from sdrt.runtime.pictures.canvas import Canvas
+
+DEFAULT_STRENGTH: Final = 0.8  # of diffusers' image-to-image pipelines
+DEFAULT_VARIATION: Final = 0.3  # seen on the embedded model: the same thing, drawn otherwise
+PICTURE_OPTIONS: Final = ("strength", "mask_image", "expand", "variation")
+
+
+@dataclass(frozen=True, slots=True)
+class PictureTask:
+    """A run that starts from a picture.
+
+    Attributes:
+        canvas: The picture, and what of it is drawn.
+        strength: Share of the schedule that is run, above 0 to 1.
+        variation: The share of fresh noise in the noise that the picture was inverted to; None for a run that
+            starts mid-schedule.
+        recipe: The arguments behind it, as plain data.
+    """
+
+    canvas: Canvas
+    strength: float
+    variation: float | None
+    recipe: Mapping[str, Any]
+
+    @property
+    def starts_from_noise(self) -> bool:
+        """Whether nothing of the picture is in the first x: a mask with a strength of 1 (as in diffusers)."""
+        return self.canvas.mask is not None and self.strength == 1.0
+
+
+def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt: bool) -> PictureTask | None:
+    """Check and read what of a call's options is about a picture; None for text to image.
+
+    Raises:
+        UsageError: A picture cannot be read or does not fit, or the options contradict each other.
+    """
+    image = options.get("image")
+    inpaints = manifest.reads_mask
+    if image is None:
+        for name in PICTURE_OPTIONS:
+            if options.get(name) is not None:
+                raise UsageError(f"{name} is given, but no image: it says what becomes of one")
+        if inpaints:
+            raise UsageError(
+                "this bundle is an inpainting model: it needs an image, and a mask_image or expand"
+            )
+        return None
+    _check_encoder(manifest)
+    masked = options.get("mask_image") is not None or options.get("expand") is not None
+    if inpaints and not masked:
+        raise UsageError(
+            "this bundle is an inpainting model: it needs a mask_image or expand beside the image"
+        )
+    variation = _variation(options, masked=masked, has_prompt=has_prompt)
+    if not has_prompt and variation is None:
+        raise UsageError("the prompt is missing: what shall be drawn?")
+    canvas, shown = _canvas(manifest, options)
+    strength = _strength(options.get("strength"), masked=masked)
+    way = {"strength": strength} if variation is None else {"variation": variation}
+    return PictureTask(canvas, strength, variation, {**shown, **way})
+
+
+def _check_encoder(manifest: Manifest) -> None:
+    if "vae_encoder" not in manifest.components:
+        raise UsageError("an image is given, but this bundle has no vae_encoder: export it again")
+
+
+def _variation(options: Mapping[str, Any], *, masked: bool, has_prompt: bool) -> float | None:
+    given = options.get("variation")
+    if given is None:
+        if has_prompt or masked or options.get("strength") is not None:
+            return None
+        given = DEFAULT_VARIATION
+    for name in ("mask_image", "expand", "strength", "latents"):
+        if options.get(name) is not None:
+            raise UsageError(f"variation and {name} are given: a variation begins at the inverted picture")
+    for name in ("timesteps", "sigmas"):
+        if options.get(name) is not None:
+            raise UsageError(
+                f"variation and {name} are given: the inversion ends at the schedule's own start"
+            )
+    return share("variation", given)
+
+
+def _strength(given: object, *, masked: bool) -> float:
+    if given is None:
+        return 1.0 if masked else DEFAULT_STRENGTH
+    strength = number("strength", given)
+    if not 0.0 < strength <= 1.0:
+        raise UsageError(
+            f"strength is {given!r}: a number above 0, which would leave the picture as it is, to 1"
+        )
+    return strength
+
+
+def _canvas(manifest: Manifest, options: Mapping[str, Any]) -> tuple[Canvas, dict[str, Any]]:
+    """The canvas, and what the recipe says of it."""
+    from sdrt.runtime.pictures.canvas import fit
+    from sdrt.runtime.pictures.reading import read_image, read_mask
+
+    image, given = read_image(options["image"]), options.get("mask_image")
+    recipe = picture_recipe(options, "image", image)
+    mask = None
+    if given is not None:
+        mask = read_mask(given, may_be_black=options.get("expand") is not None)
+        recipe |= picture_recipe(options, "mask_image", mask)
+    height, width = (
+        None if options.get(name) is None else whole(name, options[name]) for name in ("height", "width")
+    )
+    expand = options.get("expand")
+    canvas = fit(image, manifest.limits, mask=mask, expand=expand, height=height, width=width)
+    if canvas.mask is not None:
+        # Sizes say here what the picture is resized to before anything else: if none was asked for, none is.
+        recipe |= {"height": height, "width": width, "output_size": list(canvas.crop)}
+    if expand is not None:
+        recipe["expand"] = [int(pixels) for pixels in expand]
+    return canvas, recipe
+
+
+def picture_recipe(options: Mapping[str, Any], name: str, pixels: NDArray[Any]) -> dict[str, Any]:
+    """A given picture in the recipe: the file's name as it was given, if it is one, and the pixels' SHA-256.
+
+    Raises:
+        UsageError: It is not the one that the options, of a recipe, say.
+    """
+    digest = pixels_sha256(pixels)
+    check_pixels(options, name, digest)
+    source = options[name]
+    path = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
+    file = {name: path} if path.isprintable() and path else {}  # JSON holds no name that is not Unicode
+    return {**file, f"{name.removesuffix('_image')}_sha256": digest}

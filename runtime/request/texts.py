@@ -1,0 +1,76 @@
+"""Prompts, negative prompts and seeds of a call, spread over its images."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sdrt.runtime.bundle.limits import MAX_CALL_CHARACTERS
+from sdrt.runtime.checks import whole
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.samplers.noise import validate_seed
+from sdrt.runtime.text.tokenizer import checked_text
+
+MAX_IMAGES: Final = 1000
+RANDOM_SEED: Final = -1  # as in A1111's web UI
+
+
+def per_image_texts(
+    prompt: str | Sequence[str], negative: str | Sequence[str] | None, per_prompt: object
+) -> tuple[list[str], list[str | None]]:
+    """Prompts and negative prompts, one of each per image; no negative prompt stays None.
+
+    Raises:
+        UsageError: No texts, not as many of one as of the other, or too many images.
+    """
+    count = whole("num_images_per_prompt", per_prompt)
+    if count < 1:
+        raise UsageError(f"num_images_per_prompt is {count}: a whole number of at least 1")
+    for given in (prompt, "" if negative is None else negative):
+        if not isinstance(given, Sequence):
+            raise UsageError(f"a prompt is {type(given).__name__}: a text or a list of texts is wanted")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    single = negative is None or isinstance(negative, str)
+    negatives: list[Any] = [negative] * len(prompts) if single else list(negative or ())
+    if not prompts:
+        raise UsageError("the list of prompts is empty: give at least one")
+    for text in (*prompts, *(() if negative is None else negatives)):
+        if not isinstance(text, str):
+            raise UsageError(f"a prompt is {type(text).__name__}: texts are wanted")
+    prompts = list(map(checked_text, prompts))
+    negatives = [None if text is None else checked_text(text) for text in negatives]
+    if len(negatives) != len(prompts):
+        raise UsageError(
+            f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one, or one per prompt"
+        )
+    characters = sum(len(text or "") for text in {*prompts, *negatives})
+    if characters > MAX_CALL_CHARACTERS:
+        raise UsageError(f"{characters} characters in the prompts of one call: at most {MAX_CALL_CHARACTERS}")
+    if len(prompts) * count > MAX_IMAGES:
+        raise UsageError(f"{len(prompts) * count} images in one call: at most {MAX_IMAGES}")
+    return (
+        [text for text in prompts for _ in range(count)],
+        [text for text in negatives for _ in range(count)],
+    )
+
+
+def per_image_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
+    """A seed per image; ``None``, which is not the same as 0, and -1 draw a random one.
+
+    Raises:
+        UsageError: One is no seed, or there are not as many as images.
+    """
+    if isinstance(seed, Sequence):
+        if len(seed) != images:
+            raise UsageError(f"{len(seed)} seeds for {images} images: give one, or one per image")
+        return [_seed(value) for value in seed]
+    first = _seed(RANDOM_SEED if seed is None else seed)
+    return [(first + index) % 2**64 for index in range(images)]
+
+
+def _seed(given: Any) -> int:
+    if isinstance(given, numbers.Integral) and given == RANDOM_SEED:
+        return int.from_bytes(os.urandom(4))
+    return validate_seed(given)

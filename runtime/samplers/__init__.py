@@ -1,0 +1,1 @@
+"""Samplers as tables: noise schedules, sigmas, solvers, guidance, noise."""

@@ -1,0 +1,34 @@
+"""Runs an onnx_ir graph as it stands on ONNX Runtime's CPU provider, for tests of the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from sdrt.export.graphs.from_module import save_graph
+
+
+def text_inputs(ids: NDArray[np.int64], width: int, dtype: str = "float32") -> dict[str, NDArray[Any]]:
+    """A text encoder's inputs [batch, tokens] and the rest, without embeddings of one's own."""
+    return {
+        "input_ids": ids,
+        "custom_embeddings": np.zeros((*ids.shape, width), dtype),
+        "clip_skip": np.zeros(1, np.int64),
+    }
+
+
+def run(model: ir.Model, feeds: Mapping[str, NDArray[Any]], folder: Path) -> list[NDArray[Any]]:
+    """Save, check and run a model without ONNX Runtime's own graph changes; all outputs in order."""
+    path = save_graph(model, folder / "model.onnx")[0]
+    onnx.checker.check_model(str(path))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [np.asarray(result) for result in session.run(None, dict(feeds))]
