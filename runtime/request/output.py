@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypedDict
 
-from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import choice, function
 from sdrt.runtime.errors import UsageError
 
@@ -91,7 +90,7 @@ class Callbacks:
         return bool({"denoised", "preview"} & set(self.step_tensors))
 
 
-def build_callbacks(manifest: Manifest, options: Mapping[str, Any]) -> Callbacks:
+def build_callbacks(options: Mapping[str, Any]) -> Callbacks:
     """Check what of a call's options is about callbacks.
 
     Raises:
@@ -107,8 +106,6 @@ def build_callbacks(manifest: Manifest, options: Mapping[str, Any]) -> Callbacks
         raise UsageError(
             f"callback_on_step_end_tensor_inputs is {tensors!r}: a list of {', '.join(STEP_TENSORS)}"
         )
-    if on_step_end is not None and "preview" in tensors and manifest.preview is None:
-        raise UsageError("this bundle was written without a preview: export it again to have one")
     on_batch_end = function("callback_on_batch_end", options.get("callback_on_batch_end"))
     return Callbacks(on_step_end, () if on_step_end is None else tuple(tensors), on_batch_end)
 

@@ -6,10 +6,10 @@ from typing import Final
 
 import pytest
 
-from sdrt.benchmarks import measure
-from sdrt.benchmarks.bench_options import parser
-from sdrt.benchmarks.document import Document
-from sdrt.benchmarks.peers import PEERS, is_installed
+from sdrt.benchmarks.document.document import Document
+from sdrt.benchmarks.harness import measure
+from sdrt.benchmarks.options import parser
+from sdrt.benchmarks.peers.registry import PEERS, is_installed
 from tolerances import EMBEDDED_PSNR_DB
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("user_cache")]

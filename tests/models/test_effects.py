@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import tolerances
-from sdrt.benchmarks.gallery_sections import Entry, Section
+from sdrt.benchmarks.gallery.sections import Entry, Section
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.request.build import build_request
 from sdrt.runtime.samplers.noise import noise_source, slerp
