@@ -148,7 +148,7 @@ def _checkpoint(model: str) -> Any:
         from sdrt.export.checkpoint.architectures import open_architecture
 
         return open_architecture(model)
-    from sdrt.export.checkpoint.checkpoint import open_checkpoint
+    from sdrt.export.checkpoint.reader import open_checkpoint
 
     return open_checkpoint(model)
 

@@ -107,8 +107,8 @@ def _export_options(arguments: argparse.Namespace) -> list[str]:
 
 def _checked(name: str, source: str, bundle: Bundle, checkpoint: str | None) -> ModelPlan:
     manifest = bundle.manifest
-    if manifest.tokenizer is None or manifest.reads_mask:
-        kind = "a picture" if manifest.tokenizer is None else "a picture and a mask"
+    if not manifest.tokenizers or manifest.reads_mask:
+        kind = "a picture" if not manifest.tokenizers else "a picture and a mask"
         raise UsageError(
             f"{source} draws from {kind}: sd-bench measures models that draw from a prompt alone"
         )

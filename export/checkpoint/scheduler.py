@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
 from sdrt.export.checkpoint.scheduler_classes import CLASSES, FIELDS, Only, SchedulerClass
+from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.edm import EdmScaling
 from sdrt.runtime.samplers.log_snr import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
@@ -21,12 +23,6 @@ from sdrt.runtime.samplers.table import SamplerOptions
 
 FILE: Final = "scheduler/scheduler_config.json"
 DISTILLED: Final = tuple(name for name, sampler in SAMPLERS.items() if sampler.distilled)
-# What the constructors of diffusers' pipelines write over the file, by family and whether it inpaints; those
-# of the other families leave it as it is.
-CORRECTIONS: Final[dict[tuple[str, bool], dict[str, Any]]] = {
-    ("sd", False): {"steps_offset": 1, "clip_sample": False},
-    ("sd", True): {"steps_offset": 1, "skip_prk_steps": True},
-}
 IN_PLACE: Final = "DPMSolverMultistepScheduler"  # of a class that we have no equal of, or do not prefer
 SDE: Final = "sde-dpmsolver++"
 # Of DPM-Solver; some classes know less of it.
@@ -59,13 +55,17 @@ class CheckpointScheduler:
 
 
 def read_scheduler(
-    config: Mapping[str, Any], family: str = "sd", *, inpainting: bool = False, distilled: bool = False
+    config: Mapping[str, Any],
+    family: str = STABLE_DIFFUSION.name,
+    *,
+    inpainting: bool = False,
+    distilled: bool = False,
 ) -> CheckpointScheduler:
     """A diffusers scheduler's configuration, as diffusers' pipeline of the family reads it.
 
     Args:
         config: Of the file.
-        family: ``sd``, ``sdxl`` or ``image-variations``.
+        family: Its name.
         inpainting: The U-Net reads a mask: the pipeline is another.
         distilled: The U-Net is a latent consistency model's: only `DISTILLED` samplers fit it, whatever
             scheduler lies beside it.
@@ -76,7 +76,7 @@ def read_scheduler(
     """
     name = _class_name(config)
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    given |= CORRECTIONS.get((family, inpainting), {})
+    given |= CHECKPOINT_FAMILIES[family].corrections.get(inpainting, {})
     remarks = []
     if distilled and CLASSES[name].sampler not in DISTILLED:
         remarks.append(

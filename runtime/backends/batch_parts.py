@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 
 PARTS: Final = 2
 

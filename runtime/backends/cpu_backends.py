@@ -29,7 +29,7 @@ def probe_on_cpu(bundle: Bundle, package: str, extra: str) -> str:
     """
     if find_spec(package) is None:
         raise BackendError(f"the package {package} is not installed: pip install 'sdrt[{extra}]'")
-    for name in bundle.manifest.required_components:
+    for name in bundle.manifest.record.required:
         _refuse_bfloat16(bundle, name)
     return f"{package} is installed"
 

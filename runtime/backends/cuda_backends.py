@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,14 +19,15 @@ def needed_components(bundle: Bundle, shape: RequestShape | None) -> dict[str, M
     """The components that a call needs, and the size of each one's named axes as far as they are known."""
     axes = shape.axes(bundle.manifest.latents.factor, bundle.manifest.tokens) if shape else {}
     pictures = ("vae_encoder",) if shape is not None and shape.picture else ()
-    return {name: _axes_of(name, axes) for name in (*bundle.manifest.required_components, *pictures)}
+    record = bundle.manifest.record
+    return {name: _axes_of(record, name, axes) for name in (*record.required, *pictures)}
 
 
-def _axes_of(component: str, axes: Mapping[str, int]) -> Mapping[str, int]:
+def _axes_of(family: Family, component: str, axes: Mapping[str, int]) -> Mapping[str, int]:
     """Encoders work on one text or picture after the other, whatever the number of pictures."""
     if component == "vae_encoder":
         return {name: size for name, size in axes.items() if name != "batch"}
-    return {} if component.startswith(("text_encoder", "image_encoder")) else axes
+    return {} if component in {encoder.component for encoder in family.encoders} else axes
 
 
 def cuda_device(device: Device, backend: str) -> CudaDevice:

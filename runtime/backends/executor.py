@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from sdrt.runtime.bundle.components import ComponentSpec, TensorSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec, TensorSpec
 from sdrt.runtime.devices.device import Buffer, Device
 from sdrt.runtime.errors import BundleError, UsageError
 

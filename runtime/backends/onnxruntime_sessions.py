@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.runtime.backends.executor import GraphTensor, check_tensors
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 
 # A manifest's names of ONNX Runtime's dtypes.
 _DTYPES: Final = {

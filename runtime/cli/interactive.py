@@ -132,7 +132,7 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
     """Arguments of one drawing with the defaults, and with what a bundle cannot do without."""
     manifest = pipeline.bundle.manifest
     request = {**defaults, "num_images_per_prompt": 1, "prompt": ""}
-    reads_text = manifest.family != "image-variations"
+    reads_text = manifest.record.reads_text
     size = (manifest.defaults.height, manifest.defaults.width)
     if not reads_text:
         del request["prompt"]

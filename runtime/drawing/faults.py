@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +12,13 @@ from sdrt.kernels.guided_step import NO_FAULT
 from sdrt.runtime.errors import NumericsError, UsageError
 from sdrt.runtime.samplers.table import SamplerTable
 
-MAX_ENCODERS: Final = 2  # text encoders of one family, each with a fault word per text
-
 
 @dataclass(frozen=True, slots=True)
 class Faults:
     """Who gave NaN or infinity.
 
     Attributes:
-        texts: bool [rows, MAX_ENCODERS], per row of the U-Net's batch, in the order of the family's encoders.
+        texts: bool [rows, encoders], per row of the U-Net's batch, in the order of the family's encoders.
         given: Whether the latents that the caller brought were not finite.
         unet: The first step whose output was not finite, or ``NO_FAULT``.
         decoder: Whether the decoder's output was not finite.

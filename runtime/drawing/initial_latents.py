@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.bundle.families.components import INPAINTING, TIMESTEP_COND
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.vae import EncodedImage, Posterior
 from sdrt.runtime.errors import UsageError
@@ -106,17 +107,17 @@ def _inputs(
 ) -> dict[str, NDArray[np.float32]]:
     """The U-Net's inputs that are numbers of the request or of the picture (``masked``: its latents)."""
     inputs = {}
-    if request.sizes:
-        one = [entry for pair in request.sizes.values() for entry in pair]
-        inputs["time_ids"] = np.array([one] * rows, np.float32)
-    embedding = request.manifest.components["unet"].spec.input("timestep_cond")
+    for name, options in request.manifest.record.pixels.items():
+        one = [entry for option in options for entry in request.sizes[option.name]]
+        inputs[name] = np.array([one] * rows, np.float32)
+    embedding = request.manifest.components["unet"].spec.input(TIMESTEP_COND)
     if embedding is not None and request.sampling.embedded_guidance is not None:
         width = embedding.shape[1]
         assert isinstance(width, int)  # in every manifest that was read
         one_row = guidance_embedding(request.sampling.embedded_guidance - 1.0, width)  # as in diffusers
-        inputs["timestep_cond"] = np.broadcast_to(one_row, (rows, width))
+        inputs[TIMESTEP_COND] = np.broadcast_to(one_row, (rows, width))
     if image is not None and image.mask is not None and masked is not None:
         mask = np.broadcast_to(image.mask, (len(masked), *image.mask.shape[1:]))
         both = np.concatenate([mask, masked], axis=1)
-        inputs["inpainting"] = np.concatenate([both] * (rows // len(both)))  # of each half
+        inputs[INPAINTING] = np.concatenate([both] * (rows // len(both)))  # of each half
     return inputs

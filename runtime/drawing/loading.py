@@ -37,10 +37,12 @@ def condition_encoder(
 ) -> ConditionEncoder:
     """What reads the conditions; tokenizers that are not given are opened."""
     limits = bundle.manifest.limits
-    if "image_encoder" in executors:
+    family = bundle.manifest.record
+    if not family.reads_text:
         from sdrt.runtime.drawing.picture_conditioning import ImageEncoder
 
-        return ImageEncoder(executors["image_encoder"], device, batch=limits.min_batch)
+        (encoder,) = family.encoders
+        return ImageEncoder(executors[encoder.component], encoder.gives, device, batch=limits.min_batch)
     return PromptEncoder(
         text_encoders(bundle, executors, open_tokenizers(bundle) if tokenizers is None else tokenizers),
         device,
@@ -77,7 +79,7 @@ def longest_prompt(bundle: Bundle, requests: Sequence[Request]) -> int:
 
 def needed(bundle: Bundle) -> list[str]:
     """The components that every drawing needs, the largest first: it takes the longest to load."""
-    return sorted(bundle.manifest.required_components, key=lambda name: -_size(bundle, name))
+    return sorted(bundle.manifest.record.required, key=lambda name: -_size(bundle, name))
 
 
 def executor_of(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Final
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,17 +15,16 @@ from sdrt.runtime.errors import NumericsError
 from sdrt.runtime.request.variations import ClipImage
 from sdrt.runtime.samplers.table import SamplerTable
 
-EMBEDDINGS: Final = "encoder_hidden_states"
-
 
 class ImageEncoder:
     """The image encoder, with the embedding of the picture that was encoded last."""
 
-    def __init__(self, encoder: Executor, device: Device, *, batch: int) -> None:
+    def __init__(self, encoder: Executor, gives: Mapping[str, str], device: Device, *, batch: int) -> None:
         """Allocate the encoder's buffers and bind it to them.
 
         Args:
             encoder: On the device.
+            gives: Input of the U-Net → its output, see `sdrt.runtime.bundle.families.record.Encoder`.
             device: Owns the buffers.
             batch: The smallest batch that the graph admits; every row of it holds the same picture.
 
@@ -35,6 +33,7 @@ class ImageEncoder:
         """
         self._device, self._name, self._batch = device, encoder.spec.name, batch
         (source,), (result,) = encoder.spec.inputs, encoder.spec.outputs
+        (self._target,) = gives
         axes = {"batch": batch}
         arena = Arena(device, {entry.name: (entry.concrete(axes), entry.dtype) for entry in (source, result)})
         self._pixels, self._embeddings = arena[source.name], arena[result.name]
@@ -53,7 +52,7 @@ class ImageEncoder:
             NumericsError: The encoder gave NaN or infinity.
         """
         for target, fault, condition in zip(
-            loop.conditioning[EMBEDDINGS], loop.text_faults, rows, strict=True
+            loop.conditioning[self._target], loop.text_faults, rows, strict=True
         ):
             self._device.clear(fault)
             if condition is None:

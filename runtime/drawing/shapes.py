@@ -64,6 +64,7 @@ class ShapeResources:
             guided=shape.guided,
             factor=manifest.latents.factor,
             context=tokens * shape.chunks,
+            encoders=len(manifest.record.encoders),
         )
 
     def prepare(self, request: Request) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import choice, whole
 from sdrt.runtime.errors import UsageError
@@ -20,7 +21,6 @@ from sdrt.runtime.request.texts import per_image_seeds, prompt_conditions
 from sdrt.runtime.samplers.noise import DEFAULT_RNG, RNGS
 
 MAX_SIZE: Final = 16_384  # pixels that SDXL may be told of; no picture is larger
-_SIZES: Final = ("original_size", "crops_coords_top_left", "target_size")
 
 
 def build_request(
@@ -98,7 +98,7 @@ def _one_request(
     """
     rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
     picture = None
-    if manifest.family == "image-variations":
+    if not manifest.record.reads_text:
         from sdrt.runtime.request.variations import image_conditions
 
         conditions = image_conditions(manifest, prompt, options)
@@ -145,17 +145,19 @@ def _size_and_strength(
 
 
 def _sizes(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, list[int]]:
-    """SDXL's sizes in pixels, height or top first, with defaults for what was not given."""
-    given = {name: options.get(name) for name in _SIZES}
-    if manifest.family != "sdxl":
-        for name, value in given.items():
-            if value is not None:
-                raise UsageError(f"{name} is {value!r}: only SDXL has it, this bundle is {manifest.family}")
-        return {}
+    """What the U-Net is told in pixels, height or top first, with defaults for what was not given."""
+    known = manifest.record.pixel_options
+    for family in FAMILIES.values():
+        for option in family.pixel_options:
+            name, value = option.name, options.get(option.name)
+            if option not in known and value is not None:
+                raise UsageError(
+                    f"{name} is {value!r}: only {family.title} has it, this bundle is {manifest.family}"
+                )
     sizes = {}
-    for name, value in given.items():
-        usual = (0, 0) if name == "crops_coords_top_left" else size
-        pair = usual if value is None else value
+    for option in known:
+        name, value = option.name, options.get(option.name)
+        pair = option.usual(size) if value is None else value
         if isinstance(value, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise UsageError(f"{name} is {pair!r}: two whole numbers are wanted, as (height, width)")
         sizes[name] = [whole(name, entry) for entry in pair]

@@ -35,7 +35,7 @@ def check_ends(
     for name, end in (("prompt", prompt), ("to_prompt", prompt if to_prompt is None else to_prompt)):
         if not isinstance(end, str):
             raise UsageError(f"{name} is {type(end).__name__}: one text is wanted")
-    if manifest.family == "image-variations":
+    if not manifest.record.reads_text:
         raise UsageError("this bundle draws variations of an image: there are no prompts to go between")
     if options.get("latents") is not None:
         raise UsageError("latents are given: an interpolation makes its own from the seeds")

@@ -46,7 +46,7 @@ class Request:
         latents: Noise that was given: a NumPy array or device array; None for noise from the seeds.
         latents_scale: What ``latents`` are multiplied with to be x; None for the table's own.
         latents_given: Whether the caller brought them.
-        sizes: SDXL's original_size, crops_coords_top_left and target_size; else empty.
+        sizes: What the U-Net is told in pixels, such as SDXL's original_size; else empty.
         picture: What the run starts from, if that is a picture.
         embeddings: Textual inversions that must be loaded, name → SHA-256 of the file.
         output_type: What is given back.

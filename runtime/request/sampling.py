@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.runtime.bundle.families.components import TIMESTEP_COND
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import flag, number, share, whole
 from sdrt.runtime.errors import UsageError
@@ -79,7 +80,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     scale = options.get("guidance_scale")
     scale = defaults.guidance_scale if scale is None else _scale(scale)
     interval = options.get("guidance_interval")
-    embeds_guidance = manifest.components["unet"].spec.input("timestep_cond") is not None
+    embeds_guidance = manifest.components["unet"].spec.input(TIMESTEP_COND) is not None
     rescale = share("guidance_rescale", options.get("guidance_rescale", 0.0))
     guided = (0.0, 1.0) if interval is None else interval
     weights = guidance_weights(table, 1.0 if embeds_guidance else scale, guided)

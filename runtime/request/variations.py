@@ -15,11 +15,6 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.picture import picture_recipe
 from sdrt.runtime.request.texts import MAX_IMAGES, Conditions
 
-# What a picture in place of a text leaves no room for.
-_WITHOUT: Final = (
-    *("negative_prompt", "clip_skip", "plain_prompt", "comma_lookback"),
-    *("strength", "mask_image", "expand", "variation"),
-)
 _NEUTRAL: Final = ("negative_prompt", "clip_skip", "plain_prompt")  # such as a recipe has them
 
 
@@ -59,7 +54,7 @@ def image_conditions(
         raise UsageError("a prompt is given: this bundle draws variations of an image and reads no text")
     if options.get("image") is None:
         raise UsageError("the image is missing: this bundle draws variations of one")
-    for name in _WITHOUT:
+    for name in manifest.record.without:
         if name in options and not _is_neutral(name, options[name]):
             raise UsageError(f"{name} is given: a bundle of image variations has no such thing")
     images = whole("num_images_per_prompt", options.get("num_images_per_prompt", 1))

@@ -11,7 +11,7 @@ from sdrt.runtime.backends.batch_parts import PARTS, Array, batch_parts, parts_o
 from sdrt.runtime.backends.executor import check_buffers, first_line, usable_cores
 from sdrt.runtime.backends.onnxruntime_cpu.library import import_onnxruntime
 from sdrt.runtime.backends.onnxruntime_sessions import check_graph, cpu_options, open_on_cpu
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.errors import BackendError
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import read_nodes, shape
 from sdrt.runtime.backends.onnxruntime_cuda.library import NAME, PROVIDER, import_with_cuda
 from sdrt.runtime.backends.onnxruntime_sessions import check_graph, quiet_options
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec
 from sdrt.runtime.bundle.engine_search import Engine, build_command, find_engine
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.device import Buffer
 from sdrt.runtime.errors import BackendError, DeviceMemoryError
 

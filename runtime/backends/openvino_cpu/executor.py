@@ -24,7 +24,7 @@ from sdrt.runtime.backends.openvino_cpu.models import (
     name_of,
     reason,
 )
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.prepared_folder import Source
 from sdrt.runtime.devices.arena import Arena
 from sdrt.runtime.devices.host import HostDevice

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sdrt.runtime.backends.executor import GraphTensor, check_tensors, first_line
 from sdrt.runtime.backends.openvino_cpu.hoisting import hoist
 from sdrt.runtime.backends.openvino_cpu.library import NAME
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.prepared_folder import PreparedFolder, Source
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.system.c_library import kept_signal_stack
@@ -29,12 +29,6 @@ MAIN, LAYOUT = "main.blob", "layout.json"
 MOST_BYTES: Final = 500_000_000
 SMALL_INPUTS: Final = 64 << 10  # bytes: results of larger inputs are not kept
 MOST_KEPT: Final = 16 << 20  # bytes of results
-# Inputs whose results are worth keeping apart: they stay the same for a picture, or take few values. What is
-# computed of the others is new at every step.
-GROUPS: Final = (
-    frozenset({"encoder_hidden_states"}),
-    frozenset({"timestep", "timestep_cond", "text_embeds", "time_ids"}),
-)
 
 
 class CompileTarget(NamedTuple):
@@ -179,7 +173,7 @@ class ModelFile:
         graph = self.read(model)
         try:
             graph.reshape(dict(target.inputs))
-            hoisted = hoist(self._ov, graph, GROUPS)
+            hoisted = hoist(self._ov, graph, [frozenset(group) for group in self._spec.recurring])
             main = self._build(graph, settings(target))
             parts = [
                 Part(self._build(part.model, _settings_of_parts(target)), part.inputs, part.results)
@@ -201,7 +195,6 @@ class ModelFile:
             "spec": repr(self._spec),
             "target": repr(target),
             "settings": [settings(target), _settings_of_parts(target)],
-            "groups": [sorted(group) for group in GROUPS],
         }
         return PreparedFolder(NAME, source, key)
 

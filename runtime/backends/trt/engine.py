@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from sdrt.runtime.backends.trt.errors import ErrorLog
 from sdrt.runtime.backends.trt.library import RTX
 from sdrt.runtime.backends.trt.runtime_cache import RuntimeCache, runtime_cache_name
-from sdrt.runtime.bundle.components import ComponentSpec, TensorSpec
 from sdrt.runtime.bundle.engine_search import Engine
+from sdrt.runtime.bundle.families.record import ComponentSpec, TensorSpec
 from sdrt.runtime.errors import BackendError
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from sdrt.runtime.backends.trt.engine import LoadedEngine
 from sdrt.runtime.backends.trt.errors import ErrorLog
 from sdrt.runtime.backends.trt.library import import_tensorrt
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec
 from sdrt.runtime.bundle.engine_search import Engine, find_engine
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.device import Buffer
 from sdrt.runtime.errors import BackendError
 

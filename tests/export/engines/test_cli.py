@@ -18,8 +18,8 @@ from sdrt.export.engines import flavours as engine_flavours
 from sdrt.export.engines.options import EngineOptions, Extent
 from sdrt.export.engines.report import report_lines
 from sdrt.export.engines.writer import EngineReport, add_engines, engine_key, islands_of, timing_cache
-from sdrt.export.graphs.from_module import AxisRange
 from sdrt.export.manifest import check_manifest, default_size
+from sdrt.export.options import AxisRange
 from sdrt.runtime.admission.records import accept
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
 from sdrt.runtime.bundle.engine_search import list_engines

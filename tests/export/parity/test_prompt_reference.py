@@ -15,7 +15,7 @@ import tolerances
 from sdrt.export.parity.components import compare
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder
@@ -74,6 +74,7 @@ class Scene:
             (2, 2),
             guided=False,
             context=chunks * self.bundle.manifest.tokens,
+            encoders=len(self.bundle.manifest.record.encoders),
         )
         self.encoder.write(prompts, loop, chunks)
         assert not loop.faults().texts.any()

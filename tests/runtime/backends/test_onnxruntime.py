@@ -29,7 +29,7 @@ from sdrt.runtime.backends.onnxruntime_cuda.executor import OnnxRuntimeCudaExecu
 from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import read_nodes, shape_nodes
 from sdrt.runtime.backends.onnxruntime_cuda.library import import_with_cuda
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import Precision, TensorSpec
+from sdrt.runtime.bundle.families.record import Precision, TensorSpec
 from sdrt.runtime.devices.gpu.device import CudaDevice
 from sdrt.runtime.errors import BackendError, BundleError, DeviceMemoryError, UsageError
 

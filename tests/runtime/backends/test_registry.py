@@ -24,7 +24,7 @@ from sdrt.runtime.backends import cpu_backends
 from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.backends.registry import AUTO, BACKENDS, Choice, choose_backend, load_executor, open_device
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import Precision
+from sdrt.runtime.bundle.families.record import Precision
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.devices.gpu import discovery
 from sdrt.runtime.devices.gpu.discovery import Gpu, find_gpu

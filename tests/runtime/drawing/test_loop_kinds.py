@@ -33,7 +33,7 @@ from support.runs.loop_runs import (
 
 import tolerances
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.bundle.components import TensorSpec
+from sdrt.runtime.bundle.families.record import TensorSpec
 from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
 from sdrt.runtime.errors import UsageError

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import HISTORY, Column
 from sdrt.runtime.backends.executor import check_buffers
-from sdrt.runtime.bundle.components import components_of
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
@@ -41,7 +41,7 @@ class FakeUNet:
     capturable = False
 
     def __init__(self, family: str = "sd", sizes: Mapping[str, int] = SIZES) -> None:
-        self.spec = components_of(family)["unet"].resolve(sizes, "fp32")
+        self.spec = FAMILIES[family].components["unet"].resolve(sizes, "fp32")
         self.timesteps: list[float] = []
         self.rows: list[int] = []  # of each evaluation
         self.bindings = 0
