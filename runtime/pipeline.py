@@ -26,17 +26,10 @@ from sdrt.runtime.backends.registry import AUTO, choose_backend, open_device
 from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify, sha256
 from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
+from sdrt.runtime.drawing import loading
 from sdrt.runtime.drawing.callbacks import Hook
 from sdrt.runtime.drawing.draw import draw, split_into_batches
 from sdrt.runtime.drawing.initial_latents import with_device_latents
-from sdrt.runtime.drawing.loading import (
-    AT_ONCE,
-    check_gpu,
-    condition_encoder,
-    executor_of,
-    load_component,
-    needed,
-)
 from sdrt.runtime.drawing.parts import Parts
 from sdrt.runtime.drawing.shapes import ShapeCache
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder
@@ -89,9 +82,9 @@ class Pipeline:
         self._device = device
         self._executors = dict(executors)
         self._load_more = load_more
-        self._encoder = condition_encoder(bundle, executors, device, tokenizers)
+        self._encoder = loading.condition_encoder(bundle, executors, device, tokenizers)
         # Nothing here leads back to the pipeline: when its last user lets go, threads and memory are free.
-        load = partial(executor_of, self._executors, load_more, "vae_encoder")
+        load = partial(loading.executor_of, self._executors, load_more, "vae_encoder")
         vae_encoder = VaeEncoder(load, device, bundle.manifest)
         shapes = ShapeCache(device, self._executors, bundle.manifest)
         self._parts = Parts(device, self._encoder, vae_encoder, shapes)
@@ -139,7 +132,7 @@ class Pipeline:
             whole_from("threads", threads, 1, MAX_THREADS)
         bundle = path if isinstance(path, Bundle) else Bundle.open(path, verify=False)
         if device is not None:
-            check_gpu(device, stream)
+            loading.check_gpu(device, stream)
         choice = choose_backend(bundle, backend, request_shape, device=device or 0)
         if device is not None and choice.gpu is None:
             against = f" ({'; '.join(choice.reasons[:-1])})" if choice.reasons[:-1] else ""
@@ -154,11 +147,11 @@ class Pipeline:
             admit(bundle, bundle.manifest.record.required, choice.name, verify=bool(verify))
         with ExitStack() as undo:
             opened = open_device(choice, stream)
-            load = partial(load_component, bundle, choice, opened, threads, verify)
-            loading = SideBySide(load, needed(bundle), AT_ONCE)
-            undo.callback(loading.leave, opened.close)
+            load = partial(loading.load_component, bundle, choice, opened, threads, verify)
+            components = SideBySide(load, loading.needed(bundle), loading.AT_ONCE)
+            undo.callback(components.leave, opened.close)
             tokenizers = open_tokenizers(bundle)  # meanwhile
-            executors = loading.results()
+            executors = components.results()
             pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load, tokenizers)
             undo.pop_all()
         return pipeline
@@ -315,9 +308,8 @@ class Pipeline:
             self._check_open()
             if not isinstance(self._encoder, PromptEncoder):
                 raise UsageError("this bundle reads no text: there is nothing to teach it a word")
-            embedding = read_embedding(
-                path, token, family=self.bundle.manifest.record, widths=self._encoder.widths
-            )
+            widths, family = self._encoder.widths, self.bundle.manifest.record
+            embedding = read_embedding(path, token, family=family, widths=widths)
             self._encoder.add_embedding(embedding.name, embedding.vectors)
             self._embeddings[embedding.name] = sha256(Path(path))
         return embedding.name
