@@ -117,6 +117,7 @@ class Sdrt:
 
     def _text_encoder(self) -> Callable[[], object]:
         """Both texts through each tokenizer and encoder, one after the other as the pipeline does it."""
+        from sdrt.runtime.bundle.families.components import INPUT_IDS
         from sdrt.runtime.drawing.text_encoders import open_tokenizers
 
         bundle, device = self._pipeline.bundle, self._pipeline._device

@@ -128,7 +128,7 @@ def _one_request(
         picture=picture,
         embeddings=checked_embeddings(options.get("embeddings")),
         output_type=checked_output_type(as_given.get("output_type", "pil"), masked=masked),
-        callbacks=build_callbacks(manifest, as_given),
+        callbacks=build_callbacks(as_given),
     )
     _check_latents(manifest, request)
     return request

@@ -101,7 +101,7 @@ class Request:
         Raises:
             UsageError: One is no function, or asks for what cannot be given.
         """
-        return replace(self, callbacks=build_callbacks(self.manifest, callbacks))
+        return replace(self, callbacks=build_callbacks(callbacks))
 
     def recipes(self) -> list[dict[str, Any]]:
         """What draws each image, as plain data."""
