@@ -13,7 +13,7 @@ from PIL import Image
 from support.runs.browsers import chromium
 
 from sdrt.benchmarks.gallery.sections import SAMPLER_STEPS, Section
-from sdrt.runtime.cli import main as sd_run
+from sdrt.runtime.cli.main import main as sd_run
 from sdrt.runtime.samplers.registry import SAMPLERS
 
 Gallery = tuple[Path, list[Section]]
