@@ -230,7 +230,6 @@ def memory_bars(document: Document, model: Model) -> str | None:
     return _svg(figure, f"{model.name}: peak memory of a cold start, bars")
 
 
-@rc_context(_RC)  # paths are made when they are drawn the first time: none of the dots may be left out
 def distributions(document: Document, model: Model, quantity: str) -> str | None:
     """Every time of a quantity as a dot, over a box from quartile to quartile with the median's line."""
     setting = main_setting(document, model, quantity)
@@ -259,7 +258,8 @@ def distributions(document: Document, model: Model, quantity: str) -> str | None
         across = [x for value in kept for x in (value, value, math.nan)]
         up = [y for place in places for y in (place, place, math.nan)]
         axes.barh(middle, spread.p75 - spread.p25, 18, spread.p25, color=shade, alpha=0.18)
-        axes.plot(across, up, color=shade, linewidth=3, solid_capstyle="round", alpha=0.55)  # one path
+        with rc_context(_RC):  # one path, of which no dot is left out
+            axes.plot(across, up, color=shade, linewidth=3, solid_capstyle="round", alpha=0.55)
         axes.vlines(spread.p50, middle - 10, middle + 10, color=shade, linewidth=2)
     return _svg(figure, f"{model.name}: distribution of {title(quantity)}, a row for each subject")
 
