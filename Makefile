@@ -61,7 +61,7 @@ bench: $(STAMP)
 	$(BIN)/sd-bench emoji --peers diffusers --report out/bench
 
 gallery: $(STAMP)
-	$(BIN)/python -m sdrt.benchmarks.gallery
+	$(BIN)/python -m sdrt.benchmarks.gallery.drawing
 
 bundle: $(STAMP)
 	$(BIN)/sd-export models/emoji models/emoji/bundle $(EXPORT_FLAGS) --force
@@ -78,7 +78,7 @@ gpu:
 	@if [ -n "$(WHEELS)" ]; then \
 	  $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --upgrade \
 	    --target $(GPU_SITE) $(WHEELS)/*.whl; fi
-	PYTHONPATH="$(CURDIR)/src:$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m sdrt.benchmarks.gpu $(GPU_FLAGS)
+	PYTHONPATH="$(CURDIR)/src:$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m sdrt.benchmarks.make_gpu $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

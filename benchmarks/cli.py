@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdrt.benchmarks.bench_options import parser
+from sdrt.benchmarks.options import parser
 from sdrt.runtime.console.enter import enter
 from sdrt.runtime.console.run_command import Parser, put, run_command
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 from sdrt.runtime.system.interrupts import unwinding
 
 if TYPE_CHECKING:
-    from sdrt.benchmarks.document import Document
+    from sdrt.benchmarks.document.document import Document
 
 
 class InterruptedRunError(SdrtError):
@@ -39,16 +39,16 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> None:
     # NumPy, onnx and the rest only now: `--help` and what argparse refuses need not wait for them.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        from sdrt.benchmarks.measure import measure
+        from sdrt.benchmarks.harness.measure import measure
     except ImportError as error:
         raise SdrtError(f"{error}: pip install 'sdrt[bench]'") from error
-    from sdrt.benchmarks.report_markdown import summary
+    from sdrt.benchmarks.report.summary import summary
 
-    def write(document: Document) -> None:
+    def write(document: Document, last: bool) -> None:
         if arguments.report is not None:
-            from sdrt.benchmarks.report import write_report
+            from sdrt.benchmarks.report.writing import write_report
 
-            write_report(document, arguments.report)
+            write_report(document, arguments.report, with_page=last)  # drawing it takes a second
 
     with unwinding():  # what was measured is kept, and programs that were started are ended
         recorder = measure(arguments, ["sd-bench", *words], write, InterruptedRunError)
@@ -56,11 +56,12 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> None:
     if not document.measurements and document.failures:
         first = document.failures[0]
         raise SdrtError(f"nothing could be measured: {first.subject}: {first.stage}: {first.error}")
-    put(summary(document).rstrip("\n"))
+    for line in summary(document).splitlines():
+        put(line)
 
 
 def _compare(words: list[str]) -> int:
-    from sdrt.benchmarks import compare
+    from sdrt.benchmarks.report import compare
 
     commands = Parser(
         prog="sd-bench compare",
@@ -81,7 +82,7 @@ def _compare(words: list[str]) -> int:
 
 
 def _peers(words: list[str]) -> int:
-    from sdrt.benchmarks import peers
+    from sdrt.benchmarks.peers import registry as peers
 
     commands = Parser(
         prog="sd-bench peers",
@@ -112,8 +113,8 @@ def _render(words: list[str]) -> int:
     arguments = commands.parse_args(words)
 
     def run() -> None:
-        from sdrt.benchmarks.document import read
-        from sdrt.benchmarks.report import write_report
+        from sdrt.benchmarks.document.document import read
+        from sdrt.benchmarks.report.writing import write_report
 
         write_report(read(arguments.json), arguments.report)
         put(str(arguments.report))

@@ -59,7 +59,7 @@ class StepBuffers:
         guidance_rescale: float32 [1], phi of that kernel, or None; the step does not read it.
         denoised: float32 [N, C, h, w], where each step writes the guess of the clean latents, or None.
         seeds: uint64 [N], of the noise; `sdrt.kernels.philox_normal` reads them, the step does not.
-        draws: int32 [n], which draw of its stream each row takes; likewise.
+        draws: int32 [n], which draw of its stream each row takes; read by the same kernel.
         ticket: uint32 [1], zero between launches: how many blocks are done. The CUDA kernel needs it.
         count: int32 [1], rows in use, at most n; None for all n.
     """

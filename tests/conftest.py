@@ -22,7 +22,7 @@ from support.runs.browsers import find_browser
 from sdrt.runtime.system.telemetry import switch_telemetry_off
 
 if TYPE_CHECKING:
-    from sdrt.benchmarks.gallery_sections import Section
+    from sdrt.benchmarks.gallery.sections import Section
 
 # Nothing in the tests may reach a network, and no library may try.
 switch_telemetry_off()
@@ -235,8 +235,8 @@ def variations_bundle(
 @pytest.fixture(scope="session")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Section]]:
     """The page of ``make gallery`` as it is made, and its sections with all pictures drawn."""
-    from sdrt.benchmarks.gallery import write_gallery
-    from sdrt.benchmarks.gallery_sections import sections
+    from sdrt.benchmarks.gallery.drawing import write_gallery
+    from sdrt.benchmarks.gallery.sections import sections
 
     drawn = sections()
     return write_gallery(tmp_path_factory.mktemp("gallery"), drawn), drawn

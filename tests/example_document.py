@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sdrt.benchmarks.document import (
+from sdrt.benchmarks.document.document import (
     Ceilings,
     Document,
     Failure,
@@ -129,11 +129,11 @@ def document() -> Document:
         "0.1.0 (1a14baf)",
         Machine("Intel(R) Xeon(R) Processor", 2, 16_700_000_000, "Linux 6.1, Debian 12", "3.11.7"),
         Noise(probe, tuple(1.2 + index % 5 / 4 for index in range(40))),
-        Ceilings(1.9e11, 2.2e10, "product of 2048² fp32 matrices, copy of 256 MB, both on 2 threads"),
+        (Ceilings(1.9e11, 2.2e10, "product of 2048² fp32 matrices, copy of 256 MB, both on 2 threads"),),
         SUBJECTS,
         tuple(replace(model, work=_work(model)) for model in MODELS),
         tuple(maker.found),
-        (Failure("sd15", "diffusers-compile", "cold start", ERROR),),
+        failures=(Failure("sd15", "diffusers-compile", "cold start", ERROR),),
     )
 
 
@@ -215,10 +215,5 @@ def document_without_measurements() -> Document:
         True,
         "0.1.0",
         Machine("a processor", 2, 16_000_000_000, "Linux", "3.11.7"),
-        Noise(),
-        None,
-        SUBJECTS[:1],
-        (),
-        (),
-        (),
+        subjects=SUBJECTS[:1],
     )

@@ -26,18 +26,13 @@ ROOMS = {
         *("text", "pictures", "request", "drawing", "pipeline", "cli"),
     ),
     "export": (
-        "options",
-        "schema",
-        "passes",
-        "checkpoint",
-        "graphs",
-        "parity",
-        "engines",
-        "manifest",
-        "writer",
+        *("options", "schema", "passes", "checkpoint", "graphs", "parity", "engines", "manifest", "writer"),
         "cli",
     ),
-    "benchmarks": (),
+    "benchmarks": (
+        *("options", "document", "peers", "harness", "report", "peer_workers", "gallery", "studies"),
+        *("make_gpu", "cli", "entry"),
+    ),
 }
 NEVER_IN_RUNTIME = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript"}
 # Modules of any distribution that is installed, and of Python: no folder of ours has such a name.

@@ -14,7 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("runtime", "kernels", "export", "benchmarks", "benchmarks/peer_workers")
+BENCHMARKS = ("document", "gallery", "harness", "peer_workers", "peers", "report", "studies")
+PACKAGES = ("runtime", "kernels", "export", "benchmarks", *(f"benchmarks/{name}" for name in BENCHMARKS))
 FORBIDDEN = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 

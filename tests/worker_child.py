@@ -48,6 +48,12 @@ class Child:
         self.process.stdin.flush()
         return self.read()
 
+    def end(self) -> int:
+        """Close its input; the exit status."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.process.wait(10)
+
     def __call__(self, op: str, **fields: Any) -> dict[str, Any]:
         return self.send(json.dumps({"op": op, **{key: _plain(value) for key, value in fields.items()}}))
 

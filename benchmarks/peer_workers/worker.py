@@ -2,7 +2,7 @@
 
 A worker holds one subject. It reads requests from stdin and answers each on stdout, both as one JSON object
 a line; what libraries print goes to stderr. A request is answered by ``{"ok": true, ...}`` or by
-``{"ok": false, "error": "Type: message"}``. The parent's side is `sdrt.benchmarks.worker_process`.
+``{"ok": false, "error": "Type: message"}``. The parent's side is `sdrt.benchmarks.harness.worker_process`.
 
 A script for a subject defines a class as `Subject` says and ends in ``sys.exit(serve(TheClass(...)))``.
 """
@@ -117,7 +117,7 @@ class Subject(Protocol):
 
 
 def serve(subject: Subject) -> int:
-    """Answer requests until ``close`` or the end of stdin; the exit status is 0."""
+    """Answer requests until the end of stdin; the exit status is 0."""
     requests, answers = _private_pipes()
     worker = Worker(subject)
 
@@ -131,8 +131,6 @@ def serve(subject: Subject) -> int:
             if not line.strip():
                 continue
             send(worker.answer(line))
-            if worker.closed:
-                break
     except (KeyboardInterrupt, BrokenPipeError):
         pass  # whoever asked is gone or going
     return 0
@@ -154,7 +152,6 @@ class Worker:
 
     def __init__(self, subject: Subject) -> None:
         """Nothing is imported or loaded yet."""
-        self.closed = False
         self._subject = subject
         self._loaded = False
         # Prepared stages of the size and batch that were asked for last: some compile a network.
@@ -163,7 +160,7 @@ class Worker:
             "load": self._load,
             "draw": self._draw,
             "stage": self._stage,
-            "close": self._close,
+            "profile": self._profile,
         }
 
     def answer(self, line: str) -> dict[str, Any]:
@@ -173,7 +170,7 @@ class Worker:
             if not isinstance(request, dict) or request.get("op") not in self._operations:
                 raise ValueError(f"{line.strip()[:100]!r} is no request: op is {', '.join(self._operations)}")
             operation = request["op"]
-            if operation in ("draw", "stage") and not self._loaded:
+            if operation != "load" and not self._loaded:
                 raise RuntimeError(f"{operation} was asked for, but no model is loaded: load comes first")
             return {"ok": True, **self._operations[operation](request)}
         except (Exception, SystemExit) as error:  # whatever a library raises is a row of the report
@@ -226,6 +223,13 @@ class Worker:
             seconds.append(time.perf_counter() - started)
         return {"seconds": seconds}
 
+    def _profile(self, request: dict[str, Any]) -> dict[str, Any]:
+        profile = getattr(self._subject, "profile", None)  # of the peers nobody asks for it
+        if profile is None:
+            raise ValueError("this subject is not profiled")
+        found: dict[str, Any] = profile(int(needed(request, "batch")))
+        return found
+
     def _prepared(self, name: str, height: int, width: int, images: int) -> Callable[[], object]:
         key = (name, height, width, images)
         if any(other[1:] != key[1:] for other in self._stages):
@@ -233,10 +237,6 @@ class Worker:
         if key not in self._stages:
             self._stages[key] = self._subject.stage(name, height, width, images)
         return self._stages[key]
-
-    def _close(self, _request: dict[str, Any]) -> dict[str, Any]:
-        self.closed = True
-        return {}
 
 
 def _drawing(request: dict[str, Any]) -> Drawing:

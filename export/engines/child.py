@@ -1,8 +1,8 @@
 """The build of one engine, in a process of its own (`sdrt.export.engines.process` starts it).
 
 A build takes gigabytes, prints from C++, may end in an abort, and cannot be stopped everywhere; here all of
-that ends with the process. The job comes as a JSON file; events go out as JSON lines on a descriptor of their
-own. When standard input ends (the parent wants no more, or is gone) the build stops.
+that ends with the process. The job comes as a JSON file; events go out as JSON lines on standard output,
+which nothing else reaches. When standard input ends (the parent wants no more, or is gone) the build stops.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from sdrt.export.passes.attention import NARROWEST_HEAD, WIDEST_HEAD
 from sdrt.runtime.backends.onnxruntime_cuda.library import NAME as ORT_CUDA
 from sdrt.runtime.backends.trt.library import RTX
 from sdrt.runtime.errors import BackendError, SdrtError
+from sdrt.runtime.system.child_process import process_memory
 from sdrt.runtime.system.files import explain
 
 GRACE: Final = 3.0  # seconds from the wish to stop to the end of the process
@@ -95,9 +96,10 @@ class Progress:
             self._events.send("progress", phase=list(self._phases)[-1], fraction=self.fraction())
 
 
-def main(job_file: str, descriptor: str) -> int:
+def main(job_file: str) -> int:
     """Build what the job says; the exit status is 0 or, after an ``error`` event, 1."""
-    events = Events(int(descriptor))
+    events = Events(os.dup(1))
+    os.dup2(2, 1)  # what libraries print
     stop = threading.Event()
     threading.Thread(target=_watch, args=(stop,), daemon=True).start()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
@@ -113,7 +115,8 @@ def main(job_file: str, descriptor: str) -> int:
     except MemoryError:
         events.send("error", message="out of memory", status=BackendError.exit_status)
         return 1
-    events.send("done", build_seconds=time.perf_counter() - started, peak_bytes=peak_memory(), facts=facts)
+    seconds, peak = time.perf_counter() - started, process_memory("self")["VmHWM"]
+    events.send("done", build_seconds=seconds, peak_bytes=peak, facts=facts)
     return 0
 
 
@@ -342,19 +345,6 @@ class _Builder:
 def _some(names: Sequence[str], most: int = 3) -> str:
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def peak_memory(process: int | str = "self") -> int:
-    """The most memory that a process has held so far, in bytes; 0 if it is gone."""
-    # Not ru_maxrss: that starts with what the parent held when it forked.
-    try:
-        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import selectors
+import math
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.export.engines.child import GRACE, peak_memory
+from sdrt.export.engines.child import GRACE
 from sdrt.runtime.errors import BackendError, OutputError, SdrtError, UsageError
+from sdrt.runtime.system.child_process import Child, last_line, process_memory
 
 OnPhase = Callable[[str, float], None]  # the phase's name, and the share of the build that is done
 COMMAND: Final = (sys.executable, "-P", "-m", "sdrt.export.engines.child")
@@ -54,31 +52,26 @@ def run_build(
     """
     job_file, output = folder / "job.json", folder / "build.log"
     job_file.write_text(json.dumps(job), encoding="utf-8")
-    read, write = os.pipe()
-    with output.open("wb") as log, os.fdopen(read, "rb") as events:
+    last: dict[str, Any] = {}
+    peak = 0
+    with output.open("wb") as log:
+        child = Child([*command, str(job_file)], rest=log, talks=True)
         try:
-            child = subprocess.Popen(
-                [*command, str(job_file), str(write)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=(write,),
-                start_new_session=True,  # Ctrl-C is for the parent alone, which then ends the child
-            )
-        finally:
-            os.close(write)
-        last: dict[str, Any] = {}
-        peak = 0
-        try:
-            for event, held in _listen(events.fileno(), child.pid):
-                peak = max(peak, held)
+            while True:
+                try:
+                    line = child.next_line(_POLL)
+                except EOFError:
+                    break
+                peak = max(peak, process_memory(child.pid).get("VmHWM", 0))
+                event = json.loads(line) if line else {}
                 if event.get("event") == "progress":
                     on_phase(event["phase"], event["fraction"])
                 elif event:
                     last = event
-            status = child.wait()
+            status = child.status(math.inf)
         finally:
-            _stop(child)
+            child.stop(GRACE)
+    assert status is not None
     return _result(last, status, peak, output)
 
 
@@ -94,41 +87,5 @@ def _result(last: Mapping[str, Any], status: int, peak: int, output: Path) -> Bu
             "smaller sizes or a smaller --batch need less"
         )
     how = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    said = _last_line(output)
+    said = last_line(output.read_text(encoding="utf-8", errors="replace"), "it said nothing")[:300]
     raise BackendError(f"the engine's build {how} ({said}); {held}")
-
-
-def _last_line(output: Path) -> str:
-    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip()[:300] if lines else "it said nothing"
-
-
-def _listen(descriptor: int, pid: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Events as they come, each with the memory that the process has held; an empty one now and then."""
-    waiting = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        while True:
-            ready = selector.select(_POLL)
-            held = peak_memory(pid)
-            if not ready:
-                yield {}, held
-                continue
-            received = os.read(descriptor, 1 << 16)
-            if not received:
-                return
-            *lines, waiting = (waiting + received).split(b"\n")
-            for line in lines:
-                yield json.loads(line), held
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask the child to end by closing its standard input; insist when it does not."""
-    assert child.stdin is not None
-    child.stdin.close()
-    deadline = time.monotonic() + GRACE
-    while child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if child.poll() is None:
-        child.kill()
-        child.wait()

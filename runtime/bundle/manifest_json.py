@@ -43,7 +43,7 @@ class ComponentRecord:
         files: All that the graph consists of.
         precision: Of the graph.
         inputs: In the graph's order, with the checkpoint's sizes filled in.
-        outputs: Likewise.
+        outputs: In the graph's order, with the checkpoint's sizes filled in.
     """
 
     model: str

@@ -45,7 +45,7 @@ class CheckpointTensor:
 
     Attributes:
         dtype: In the checkpoint's file.
-        shape: Likewise.
+        shape: In the checkpoint's file.
         held_by: Each initializer that holds it.
         absent: Why there is none; empty where there is one.
     """

@@ -16,8 +16,7 @@ from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.arena import ALIGNMENT, Arena, Sections
 from sdrt.runtime.devices.device import Buffer, Device
 from sdrt.runtime.errors import UsageError
-
-MAX_ROWS: Final = 2048  # that the table's buffer holds: two evaluations for each trained timestep, and a few
+from sdrt.runtime.request.sampling import MAX_ROWS
 
 # Fields of StepBuffers that are sections of the same name. Of every step:
 _STEP_BUFFERS: Final = (

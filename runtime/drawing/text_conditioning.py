@@ -86,7 +86,7 @@ class PromptEncoder:
             most_texts: How many different texts one call of `write` may name without one of them being
                 encoded again by the next call.
             max_chunks: See `sdrt.runtime.bundle.manifest.Limits`.
-            max_clip_skip: Likewise.
+            max_clip_skip: See `sdrt.runtime.bundle.manifest.Limits`.
 
         Raises:
             DeviceMemoryError: The buffers do not fit.

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from sdrt.benchmarks import export_model, measure, plan
-from sdrt.benchmarks.bench_options import parser
-from sdrt.benchmarks.bench_run import SubjectPlan
 from sdrt.benchmarks.cli import main
-from sdrt.benchmarks.document import Subject, read
-from sdrt.benchmarks.plan import default_sizes, growth_steps, settings_for
+from sdrt.benchmarks.document.document import Subject, read
+from sdrt.benchmarks.harness import export_model, measure, plan
+from sdrt.benchmarks.harness.plan import default_sizes, growth_steps, settings_for
+from sdrt.benchmarks.harness.run import SubjectPlan
+from sdrt.benchmarks.options import parser
+from sdrt.benchmarks.peers.environments import MARKER
 from sdrt.kernels.cache import UNUSED_SECONDS
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
@@ -73,7 +74,7 @@ def test_what_is_refused(
 def test_a_peer_that_was_named_and_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sdrt.benchmarks.peers.is_installed", lambda _: False)
+    monkeypatch.setattr("sdrt.benchmarks.peers.registry.is_installed", lambda _: False)
     assert main(["--peers", "diffusers", "--quiet"]) == 7
     assert (
         "the peer diffusers is not installed: `sd-bench peers install diffusers`" in capsys.readouterr().err
@@ -139,7 +140,8 @@ def test_a_smoke_run_with_a_peer_that_fails(
     command += ["--only", "cold,warm,growth,limits"]
     assert main([*command, "--backends", "onnxruntime-cpu", "--report", str(report)]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("# ")
+    assert out.startswith("# sd-bench\n\n")
+    assert "## emoji" in out.splitlines()
     assert "fake: cold start failed: it ended with exit status 3; its last line: the library says why" in err
     document = read(report / "report.json")
     assert document.complete
@@ -152,8 +154,8 @@ def test_a_smoke_run_with_a_peer_that_fails(
     (model,) = document.models
     assert model.weights_bytes == pytest.approx(22.6e6, rel=0.01)
     assert {work.component for work in model.work} >= {"unet", "vae_decoder"}
-    assert document.ceilings is not None
-    assert document.ceilings.flop_per_s > 1e9
+    (ceilings,) = document.ceilings
+    assert ceilings.flop_per_s > 1e9
     assert len(document.noise.probe_seconds) == len(document.noise.load_average) > 3
 
 
@@ -181,8 +183,8 @@ def test_a_model_that_cannot_be_converted_is_a_row_after_ours(
     def refuse(*_: object) -> Path:
         raise SdrtError("its exporter failed")
 
-    monkeypatch.setattr("sdrt.benchmarks.peers.is_installed", lambda _: True)
-    monkeypatch.setattr("sdrt.benchmarks.plan_peers.prepared", refuse)
+    monkeypatch.setattr("sdrt.benchmarks.peers.registry.is_installed", lambda _: True)
+    monkeypatch.setattr("sdrt.benchmarks.harness.plan.prepared", refuse)
     monkeypatch.setattr(measure, "measure_model", lambda *_: None)
     command = ["emoji", "--quick", "--quiet", "--peers", "openvino", "--only", "cold"]
     command += ["--backends", "onnxruntime-cpu", "--report", str(tmp_path)]
@@ -194,10 +196,10 @@ def test_a_model_that_cannot_be_converted_is_a_row_after_ours(
 
 
 def test_render_writes_a_report_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sdrt.benchmarks.document import write
-    from sdrt.benchmarks.recorder import Recorder
+    from sdrt.benchmarks.document.document import to_json
+    from sdrt.benchmarks.document.recorder import Recorder
 
-    write(Recorder(("sd-bench",)).document(complete=False), tmp_path / "old.json")
+    (tmp_path / "old.json").write_text(to_json(Recorder(("sd-bench",)).document(complete=False)))
     assert main(["render", str(tmp_path / "old.json"), "--report", str(tmp_path / "new")]) == 0
     assert (tmp_path / "new" / "index.html").is_file()
     assert main(["render", str(tmp_path / "none.json"), "--report", str(tmp_path / "new")]) == 2
@@ -246,7 +248,7 @@ def test_exports_that_nobody_used_for_a_month_are_removed(
     first, second = (Path(words[1]) for words in made)
     mine = first.parent / "mine"
     mine.mkdir()
-    for path in (first / export_model.MARKER, second / export_model.MARKER, mine):
+    for path in (first / MARKER, second / MARKER, mine):
         long_ago = time.time() - UNUSED_SECONDS - 60
         os.utime(path, (long_ago, long_ago))
     assert export_model.main([str(tiny_checkpoint), "--batch", "1"]) == 0  # which is a use
@@ -255,20 +257,21 @@ def test_exports_that_nobody_used_for_a_month_are_removed(
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["export/graphs/from_module.py", "export/data/sd15/config.json", "runtime/bundle/families/components.py"],
+    "file", ["export/new.py", "export/data/sd15/config.json", "runtime/bundle/manifest.py"]
 )
 def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path, file: str) -> None:
     root = export_model.package_root()
-    found = (file for name in export_model.RUNTIME_SOURCES for file in root.glob(f"runtime/{name}"))
-    sources = (file.relative_to(root) for file in found)
-    for part in (Path("export/graphs/from_module.py"), *sources):
-        copy = tmp_path / part
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes((root / part).read_bytes())  # each is where the digest looks for it
+    for pattern in export_model.RUNTIME_SOURCES:
+        found = list((root / "runtime").glob(pattern))
+        assert found, f"{pattern} is not where the digest looks for it"
+        for source in found:
+            copy = tmp_path / source.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(source.read_bytes())
+    (tmp_path / "export").mkdir()
     before = export_model.exporter_digest(tmp_path)
     (tmp_path / "export" / "__pycache__").mkdir()
-    (tmp_path / "export" / "__pycache__" / "graph.py").write_text("of no account")
+    (tmp_path / "export" / "__pycache__" / "new.py").write_text("of no account")
     (tmp_path / "runtime" / "pipeline.py").write_text("of no account")
     assert export_model.exporter_digest(tmp_path) == before
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

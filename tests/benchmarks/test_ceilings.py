@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdrt.benchmarks.ceilings import (
+from sdrt.benchmarks.document.machine import probe_seconds
+from sdrt.benchmarks.harness.ceilings import (
     array_bytes,
     best_seconds,
     last_level_cache,
@@ -16,7 +17,6 @@ from sdrt.benchmarks.ceilings import (
     numpy_flop_per_s,
     onnxruntime_flop_per_s,
 )
-from sdrt.benchmarks.recorder import probe_seconds
 
 MIB = 1 << 20
 

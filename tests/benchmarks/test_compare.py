@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from example_document import document, small_document
 
-from sdrt.benchmarks.compare import BETTER, SAME, UNCERTAIN, WORSE, add_arguments, compare, run, text
-from sdrt.benchmarks.document import Document, Failure, Measurement, write
+from sdrt.benchmarks.document.document import Document, Failure, Measurement, to_json
+from sdrt.benchmarks.report.compare import BETTER, SAME, UNCERTAIN, WORSE, add_arguments, compare, run, text
 
 Values = Sequence[float | None]
 
@@ -22,8 +22,8 @@ def with_values(quantity: str, values: Values, **others: object) -> Document:
 
 
 def command(tmp_path: Path, before: Document, after: Document, *words: str) -> int:
-    write(before, tmp_path / "a.json")
-    write(after, tmp_path / "b.json")
+    (tmp_path / "a.json").write_text(to_json(before))
+    (tmp_path / "b.json").write_text(to_json(after))
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return run(parser.parse_args([str(tmp_path / "a.json"), str(tmp_path / "b.json"), *words]))

@@ -11,9 +11,18 @@ from example_document import document, small_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdrt.benchmarks.derive import (
-    REST,
+from sdrt.benchmarks.document.document import (
+    Ceilings,
+    Document,
+    Failure,
+    Machine,
+    Measurement,
+    Noise,
     Setting,
+    Work,
+)
+from sdrt.benchmarks.report.derive import (
+    REST,
     cold_parts,
     distribution,
     host_time_per_step,
@@ -24,9 +33,8 @@ from sdrt.benchmarks.derive import (
     typical,
     warm_parts,
 )
-from sdrt.benchmarks.derive_growth import growth, least_squares
-from sdrt.benchmarks.derive_limits import attainable, shares, warnings
-from sdrt.benchmarks.document import Ceilings, Document, Failure, Machine, Measurement, Noise, Work
+from sdrt.benchmarks.report.growth import growth
+from sdrt.benchmarks.report.limits import attainable, shares, warnings
 
 finite = st.floats(1e-6, 1e6)
 MAIN = Setting(64, 64, 1, 10)
@@ -95,24 +103,10 @@ def test_a_power_law_gives_its_exponent(exponent: float, factor: float, batches:
 def test_steps_have_a_fixed_cost_and_one_each() -> None:
     entries = [measured("image", [0.3 + 0.02 * steps], steps=steps) for steps in (5, 10, 40)]
     (found,) = growth(a_document(*entries, measured("image", [9], steps=80, batch=2)), "steps")
-    assert (found.fixed, found.each) == pytest.approx((0.3, 0.02))
+    assert found.line == pytest.approx((0.02, 0.3))
     assert found.points == ((5, 0.4), (10, 0.5), (40, 1.1))
     pixels = [measured("unet", [side**2 * 1e-6], height=side, width=side) for side in (64, 128)]
     assert [fit.exponent for fit in growth(a_document(*pixels), "pixels")] == [pytest.approx(1)]
-
-
-@settings(max_examples=40)
-@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(-50, 50)), min_size=3, max_size=10))
-def test_a_line_is_numpys(points: list[tuple[float, float]]) -> None:
-    x, y = np.array(points, dtype=float).T
-    if len(set(x)) < 2:
-        with pytest.raises(ValueError, match="two different x"):
-            least_squares(points)
-        return
-    line = least_squares(points)
-    assert (line.slope, line.intercept) == pytest.approx(tuple(np.polyfit(x, y, 1)), abs=1e-8)
-    if len(set(y)) > 1:
-        assert line.r_squared == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2, abs=1e-8)
 
 
 def test_parts_throughput_and_host_time() -> None:
@@ -150,14 +144,14 @@ def test_shares_of_the_roofline_by_hand() -> None:
         measured("text_encoder", [4.0]),
         measured("vae_decoder", [1.0]),
         models=(replace(model, work=work),),
-        ceilings=Ceilings(300.0, 100.0, ""),
+        ceilings=(Ceilings(300.0, 100.0, ""),),
     )
     unet, text = shares(example)
     assert (unet.flop_per_s, unet.bytes_per_s, unet.intensity, unet.attainable) == (200, 50, 4, 300)
     assert unet.share == pytest.approx(2 / 3)
     assert (text.attainable, text.share) == (100, 0.25)
     assert attainable(Ceilings(300.0, 100.0, ""), 2.5) == 250
-    assert shares(replace(example, ceilings=None)) == []
+    assert shares(replace(example, ceilings=())) == []
     fast = replace(example, measurements=(measured("unet", [0.5]),))
     assert any("267%" in warning for warning in warnings(fast))
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support.runs.browsers import chromium
 
-from sdrt.benchmarks.gallery_sections import SAMPLER_STEPS, Section
+from sdrt.benchmarks.gallery.sections import SAMPLER_STEPS, Section
 from sdrt.runtime.cli.main import main as sd_run
 from sdrt.runtime.samplers.registry import SAMPLERS
 

@@ -7,25 +7,29 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from example_document import document
 from support.fakes.recorded_pipeline import Recorded, recording
 
 import sdrt.benchmarks.peer_workers
-from sdrt.benchmarks import engine_models, measure, measure_warm
-from sdrt.benchmarks.bench_options import parser
-from sdrt.benchmarks.bench_run import Run, Settings, SubjectPlan
-from sdrt.benchmarks.derive_limits import shares, warnings
-from sdrt.benchmarks.document import Document, Model, Subject, from_json, to_json
-from sdrt.benchmarks.gpu_memory import free_gpu_memory
-from sdrt.benchmarks.plan import backend_plans, find_model, settings_for
-from sdrt.benchmarks.progress import Progress
-from sdrt.benchmarks.recorder import Recorder
-from sdrt.benchmarks.report_markdown import summary
-from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.benchmarks.document.document import Ceilings, Document, Model, Subject, from_json, to_json
+from sdrt.benchmarks.document.recorder import Recorder
+from sdrt.benchmarks.harness import ceilings, engine_models, measure, profiles
+from sdrt.benchmarks.harness import warm as measure_warm
+from sdrt.benchmarks.harness.free_memory import free_gpu_memory
+from sdrt.benchmarks.harness.plan import backend_plans, export_options, find_model, settings_for
+from sdrt.benchmarks.harness.progress import Progress
+from sdrt.benchmarks.harness.run import Run, Settings, SubjectPlan
+from sdrt.benchmarks.options import parser
+from sdrt.benchmarks.report.limits import shares, warnings
+from sdrt.benchmarks.report.page import page
+from sdrt.benchmarks.report.summary import summary
+from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
 from sdrt.runtime.bundle.engine_search import list_engines
 from sdrt.runtime.devices.gpu import discovery
 from sdrt.runtime.devices.gpu.discovery import Gpu
@@ -46,7 +50,7 @@ def planned(bundle: Path, backend: str, *words: str) -> list[SubjectPlan]:
     arguments = parser().parse_args([str(bundle), "--backends", backend, "--only", "warm", *words])
     model = find_model(str(bundle), arguments, QUIET)
     settings = settings_for(model.bundle.manifest, arguments, lambda _: None)
-    return backend_plans(model, arguments, settings, QUIET)
+    return backend_plans(model, arguments, settings, Recorder(("sd-bench",)), QUIET)
 
 
 def test_engines_that_a_named_backend_lacks_are_built_once_and_the_bundle_stays_as_it_is(
@@ -62,15 +66,19 @@ def test_engines_that_a_named_backend_lacks_are_built_once_and_the_bundle_stays_
     parts = {engine.manifest.key.component: engine.manifest.key for engine in engines}
     assert (set(parts), damaged) == ({"text_encoder", "unet", "vae_decoder", "vae_encoder"}, [])
     rows = [profile.axes["rows"] for profile in parts["unet"].profiles]
-    assert [(axis.minimum, axis.maximum) for axis in rows] == [(1, 2), (1, 4)]
+    assert [(axis.minimum, axis.maximum) for axis in rows] == [(1, 2), (2, 4)]
     assert not (tiny_bundle / "engines").exists()
 
     monkeypatch.setattr(engine_models, "_build", lambda *_: pytest.fail("built a second time"))
     assert planned(tiny_bundle, "tensorrt-rtx", *words)[0].model == plan.model
 
 
-def test_engines_for_a_single_size_and_batch_have_one_profile() -> None:
-    assert engine_models.engine_words([(64, 96)], [1]) == ["--profile", "batch=1,height=64,width=96"]
+def test_there_is_a_profile_for_each_batch_alone_or_one_for_all_sizes() -> None:
+    one = ["--profile", "batch=1,height=64,width=96"]
+    assert engine_models.engine_words([(64, 96)], [1]) == one
+    assert engine_models.engine_words([(64, 96)], [1, 4]) == [
+        *(*one, "--profile", "batch=4,height=64,width=96")
+    ]
     assert engine_models.engine_words([(64, 64), (128, 96)], [1, 4])[2:] == [
         "--profile",
         "batch=1..4,height=64..64..128,width=64..64..96",
@@ -91,6 +99,38 @@ def test_automatic_backends_build_nothing(tiny_bundle: Path, monkeypatch: pytest
     monkeypatch.setattr(discovery, "find_gpu", lambda _index=0: GPU)
     monkeypatch.setattr(engine_models, "_build", lambda *_: pytest.fail("takes minutes unasked"))
     assert [plan.subject.device for plan in planned(tiny_bundle, "auto")] == ["cpu", "cpu"]
+
+
+def test_on_the_gpu_alone_what_cannot_be_had_is_a_row(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_bundle: Bundle, flavour: str, *_: object) -> Bundle:
+        raise SdrtError(f"no {flavour} for a test")
+
+    monkeypatch.setattr(discovery, "find_gpu", lambda _index=0: GPU)
+    monkeypatch.setattr(engine_models, "with_engines", refuse)
+    arguments = parser().parse_args([str(tiny_bundle), "--gpu"])
+    model = find_model(str(tiny_bundle), arguments, QUIET)
+    settings = settings_for(model.bundle.manifest, arguments, lambda _: None)
+    assert (settings.batches, settings.rounds, "cold" in settings.blocks) == ((1,), 5, False)
+    recorder = Recorder(("sd-bench",))
+    recorder.set_model(Model(model.name, "m", 1, "ddim", 4, 7.5, "x", 1, settings.sizes))
+    assert backend_plans(model, arguments, settings, recorder, QUIET) == []
+    found = from_json(to_json(recorder.document(complete=True)))
+    flavours = ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"]
+    assert [(entry.subject, entry.error) for entry in found.failures] == [
+        (name, f"no {name} for a test") for name in flavours
+    ]
+    assert [subject.device for subject in found.subjects] == ["cuda"] * 3
+    assert export_options(parser().parse_args(["sd15", "--gpu"])) == ["--batch", "1..4", "--fp16"]
+
+
+def test_an_engine_that_takes_too_long_is_given_up(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDRT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SdrtError, match=r"engines were not built in 0 s"):
+        engine_models.with_engines(Bundle.open(tiny_bundle), "tensorrt-rtx", GPU, [(16, 16)], [1], limit=0.1)
 
 
 def test_engines_that_cannot_be_built_say_why_and_leave_nothing(
@@ -238,7 +278,7 @@ def test_weights_that_main_memory_does_not_hold_stop_only_subjects_on_the_proces
 # --- limits
 
 
-def test_a_gpu_is_not_held_against_the_processors_limits() -> None:
+def test_a_gpu_is_held_against_its_own_limits_alone() -> None:
     example = document()
     first, *others = example.subjects
     on_gpu = replace(example, subjects=(replace(first, device="cuda"), *others))
@@ -251,19 +291,109 @@ def test_a_gpu_is_not_held_against_the_processors_limits() -> None:
     assert f"{first.label} ran on the GPU and {others[0].label}" in told
     assert "compare two devices" in told
     assert "GPU" not in " ".join(warnings(example))
+    fast = Ceilings(1e14, 1e12, "by hand", "cuda")
+    measured = replace(on_gpu, ceilings=(*example.ceilings, fast))
+    limits = {share.subject: share.attainable for share in shares(measured) if share.component == "unet"}
+    assert limits[first.name] == 1e14
+    assert limits[others[0].name] == example.ceilings[0].flop_per_s
+    assert "limits of the GPU" not in " ".join(warnings(measured))
+    text = summary(measured)
+    assert "At most on the GPU 100 Tflop/s and 1000 GB/s" in text
+    assert "roofline" in page(measured)
 
 
-@pytest.mark.parametrize(("device", "measured"), [("cpu", 1), ("cuda", 0)])
-def test_the_processors_limits_are_measured_where_something_runs_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, measured: int
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_limits_are_measured_of_what_something_runs_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    asked: list[int] = []
-
-    def ceilings(threads: int, *, quick: bool) -> None:
-        asked.append(threads)
+    def ceilings(_threads: int, device: str, *, quick: bool) -> Ceilings:
+        return Ceilings(1.0, 1.0, f"quick: {quick}", device)
 
     monkeypatch.setattr(measure, "measured_ceilings", ceilings)
     run = gpu_run(tmp_path, {"a": device})
     model = find_model("emoji", parser().parse_args([]), QUIET)
-    measure._measure_limits(run, model)
-    assert len(asked) == measured
+    measure._measure_limits(replace(run, settings=replace(run.settings, batches=(1, 2))), model)
+    found = finished(run)
+    assert [entry.device for entry in found.ceilings] == [device]
+    batches = {work.batch for work in found.models[0].work}
+    assert batches == ({1, 2} if device == "cuda" else {1})  # where each batch's networks are timed, too
+
+
+def test_the_ceilings_of_a_gpu_are_what_pytorch_reaches() -> None:
+    found = ceilings.gpu_ceilings("cpu", side=64, copied=1 << 20)
+    assert found.device == "cuda"
+    assert found.flop_per_s > 1e6
+    assert found.bytes_per_s > 1e6
+
+
+# --- profiles
+
+
+def event(name: str, where: str, microseconds: float) -> Any:
+    lasting = SimpleNamespace(elapsed_us=lambda: microseconds)
+    return SimpleNamespace(name=name, device_type=SimpleNamespace(name=where), time_range=lasting)
+
+
+def test_a_profile_is_what_more_steps_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = worker_module(monkeypatch, "worker_sdrt")
+    few = [event("gemm", "CUDA", 500.0)] * 10 + [
+        event("decode", "CUDA", 9e3),
+        event("cuLaunchKernel", "CPU", 1.0),
+    ]
+    many = few + [event("gemm", "CUDA", 700.0)] * 100 + [event("n" * 200, "CUDA", 1e4)] * 10
+    many += [event("cudaGraphLaunch", "CPU", 1.0)] * 10 + [event("cudaMemcpyAsync", "CPU", 1.0)] * 5
+    many += [event("aten::mm", "CPU", 1.0)] * 7
+    found = module.per_step(module.by_name(few), module.by_name(many), 10)
+    assert found["seconds"] == pytest.approx(0.017)
+    assert found["launches"] == 11
+    assert found["host"] == {"launches": 1.0, "waits": 0, "copies": 0.5, "allocations": 0}
+    assert [kernel["name"] for kernel in found["kernels"]] == ["n" * 90, "gemm", "decode"]
+    assert found["kernels"][1] == {"name": "gemm", "seconds": pytest.approx(0.007), "launches": 10.0}
+
+
+def test_the_profiler_has_the_fields_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = worker_module(monkeypatch, "worker_sdrt")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        torch.ones(3).add(1)
+    assert trace.events()
+    assert module.by_name(trace.events()) == {}  # there are no events of a GPU, and no field is missing
+    assert all(entry.time_range.elapsed_us() >= 0 for entry in trace.events())
+
+
+def test_profiles_are_asked_of_ours_on_the_gpu_and_are_tables(tmp_path: Path) -> None:
+    run = gpu_run(tmp_path, {"rtx": "cuda", "cpu": "cpu"})
+    profiles.measure_profiles(run)
+    assert (tmp_path / "order").read_text().split() == ["rtx", "load", "rtx", "profile"]
+    found = finished(run)
+    (profile,) = found.profiles
+    assert (profile.subject, profile.batch, profile.kernels[0].launches) == ("rtx", 1, 4.0)
+    text = summary(found)
+    assert "| RTX, batch 1 | 2.00 | 5 | 1 | 0 |" in text
+    assert "### Kernels of a step: RTX, batch 1" in text
+    assert "| a\\_gemm\\<half\\> | 1.500 | 4 |".replace("\\<", "&lt;").replace("\\>", "\\>") in text
+
+
+# --- diffusers on a GPU
+
+
+def test_diffusers_is_compiled_and_laid_out_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its users would: fp16, channels last, CUDA graphs; the embedded model stays on the CPU here."""
+    options: list[dict[str, Any]] = []
+    moved: list[Any] = []
+    module = worker_module(monkeypatch, "worker_diffusers")
+
+    def compile_(network: Any, **words: Any) -> Any:
+        options.append(words)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    from diffusers import StableDiffusionPipeline
+
+    monkeypatch.setattr(StableDiffusionPipeline, "to", lambda pipe, device: moved.append(device))
+    subject = module.Diffusers(device="cuda", compiled=True)
+    subject.load(EMBEDDED.parent, 1)
+    assert moved == ["cuda"]
+    assert [entry["mode"] for entry in options] == ["reduce-overhead"] * 2
+    assert subject._pipe.unet.dtype == torch.float16
+    assert subject._pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert 'mode="reduce-overhead"' in subject.notes[-1]

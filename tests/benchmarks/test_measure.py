@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdrt.benchmarks import measure_warm
-from sdrt.benchmarks.bench_run import Run, Settings, SubjectPlan
-from sdrt.benchmarks.derive import ratios
-from sdrt.benchmarks.derive_limits import warnings
-from sdrt.benchmarks.document import Document, MemoryShortage, Model, Subject, from_json, to_json
-from sdrt.benchmarks.measure_cold import measure_cold
-from sdrt.benchmarks.measure_fidelity import latent_error, measure_fidelity, psnr
-from sdrt.benchmarks.progress import Progress
-from sdrt.benchmarks.recorder import Recorder
-from sdrt.benchmarks.report_html import page
-from sdrt.benchmarks.report_markdown import summary
-from sdrt.benchmarks.worker_process import Worker
+from sdrt.benchmarks.document.document import Document, MemoryShortage, Model, Subject, from_json, to_json
+from sdrt.benchmarks.document.recorder import Recorder
+from sdrt.benchmarks.harness import warm as measure_warm
+from sdrt.benchmarks.harness.cold import measure_cold
+from sdrt.benchmarks.harness.fidelity import latent_error, measure_fidelity, psnr
+from sdrt.benchmarks.harness.progress import Progress
+from sdrt.benchmarks.harness.run import Run, Settings, SubjectPlan
+from sdrt.benchmarks.harness.worker_process import Worker
+from sdrt.benchmarks.report.derive import ratios
+from sdrt.benchmarks.report.limits import warnings
+from sdrt.benchmarks.report.page import page
+from sdrt.benchmarks.report.summary import summary
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 WEIGHTS = 1 << 20
@@ -87,7 +87,7 @@ def test_cold_starts_are_interleaved_and_the_first_does_not_count(tmp_path: Path
 
 
 def test_a_slow_subject_has_fewer_cold_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdrt.benchmarks.measure_cold.SLOW_SECONDS", 0.0)
+    monkeypatch.setattr("sdrt.benchmarks.harness.cold.SLOW_SECONDS", 0.0)
     run = make_run(tmp_path, {"a": "@"}, replace(SETTINGS, cold_rounds=3))
     measure_cold(run)
     assert finished(run).select("cold_total")[0].rounds == (0,)
@@ -279,6 +279,7 @@ def test_a_subject_that_fails_is_a_row_and_the_others_go_on(
 
 def test_fidelity_uses_the_drawings_that_are_there(tmp_path: Path) -> None:
     run = make_run(tmp_path, {"a": "@", "diffusers": "@"}, replace(SETTINGS, blocks=("warm",), rounds=1))
+    run.reference = run.plans[1]
     measure_warm.measure_warm(run)
     drawn = order(run, "draw")
     measure_fidelity(run)

@@ -7,11 +7,15 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.utils.flop_counter import FlopCounterMode
 
-from sdrt.benchmarks.gpu_ceilings import guided_step_flop
-from sdrt.benchmarks.operations import Count, count_bundle, count_graph, weight_elements
+from sdrt.benchmarks.harness.operations import Count, count_bundle, count_graph, weight_elements
+from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.reader import open_checkpoint
+from sdrt.export.checkpoint.weights import meta_module
+from sdrt.export.graphs.networks import UNet, example_inputs
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 
@@ -146,6 +150,17 @@ def test_a_shape_that_depends_on_values_is_an_error() -> None:
     )
     with pytest.raises(SdrtError, match="the shape of i cannot be inferred"):
         count_graph(model, {"x": (4,)})
+
+
+def guided_step_flop(checkpoint: Checkpoint, size: int) -> int:
+    """Operations of one guided step, counted by PyTorch: the network runs on shapes alone."""
+    axes = {"rows": 2, "latent_height": size // checkpoint.factor, "latent_width": size // checkpoint.factor}
+    axes["context"] = checkpoint.sizes()["tokens"]
+    inputs = example_inputs(checkpoint, "unet", axes, torch.Generator().manual_seed(0))
+    module = UNet(meta_module(checkpoint, "unet")).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*(tensor.to("meta") for tensor in inputs))
+    return int(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("size", [16, 32])

@@ -14,12 +14,12 @@ import pytest
 from numpy.typing import NDArray
 from worker_child import WORKERS, Child, child, drawing
 
-from sdrt.benchmarks.bench_run import Run, Settings, SubjectPlan
-from sdrt.benchmarks.document import Document, Model, Subject
-from sdrt.benchmarks.measure_cold import measure_cold
-from sdrt.benchmarks.measure_warm import measure_warm
-from sdrt.benchmarks.progress import Progress
-from sdrt.benchmarks.recorder import Recorder
+from sdrt.benchmarks.document.document import Document, Model, Subject
+from sdrt.benchmarks.document.recorder import Recorder
+from sdrt.benchmarks.harness.cold import measure_cold
+from sdrt.benchmarks.harness.progress import Progress
+from sdrt.benchmarks.harness.run import Run, Settings, SubjectPlan
+from sdrt.benchmarks.harness.warm import measure_warm
 
 FAKES = Path(__file__).with_name("peer_fakes")
 # Worker → the folder of its library's fake, and the calls of the library that load and draw.
@@ -268,7 +268,9 @@ def test_optimums_stages_run_on_what_a_drawing_runs_on(optimum: Peer) -> None:
     for name in optimum.load()["stages"]:
         assert len(optimum.stage(name, 2)["seconds"]) == 2
     runs, whole = 3, {"context": None, "return_dict": False}
-    assert optimum.calls("encode_prompt") == [{"arguments": ["a red apple", "cpu", 2, True, ""]}] * runs
+    texts = {"prompt": "a red apple", "negative_prompt": "", "do_classifier_free_guidance": True}
+    text_encoder = {**texts, "device": "cpu", "num_images_per_prompt": 2}
+    assert optimum.calls("encode_prompt") == [text_encoder] * runs
     unet = {"shapes": [[4, 4, 8, 8], []], "context": [4, 5, 6], "return_dict": False}
     assert optimum.calls("unet") == [unet] * runs
     assert optimum.calls("decode") == [{"shapes": [[2, 4, 8, 8]], **whole}] * runs

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.checkpoints.tiny_sdxl import write_tiny_sdxl_checkpoint
+from worker_child import WORKERS, child, drawing
 
-from sdrt.benchmarks import peer_models
-from sdrt.benchmarks.peer_environments import COMPLETE, environment_folder
-from sdrt.benchmarks.peers import PEERS
-from sdrt.benchmarks.prepare_peer import prepared
-from sdrt.benchmarks.safetensors_file import write_float32
+from sdrt.benchmarks.peers import models as peer_models
+from sdrt.benchmarks.peers.environments import COMPLETE, environment_folder
+from sdrt.benchmarks.peers.prepare import prepared
+from sdrt.benchmarks.peers.registry import PEERS
+from sdrt.benchmarks.peers.safetensors_file import write_float32
 from sdrt.export.checkpoint import architectures
 from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
@@ -31,18 +33,22 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDRT_CACHE", str(tmp_path / "cache"))
 
 
+def as_architecture(checkpoint: Path, folder: Path) -> None:
+    """The shapes of a tiny checkpoint, with the published vocabulary."""
+    for file in checkpoint.rglob("*.json"):
+        copy = folder / file.relative_to(checkpoint)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    for config in folder.glob("text_encoder*/config.json"):
+        facts = {**json.loads(config.read_text()), "vocab_size": 49408, "bos_token_id": 49406}
+        config.write_text(json.dumps({**facts, "eos_token_id": 49407, "pad_token_id": 49407}))
+
+
 @pytest.fixture
 def small_architecture(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An architecture of the tiny checkpoint's shapes, under the name of a published one."""
-    folder = tmp_path / "architectures" / "sd15"
-    for file in tiny_checkpoint.rglob("*.json"):
-        copy = folder / file.relative_to(tiny_checkpoint)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(file.read_bytes())
-    config = folder / "text_encoder" / "config.json"
-    facts = {**json.loads(config.read_text()), "vocab_size": 49408, "bos_token_id": 49406}
-    config.write_text(json.dumps({**facts, "eos_token_id": 49407, "pad_token_id": 49407}))
-    monkeypatch.setattr(architectures, "_FOLDER", folder.parent)
+    as_architecture(tiny_checkpoint, tmp_path / "architectures" / "sd15")
+    monkeypatch.setattr(architectures, "_FOLDER", tmp_path / "architectures")
     return "sd15"
 
 
@@ -108,6 +114,25 @@ def installed(environment: str, script: str) -> None:
     (folder / COMPLETE).write_text("{}")
 
 
+def test_an_architecture_of_xl_is_drawn_by_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    write_tiny_sdxl_checkpoint(checkpoint)
+    as_architecture(checkpoint, tmp_path / "architectures" / "sdxl")
+    monkeypatch.setattr(architectures, "_FOLDER", tmp_path / "architectures")
+    folder = peer_models.prepare("diffusers-cuda", "sdxl")
+    with pytest.raises(UsageError, match=r"openvino draws with Stable Diffusion 1\.x and 2\.x alone"):
+        peer_models.prepare("openvino", "sdxl")
+    with child([WORKERS / "worker_diffusers.py"], tmp_path / "log") as worker:
+        loaded = worker("load", model=folder, threads=1)
+        assert loaded["ok"], loaded
+        drawn = worker("draw", **{**drawing(tmp_path, images=2), "height": 16, "width": 16})
+        assert drawn["ok"], drawn
+        for stage in loaded["stages"]:
+            answer = worker("stage", stage=stage, repeats=1, height=16, width=16, batch=2)
+            assert answer["ok"], answer
+
+
 def test_an_exporter_that_fails_leaves_its_last_words_and_no_model() -> None:
     with pytest.raises(BackendError, match="is not installed: `sd-bench peers install openvino`"):
         peer_models.prepare("openvino", str(CHECKPOINT))
@@ -139,7 +164,7 @@ def test_what_an_exporter_does_is_told_while_it_runs(monkeypatch: pytest.MonkeyP
         "echo 'FutureWarning: old' >&2; printf 'step 1\\rstep 2'; sleep 1.5; for last; do :; done; "
         'echo onnx > "$last/model"',
     )
-    monkeypatch.setattr("sdrt.benchmarks.told_process.TICK_SECONDS", 0.2)
+    monkeypatch.setattr("sdrt.benchmarks.harness.told_process.TICK_SECONDS", 0.2)
     told: list[tuple[str, float]] = []
     folder = prepared("optimum-onnx", str(CHECKPOINT), lambda line, seconds: told.append((line, seconds)))
     assert (folder / "model").is_file()
@@ -159,7 +184,7 @@ def test_a_conversion_that_fails_in_its_own_process() -> None:
 
 
 def test_models_that_workers_cannot_draw_with_are_refused(inpainting_checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match=r"draw with Stable Diffusion 1\.x and 2\.x alone"):
+    with pytest.raises(UsageError, match=r"draws with Stable Diffusion 1\.x, 2\.x and XL alone"):
         peer_models.prepare("diffusers", str(inpainting_checkpoint))
     with pytest.raises(UsageError, match="unknown peer 'x'"):
         peer_models.prepare("x", str(CHECKPOINT))

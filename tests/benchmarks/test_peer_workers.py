@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from worker_child import WORKERS, Child, child, drawing
 
-from sdrt.benchmarks.measure_fidelity import psnr
+from sdrt.benchmarks.harness.fidelity import psnr
 from sdrt.runtime.bundle.bundle import EMBEDDED
 from tolerances import EMBEDDED_PSNR_DB
 
@@ -67,7 +67,7 @@ def fake(tmp_path: Path) -> Iterator[Child]:
         yield running
 
 
-def test_a_worker_says_that_it_started_then_loads_draws_and_closes(fake: Child, tmp_path: Path) -> None:
+def test_a_worker_says_that_it_started_then_loads_draws_and_ends(fake: Child, tmp_path: Path) -> None:
     assert fake.started == {"ok": True, "event": "started", "protocol": 1}
     loaded = fake("load", model="m", threads=1)
     assert loaded["ok"]
@@ -81,29 +81,21 @@ def test_a_worker_says_that_it_started_then_loads_draws_and_closes(fake: Child, 
     assert (np.load(files["pixels"].open("rb")) == np.full((2, 8, 8, 3), 7, np.uint8)).all()
     assert files["image"].read_bytes().startswith(b"\x89PNG")
     assert not files["final_latents"].exists()
-    assert fake("close") == {"ok": True}
-    assert fake.process.wait(10) == 0
+    assert fake.end() == 0
 
 
 def test_what_libraries_print_goes_to_the_log_and_what_they_read_is_empty(fake: Child) -> None:
     assert fake("load", model="m", threads=1)["ok"]
-    assert fake("close") == {"ok": True}
-    assert fake.process.wait(10) == 0
+    assert fake.end() == 0
     assert "a library prints on stdout" in fake.log.read_text()
     assert "a child of it too" in fake.log.read_text()
-
-
-def test_the_end_of_stdin_ends_a_worker(fake: Child) -> None:
-    assert fake.process.stdin is not None
-    fake.process.stdin.close()
-    assert fake.process.wait(10) == 0
 
 
 def test_every_failure_is_an_answer_of_one_line_and_the_worker_lives(fake: Child, tmp_path: Path) -> None:
     request = drawing(tmp_path)
     failures = [
         (fake.send("no json"), "JSONDecodeError"),
-        (fake.send("[1]"), "is no request: op is load, draw, stage, close"),
+        (fake.send("[1]"), "is no request: op is load, draw, stage"),
         (fake("fly"), "is no request"),
         (fake("draw", **request), "RuntimeError: draw was asked for, but no model is loaded"),
         (fake("load", model="m"), "ValueError: the request load needs the field threads"),
@@ -127,7 +119,7 @@ def test_every_failure_is_an_answer_of_one_line_and_the_worker_lives(fake: Child
         assert answer["ok"] is False
         assert words in answer["error"]
         assert "\n" not in answer["error"]
-    assert fake("close") == {"ok": True}
+    assert fake.end() == 0
 
 
 def test_a_stage_runs_once_before_the_clock_starts(fake: Child) -> None:
@@ -142,8 +134,7 @@ def test_a_stage_is_prepared_once_for_a_size(fake: Child) -> None:
     fake("load", model="m", threads=1)
     for height in (8, 8, 16, 8):
         assert fake("stage", stage="unet", repeats=1, height=height, width=8, batch=1)["ok"]
-    assert fake("close") == {"ok": True}
-    assert fake.process.wait(10) == 0
+    assert fake.end() == 0
     prepared = [line for line in fake.log.read_text().splitlines() if line.startswith("prepared for")]
     assert prepared == ["prepared for 8", "prepared for 16", "prepared for 8"]
 
@@ -177,7 +168,7 @@ def draws(script: str, words: list[str], model: Path, folder: Path, latents: Pat
         drawn = worker("draw", **request, **size, guidance_scale=7.5, sampler="ddim", **files)
         assert drawn["ok"], drawn
         stages = {name: worker("stage", stage=name, repeats=1, **size, batch=2) for name in loaded["stages"]}
-        assert worker("close") == {"ok": True}
+        assert worker.end() == 0
     return {
         "loaded": loaded,
         "drawn": drawn,

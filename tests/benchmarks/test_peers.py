@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from sdrt.benchmarks import peer_environments, peers
-from sdrt.benchmarks.installed_size import closure, installed_bytes
-from sdrt.benchmarks.peer_environments import COMPLETE, ENVIRONMENTS, Environment, environment_key, run_logged
+from sdrt.benchmarks.peers import environments as peer_environments
+from sdrt.benchmarks.peers import registry as peers
+from sdrt.benchmarks.peers.environments import (
+    COMPLETE,
+    ENVIRONMENTS,
+    Environment,
+    environment_key,
+    run_logged,
+)
+from sdrt.benchmarks.peers.installed_size import closure, installed_bytes
 from sdrt.kernels.cache import CacheWarning
 from sdrt.runtime.errors import BackendError, OutputError, UsageError
 
@@ -24,8 +31,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_peer_has_a_worker_an_environment_and_exact_requirements() -> None:
     for name, peer in peers.PEERS.items():
         assert peer.name == name
-        assert peer.environment in ENVIRONMENTS
-        assert (peer.converter or peer.environment) in ENVIRONMENTS
+        assert {peer.environment, peer.converter} <= {"", *ENVIRONMENTS}
+        # PyTorch for CUDA is not installed anew: it is where this interpreter has it.
+        assert (peer.environment == "") == (peer.device == "cuda")
         assert (peers.WORKERS / peer.worker[0]).is_file()
     for environment in ENVIRONMENTS.values():
         for text in (*environment.requirements, *environment.for_worker):

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, few lines elsewhere; and programs that are watched while they run."""
+"""Progress: a bar on a terminal, few lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from sdrt.benchmarks.progress import Progress
-from sdrt.benchmarks.told_process import run_told
+from sdrt.benchmarks.harness.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -59,38 +58,3 @@ def test_quiet_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         monkeypatch.setattr(time, "monotonic", lambda: 1e9)
         shown.ongoing("exporting", 100.0)
     assert capsys.readouterr().err == ""
-
-
-def test_a_programs_output_last_words_and_status_are_kept() -> None:
-    say = "print('out' * 100_000); print('a' * 100_000 + ' b', file=sys.stderr)"
-    program = f"import sys; {say}; sys.exit('last  one')"
-    told: list[str] = []
-    ended = run_told([sys.executable, "-c", program], lambda line, _: told.append(line))
-    assert (ended.status, ended.output, ended.reason) == (1, "out" * 100_000 + "\n", "last one")
-    assert told[-1] == "last one"
-
-
-def test_a_program_is_ended_when_who_is_told_has_had_enough() -> None:
-    def enough(_line: str, _seconds: float) -> None:
-        raise KeyboardInterrupt
-
-    began = time.monotonic()
-    program = "import sys, time; print('x', file=sys.stderr, flush=True); time.sleep(100)"
-    with pytest.raises(KeyboardInterrupt):
-        run_told([sys.executable, "-c", program], enough)
-    assert time.monotonic() - began < 20
-
-
-def test_a_last_line_without_an_end_is_told_too() -> None:
-    ended = run_told([sys.executable, "-c", "import sys; sys.stderr.write('one\\ntwo')"], lambda *_: None)
-    assert ended.reason == "two"
-
-
-def test_a_program_has_ended_though_one_that_it_started_lives_on() -> None:
-    """It holds standard error, whose end would not come for a minute."""
-    program = (
-        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    )
-    began = time.monotonic()
-    assert run_told([sys.executable, "-c", program], lambda *_: None).status == 0
-    assert time.monotonic() - began < 30

@@ -12,15 +12,12 @@ from pathlib import Path
 
 import pytest
 from example_document import ERROR, SUBJECTS, document, document_without_measurements, small_document
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.runs.browsers import chromium
 
-from sdrt.benchmarks.document import Ceilings, Document, Subject, read
-from sdrt.benchmarks.report import write_report
-from sdrt.benchmarks.report_html import page
-from sdrt.benchmarks.report_style import STYLE
-from sdrt.benchmarks.report_svg import Axis, spread_out
+from sdrt.benchmarks.document.document import Ceilings, Document, Subject, read
+from sdrt.benchmarks.report.page import page
+from sdrt.benchmarks.report.style import STYLE
+from sdrt.benchmarks.report.writing import write_report
 from sdrt.runtime.errors import OutputError
 
 SLY = '</title><script>alert("1")</script>&amp; <b>'
@@ -91,7 +88,7 @@ def variants() -> Iterator[Document]:
     yield example
     yield seven_subjects()
     ours = tuple(entry for entry in example.measurements if entry.subject == SUBJECTS[0].name)
-    yield replace(example, subjects=SUBJECTS[:1], measurements=ours, failures=(), ceilings=None)
+    yield replace(example, subjects=SUBJECTS[:1], measurements=ours, failures=(), ceilings=())
     yield replace(example, measurements=())
     yield replace(example, measurements=example.measurements[:1])
     yield replace(example, measurements=(replace(example.measurements[0], values=(), rounds=()),))
@@ -102,7 +99,7 @@ def variants() -> Iterator[Document]:
             replace(entry, values=odd[number % 3]) if len(entry.values) == 7 else entry
             for number, entry in enumerate(example.measurements)
         ),
-        ceilings=Ceilings(0, 0, ""),
+        ceilings=(Ceilings(0, 0, ""),),
     )
     yield small_document()
     yield replace(document_without_measurements(), subjects=(), complete=False)
@@ -115,12 +112,12 @@ def test_pages_of_all_kinds_of_runs_are_well_formed_and_need_nothing_else() -> N
         names = {name for name, _ in elements}
         assert not names & {"script", "link", "img", "iframe", "object", "b"}
         assert "://" not in text
-        assert "url(" not in text
+        assert "url(" not in text.replace("url(#", "")
         assert "@import" not in text
         assert not re.search(r'="[^"]*\b(nan|inf)\b', text)
         ids = [str(attributes["id"]) for _, attributes in elements if "id" in attributes]
         assert len(ids) == len(set(ids))
-        targets = {str(a["href"])[1:] for name, a in elements if name == "a"}
+        targets = {str(a["href"])[1:] for _, a in elements if "href" in a}
         assert targets <= set(ids)
 
 
@@ -194,25 +191,6 @@ def contrast(one: str, other: str) -> float:
 
     high, low = sorted((luminance(one), luminance(other)), reverse=True)
     return (high + 0.05) / (low + 0.05)
-
-
-@settings(max_examples=40)
-@given(st.lists(st.floats(0, 200), min_size=1, max_size=7))
-def test_labels_are_kept_apart_and_within(places: list[float]) -> None:
-    moved = spread_out(places, 27, 0, 200)
-    gaps = [high - low for low, high in zip(sorted(moved), sorted(moved)[1:], strict=False)]
-    assert all(gap >= 27 - 1e-9 for gap in gaps)
-    assert max(moved) <= 200
-    assert min(moved) >= -1e-9
-
-
-@settings(max_examples=40)
-@given(st.floats(1e-6, 1e9), st.floats(1.02, 1e6))
-def test_an_axis_has_round_ticks_within_it(low: float, ratio: float) -> None:
-    axis = Axis(low, low * ratio, 0, 100)
-    ticks = axis.ticks()
-    assert 1 <= len(ticks) <= 7
-    assert all(-1e-6 <= axis.at(tick) <= 100 + 1e-6 for tick in ticks)
 
 
 def test_the_three_files_are_written_and_the_data_come_back(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from example_document import ERROR, document, document_without_measurements
 
-from sdrt.benchmarks.report_markdown import summary
+from sdrt.benchmarks.report.summary import summary
 
 
 def cells(line: str) -> list[str]:

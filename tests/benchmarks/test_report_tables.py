@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from example_document import document, small_document
 
-from sdrt.benchmarks.document import Measurement
-from sdrt.benchmarks.report_format import time_text
-from sdrt.benchmarks.report_plots import bars
-from sdrt.benchmarks.report_tables import memory, overview, percentiles
+from sdrt.benchmarks.document.document import Measurement
+from sdrt.benchmarks.report.formatting import time_text
+from sdrt.benchmarks.report.plots import bars
+from sdrt.benchmarks.report.tables import memory, overview, percentiles
 
 
 def measured(quantity: str, value: float) -> Measurement:

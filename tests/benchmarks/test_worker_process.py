@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from sdrt.benchmarks.process_memory import available_memory, process_memory
-from sdrt.benchmarks.worker_process import RefusedError, Worker, WorkerError, worker_environment
+from sdrt.benchmarks.harness.free_memory import available_memory
+from sdrt.benchmarks.harness.worker_process import RefusedError, Worker, WorkerError, worker_environment
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 
@@ -50,7 +48,7 @@ def test_a_worker_answers_and_ends(tmp_path: Path) -> None:
         memory = worker.memory()
         assert memory["VmHWM"] >= memory["VmRSS"] > memory["RssAnon"] > 1 << 20
     assert gone(worker.pid)
-    assert (tmp_path / "order").read_text().split() == ["fake", "load", "fake", "close"]
+    assert (tmp_path / "order").read_text().split() == ["fake", "load"]
 
 
 @pytest.mark.parametrize(
@@ -115,34 +113,5 @@ def test_anonymous_memory_is_watched_while_it_works(tmp_path: Path) -> None:
         assert worker.peak_anonymous > 1 << 20
 
 
-PARENT = """
-import sys, pathlib
-sys.path.insert(0, {here!r})
-from test_worker_process import start
-worker = start(pathlib.Path({folder!r}), "hang@load")
-if {stop}: worker.pause()
-print(worker.pid, flush=True)
-with worker:
-    worker.request("load", timeout=1000, model="m", threads=1)
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "stop"), [(signal.SIGINT, False), (signal.SIGKILL, False), (signal.SIGKILL, True)]
-)
-def test_a_worker_dies_with_its_parent(tmp_path: Path, number: int, stop: bool) -> None:
-    program = PARENT.format(here=str(Path(__file__).parent), folder=str(tmp_path), stop=stop)
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as parent:
-        assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        time.sleep(0.1)
-        parent.send_signal(number)
-        parent.wait(20)
-    assert gone(pid)
-
-
 def test_memory_of_the_machine_and_of_nobody() -> None:
     assert 1 << 24 < available_memory() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert process_memory(2**22 + 1) == {}

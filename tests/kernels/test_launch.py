@@ -13,7 +13,7 @@ import pytest
 from support.runs.step_runs import artificial_table, make_buffers, make_run
 
 from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
-from sdrt.kernels.compile import MODULES, sources
+from sdrt.kernels.compile import modules, sources
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host
 from sdrt.kernels.launch import BLOCK, MAX_GRID, Launch, blocks
@@ -56,7 +56,7 @@ def test_blocks_are_no_larger_than_the_kernels_are_compiled_for() -> None:
         if name.endswith(".cu")
         for bound in re.findall(r"__launch_bounds__\((\d+)\)", text)
     ]
-    assert len(bounds) >= len(MODULES)
+    assert len(bounds) >= len(modules())
     assert set(bounds) == {BLOCK, guidance_rescale.LANES}
     (lanes,) = re.findall(r"LANES = (\d+)", sources()["guidance_rescale.cuh"])
     assert int(lanes) == guidance_rescale.LANES

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tolerances
-from sdrt.benchmarks.measure_fidelity import psnr
+from sdrt.benchmarks.harness.fidelity import psnr
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fingerprint import fingerprint
 from sdrt.export.checkpoint.reader import open_checkpoint

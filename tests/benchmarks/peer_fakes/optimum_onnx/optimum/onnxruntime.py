@@ -26,8 +26,8 @@ class ORTStableDiffusionPipeline:
     def set_progress_bar_config(self, **options: Any) -> None:
         note("set_progress_bar_config", **options)
 
-    def encode_prompt(self, *arguments: Any) -> None:
-        note("encode_prompt", arguments=arguments)
+    def encode_prompt(self, **arguments: Any) -> None:
+        note("encode_prompt", **arguments)
 
     def __call__(self, prompt: str, callback_on_step_end: Any, latents: Any, **options: Any) -> Any:
         scheduler = type(self.scheduler).__name__

@@ -1,0 +1,1 @@
+"""A page of pictures, one for each option."""

@@ -1,0 +1,1 @@
+"""The harness: what is measured, and the processes that are measured."""

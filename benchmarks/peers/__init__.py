@@ -1,0 +1,1 @@
+"""The peers: their environments, and the checkpoint in the form of each."""
