@@ -119,7 +119,7 @@ class Encoder:
         component: Its name.
         gives: Input of the U-Net → the encoder's output. What several encoders give for one input stands side
             by side along the last axis, in the order of the encoders.
-        tokenizer: Its tokenizer's name: of the manifest's entry, of the bundle's file (with ``.json``), and
+        tokenizer: Its tokenizer's name: of the bundle's file (with ``.json``), and
             of the checkpoint's folder. Empty for an encoder of pictures.
         embedding: What files of textual inversion for several encoders call the vectors of this one.
     """
