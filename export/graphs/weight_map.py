@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
-import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
@@ -38,10 +39,11 @@ Permutation = tuple[int, ...]
 
 
 class _Initializer(NamedTuple):
-    """An initializer, its numbers as float32, and who reads it, at once or behind a Cast."""
+    """An initializer, and who reads it, at once or behind a Cast."""
 
     value: ir.Value
-    numbers: Tensor
+    tensor: ir.TensorProtocol
+    shape: tuple[int, ...]
     readers: tuple[tuple[ir.Node, int], ...]
 
     @property
@@ -53,6 +55,11 @@ class _Initializer(NamedTuple):
         """The tensor that it is named after; empty where the exporter made the name."""
         name = self.name.removesuffix(STORED)
         return name.removeprefix(_PREFIX) if name.startswith(_PREFIX) else ""
+
+    def numbers(self) -> NDArray[np.float32]:
+        """As float32; of gigabytes of weights no more than one is ever in memory once more."""
+        numbers: NDArray[np.float32] = self.tensor.numpy().astype(np.float32)
+        return numbers
 
     @property
     def turned(self) -> bool:
@@ -94,14 +101,7 @@ def _initializers(model: ir.Model) -> Iterator[_Initializer]:
         uses = [(use.node, use.idx) for use in value.uses()]
         casts = [node for node, _ in uses if node.op_type == "Cast"]
         behind = [(use.node, use.idx) for node in casts for use in node.outputs[0].uses()]
-        yield _Initializer(value, _numbers(tensor), (*uses, *behind))
-
-
-def _numbers(tensor: ir.TensorProtocol) -> Tensor:
-    array = tensor.numpy()
-    if tensor.dtype == ir.DataType.BFLOAT16:  # PyTorch does not know NumPy's extension of the name
-        return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(array) if array.flags.writeable else torch.from_numpy(array.copy())
+        yield _Initializer(value, tensor, tuple(map(int, tensor.shape.numpy())), (*uses, *behind))
 
 
 def _by_name(initializers: Iterable[_Initializer], name: str, _: Container[str]) -> Iterable[_Initializer]:
@@ -130,17 +130,18 @@ def _permutation(initializer: _Initializer, tensor: Tensor) -> Permutation | Non
     """How the tensor's axes stand in the initializer, if that holds its numbers."""
     if not tensor.is_floating_point():
         return None
-    numbers = initializer.numbers
-    if numbers.ndim > tensor.ndim:
-        numbers = numbers.squeeze()
-    if sorted(numbers.shape) != sorted(tensor.shape):
+    shape = initializer.shape
+    if len(shape) > tensor.ndim:
+        shape = tuple(size for size in shape if size != 1)
+    if sorted(shape) != sorted(tensor.shape):
         return None
+    numbers = initializer.numbers().reshape(shape)
     orders: Iterable[Permutation] = itertools.permutations(range(tensor.ndim))
     if initializer.turned and not initializer.tensor_name:  # of a square weight of zeros either would do
         orders = sorted(orders, reverse=True)
     for order in orders:
         moved = tensor.permute(order)
-        if moved.shape == numbers.shape and torch.equal(moved.float(), numbers.float()):
+        if tuple(moved.shape) == shape and np.array_equal(moved.float().numpy(), numbers):
             return order
     return None
 
@@ -152,13 +153,11 @@ def _holder(component: str, initializer: _Initializer, permutation: Permutation,
         WEIGHT_STORAGE: stored,
         SHARED: shared,
     }
-    tensor = initializer.value.const_value
-    assert tensor is not None
     return Holder(
         component,
         initializer.name,
-        tensor.dtype.numpy().name,
-        tuple(initializer.numbers.shape),
+        initializer.tensor.dtype.numpy().name,
+        initializer.shape,
         permutation,
         tuple(name for name, happened in passes.items() if happened),
     )
