@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from support.made_once import exported_once
 from support.references.contrib_definitions import proto_written_out
 
 from sdrt.export.cli import main as cli
@@ -50,16 +50,13 @@ sys.exit(engine_child.main(*sys.argv[1:]))
 
 @pytest.fixture(scope="session")
 def emoji_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model exported in fp16, 64 to 128 pixels, 1 to 2 images. Read only.
+    """The embedded model exported in fp16, 64 to 128 pixels, 1 to 2 images. Read only."""
 
-    While working on tests, ``SDRT_EMOJI_FP16_BUNDLE`` may name one that was made before.
-    """
-    if made_before := os.environ.get("SDRT_EMOJI_FP16_BUNDLE"):
-        return Path(made_before)
-    out = tmp_path_factory.mktemp("emoji") / "fp16"
-    sizes = ["--height", "64..128", "--width", "64..128", "--batch", "1..2"]
-    assert cli.main([str(CHECKPOINT), str(out), "--fp16", "--quiet", *sizes]) == 0
-    return out
+    def export(out: Path) -> None:
+        sizes = ["--height", "64..128", "--width", "64..128", "--batch", "1..2"]
+        assert cli.main([str(CHECKPOINT), str(out), "--fp16", "--quiet", *sizes]) == 0
+
+    return exported_once("emoji-fp16", tmp_path_factory.mktemp("emoji") / "fp16", export, CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
