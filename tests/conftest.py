@@ -170,9 +170,7 @@ def _variant(write: Callable[[Path, Path], None], tiny: Path, factory: pytest.Te
     return made_once(name, factory.mktemp(name) / "tiny", make, write, tiny)
 
 
-def _variant_bundle(
-    name: str, checkpoint: Path, tiny_bundle: Path, factory: pytest.TempPathFactory
-) -> Path:
+def _variant_bundle(name: str, checkpoint: Path, tiny_bundle: Path, factory: pytest.TempPathFactory) -> Path:
     """One image of one size. Networks that are the tiny checkpoint's have the graphs of its bundle."""
 
     def export(out: Path) -> None:
