@@ -1,7 +1,7 @@
 """Runs tests on a fake libcuda under the real cuda-bindings, in a process of its own.
 
-``pytest -p support.fakes.fake_cuda`` does so. `fake_libcuda.cpp` is the library. Kernels are compiled and loaded as for a GPU; what runs is their host
-build.
+``pytest -p support.fakes.fake_cuda`` does so; `fake_libcuda.cpp` is the library. Kernels are compiled and
+loaded as for a GPU; what runs is their host build.
 """
 
 from __future__ import annotations
