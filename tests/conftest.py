@@ -52,6 +52,30 @@ TINY_MERGES = 200
 TINY_SIZE = 16  # pixels: 8 latents at a VAE factor of 2
 
 
+# Files that take minutes, or make what many others share: with several workers they are begun first, so that
+# nobody waits for the last of them.
+LONG = (
+    "test_build.py",
+    "test_bench_cli.py",
+    "test_openvino_kinds.py",
+    "test_half_precision.py",
+    "test_gallery.py",
+    "test_sd_export.py",
+    "test_pipeline.py",
+    "test_gpu_subjects.py",
+    "test_openvino.py",
+    "test_interrupts.py",
+    "test_cache_attacks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first where workers take one after the other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+
+
 def pytest_collection_finish() -> None:
     """Take what is imported out of the garbage collector's sight: tests that call it would wait for it."""
     gc.collect()
