@@ -63,7 +63,7 @@ LONG = (
     "test_sd_export.py",
     "test_pipeline.py",
     "test_gpu_subjects.py",
-    "test_openvino.py",
+    "test_openvino_cpu.py",
     "test_interrupts.py",
     "test_cache_attacks.py",
 )
@@ -74,12 +74,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         rank = {name: place for place, name in enumerate(LONG)}
         items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
-
-
-def pytest_collection_finish() -> None:
-    """Take what is imported out of the garbage collector's sight: tests that call it would wait for it."""
-    gc.collect()
-    gc.freeze()
 
 
 def write_tiny_checkpoint(folder: Path) -> None:
@@ -136,6 +130,16 @@ def write_tiny_checkpoint(folder: Path) -> None:
     (folder / "tokenizer").mkdir()
     write_tokenizer_folder(folder / "tokenizer", TINY_MERGES)
     write_model_index(folder, "StableDiffusionPipeline", scheduler="PNDMScheduler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """Take what lasts, imports above all, out of the garbage collector's sight.
+
+    With PyTorch imported, each full collection takes half a second, and an export alone calls for 17.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
