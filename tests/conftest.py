@@ -61,6 +61,7 @@ LONG = (
     "test_half_precision.py",
     "test_gallery.py",
     "test_sd_export.py",
+    "test_quiet.py",
     "test_pipeline.py",
     "test_gpu_subjects.py",
     "test_openvino_cpu.py",
