@@ -17,7 +17,7 @@ GPU_SITE := $(CURDIR)/out/gpu-site
 # Workers of pytest: with two cores they take half the time of one.
 WORKERS ?= 2
 
-.PHONY: help run test test-full check format bench gallery bundle gpu clean
+.PHONY: help run test test-full check format bench gallery bundle golden gpu clean
 
 help:
 	@echo "make run     draw a picture with the embedded model, from its checkpoint"
@@ -29,6 +29,7 @@ help:
 	@echo "make gallery  one page of pictures: what each option does, with the command for each"
 	@echo "make gpu     test, measure and report on a machine with an NVIDIA GPU (GPU_PYTHON=…, WHEELS=folder)"
 	@echo "make bundle  export the bundle that the wheel ships, after the embedded model was trained anew"
+	@echo "make golden  write docs/golden anew, after what a sampler, the noise or the tokenizer gives was changed"
 	@echo "make clean   remove what the above made, the virtual environment too"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -71,6 +72,9 @@ gallery: $(STAMP)
 
 bundle: $(STAMP)
 	$(BIN)/sd-export models/emoji models/emoji/bundle $(EXPORT_FLAGS) --force
+
+golden: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m support.references.golden
 
 # Without a virtual environment: PyTorch with CUDA is taken from where it is, and nothing is downloaded.
 gpu:

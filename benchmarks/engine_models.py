@@ -20,9 +20,9 @@ from typing import Final
 from sdrt.benchmarks.export_model import NAMES, exporter_key
 from sdrt.benchmarks.told_process import Tell, run_told
 from sdrt.kernels.cache import cache_folder, mark_used, private_folder, remove_unused
-from sdrt.runtime.backends.registry import Gpu
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
+from sdrt.runtime.devices.gpu.discovery import Gpu
 from sdrt.runtime.system.files import new_folder, writing
 
 KIND: Final = "bench/engines"  # of cache

@@ -29,7 +29,7 @@ NAMES: Final = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)  # of the folders there
 MARKER: Final = ".sdrt-bench"  # in what is made for benchmarks; its time says when it was used
 # Of the runtime what says which inputs a graph has and what a manifest holds.
 RUNTIME_SOURCES: Final = (
-    "bundle/components.py",
+    "bundle/families/*.py",
     "bundle/manifest.py",
     "bundle/manifest_json.py",
     "bundle/manifest_rules.py",
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_argument("options", nargs=argparse.REMAINDER, help="of sd-export")
     arguments = commands.parse_args(argv)
     from sdrt.export.checkpoint.architectures import open_architecture
-    from sdrt.export.checkpoint.checkpoint import open_checkpoint
     from sdrt.export.checkpoint.fingerprint import fingerprint
+    from sdrt.export.checkpoint.reader import open_checkpoint
     from sdrt.export.cli import main as cli
     from sdrt.export.cli.options import ARCHITECTURES
     from sdrt.runtime.console.run_command import say
@@ -101,7 +101,7 @@ def exporter_digest(root: Path) -> str:
         root: See `package_root`.
     """
     sources = [*(root / "export").rglob("*.py"), *(root / "export" / "data").rglob("*")]
-    sources += [root / "runtime" / name for name in RUNTIME_SOURCES]
+    sources += [file for name in RUNTIME_SOURCES for file in (root / "runtime").glob(name)]
     digest = hashlib.sha256()
     for file in sorted(file for file in sources if file.is_file() and "__pycache__" not in file.parts):
         digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode())

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def facts(_arguments: argparse.Namespace, _save: object) -> dict[str, Any]:
     """The GPU, its driver and the packages that matter."""
-    from sdrt.runtime.backends.registry import find_gpu
+    from sdrt.runtime.devices.gpu.discovery import find_gpu
 
     gpu = find_gpu()
     found: dict[str, Any] = {
@@ -148,7 +148,7 @@ def _checkpoint(model: str) -> Any:
         from sdrt.export.checkpoint.architectures import open_architecture
 
         return open_architecture(model)
-    from sdrt.export.checkpoint.checkpoint import open_checkpoint
+    from sdrt.export.checkpoint.reader import open_checkpoint
 
     return open_checkpoint(model)
 

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sdrt.benchmarks.document import Work
-from sdrt.runtime.backends.registry import RequestShape
+from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 

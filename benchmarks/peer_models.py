@@ -27,10 +27,11 @@ from sdrt.benchmarks import peer_environments, peers
 from sdrt.benchmarks.peer_environments import OFFLINE, Progress, locked, run_logged
 from sdrt.benchmarks.safetensors_file import copy_renamed, tensor_names, write_float32
 from sdrt.export.checkpoint.architectures import ARCHITECTURES, open_architecture
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.files import WEIGHT_NAMES, read_json, weight_files
 from sdrt.export.checkpoint.fingerprint import fingerprint
 from sdrt.export.checkpoint.random_weights import random_tensors
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.tokenizer_json import write_tokenizer_folder
 from sdrt.export.checkpoint.weights import meta_module
 from sdrt.kernels.cache import cache_folder, private_folder

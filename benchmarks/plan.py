@@ -26,13 +26,13 @@ from sdrt.runtime.errors import BackendError, UsageError
 
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
-# Backend → its label, and what pip installs for it.
+# Backend → its label in reports; without one it is its name.
 LABELS: Final = {
-    "tensorrt": ("sdrt, TensorRT", "sdrt[tensorrt]"),
-    "tensorrt-rtx": ("sdrt, TensorRT for RTX", "sdrt[rtx]"),
-    "onnxruntime-cuda": ("sdrt, ONNX Runtime (CUDA)", "sdrt[cuda]"),
-    "onnxruntime-cpu": ("sdrt, ONNX Runtime (CPU)", "sdrt[cpu]"),
-    "openvino-cpu": ("sdrt, OpenVINO (CPU)", "sdrt[openvino]"),
+    "tensorrt": "sdrt, TensorRT",
+    "tensorrt-rtx": "sdrt, TensorRT for RTX",
+    "onnxruntime-cuda": "sdrt, ONNX Runtime (CUDA)",
+    "onnxruntime-cpu": "sdrt, ONNX Runtime (CPU)",
+    "openvino-cpu": "sdrt, OpenVINO (CPU)",
 }
 Note = Callable[[str], None]
 
@@ -107,8 +107,8 @@ def _export_options(arguments: argparse.Namespace) -> list[str]:
 
 def _checked(name: str, source: str, bundle: Bundle, checkpoint: str | None) -> ModelPlan:
     manifest = bundle.manifest
-    if manifest.tokenizer is None or manifest.reads_mask:
-        kind = "a picture" if manifest.tokenizer is None else "a picture and a mask"
+    if not manifest.tokenizers or manifest.reads_mask:
+        kind = "a picture" if not manifest.tokenizers else "a picture and a mask"
         raise UsageError(
             f"{source} draws from {kind}: sd-bench measures models that draw from a prompt alone"
         )
@@ -189,7 +189,7 @@ def backend_plans(
         BackendError: One that was named cannot run here.
         SdrtError: Its engines cannot be built.
     """
-    from sdrt.runtime.backends.registry import BACKENDS
+    from sdrt.runtime.backends.registry import BACKENDS, find_backend
 
     if arguments.backends == NONE:
         return []
@@ -204,13 +204,15 @@ def backend_plans(
             progress.note(f"{name} is left out: {str(error).partition('; ')[0]}")
             continue
         words = (sys.executable, str(WORKERS / "worker_sdrt.py"), "--backend", name)
-        label, requirement = LABELS[name]
+        backend = find_backend(name)
         found.append(
             SubjectPlan(
-                Subject(name, label, "backend", device="cuda" if BACKENDS[name].needs_gpu else "cpu"),
+                Subject(
+                    name, LABELS.get(name, name), "backend", device="cuda" if backend.needs_gpu else "cpu"
+                ),
                 words,
                 bundle.path.resolve(),
-                installed_bytes=_installed_bytes(requirement, arguments, progress.note),
+                installed_bytes=_installed_bytes(f"sdrt[{backend.extra}]", arguments, progress.note),
             )
         )
     return found
@@ -224,21 +226,23 @@ def _runnable(bundle: Bundle, name: str, settings: Settings, progress: Progress,
         SdrtError: The engines cannot be built.
     """
     from sdrt.benchmarks.engine_models import with_engines
-    from sdrt.runtime.backends import registry as backends
+    from sdrt.runtime.backends.backend import RequestShape
+    from sdrt.runtime.backends.registry import choose_backend, find_backend
+    from sdrt.runtime.devices.gpu import discovery
 
-    shape = backends.RequestShape(1, *settings.sizes[0])
+    shape = RequestShape(1, *settings.sizes[0])
     try:
-        backends.choose_backend(bundle, name, shape)
+        choose_backend(bundle, name, shape)
     except BackendError as error:
-        if not builds or not backends.BACKENDS[name].needs_gpu:
+        if not builds or not find_backend(name).needs_gpu:
             raise
         try:
-            gpu = backends.find_gpu()
+            gpu = discovery.find_gpu()
         except BackendError:
             raise error from None
         progress.block(f"{name}: engines, built unless they are there", 1)
         copy = with_engines(bundle, name, gpu, settings.sizes, settings.batches, progress.ongoing)
-        backends.choose_backend(copy, name, shape)
+        choose_backend(copy, name, shape)
         return copy
     return bundle
 

@@ -194,7 +194,7 @@ def _distribution() -> str:
 
 
 def _gpus() -> tuple[str, ...]:
-    from sdrt.runtime.backends.registry import find_gpu
+    from sdrt.runtime.devices.gpu.discovery import find_gpu
     from sdrt.runtime.errors import BackendError
 
     found: list[str] = []

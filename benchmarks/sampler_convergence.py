@@ -29,8 +29,9 @@ import numpy as np
 
 from sdrt.benchmarks.convergence_plot import Panel, svg
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerOptions, SamplerTable, make_table, run_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, run_table
 
 RESULTS: Final = Path(__file__).parent / "results"
 STEPS: Final = (4, 6, 8, 10, 14, 20, 28, 40, 50)
@@ -131,7 +132,7 @@ def ode_error(table: SamplerTable, exact: Callable[[float, float], FloatArray]) 
     sigmas = table.sigmas
     start = table.rows[0, Column.SIGNAL] * math.hypot(1.0, sigmas[0]) * normal_quantiles(SAMPLES)
     rows = len(table) - 1
-    most = SamplerTable(table.name, table.timesteps[:rows], table.rows[:rows], table.init_noise_sigma)
+    most = SamplerTable(table.timesteps[:rows], table.rows[:rows], table.init_noise_sigma)
     x = run_table(most, exact_model(table), start) / table.rows[-1, Column.SIGNAL]
     return float(np.sqrt(np.mean((x - exact(float(sigmas[0]), float(sigmas[-1]))) ** 2)))
 

@@ -13,11 +13,10 @@ import sdrt
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fingerprint import fingerprint
 from sdrt.export.checkpoint.scheduler import DISTILLED
-from sdrt.export.graphs.from_module import AxisRange
 from sdrt.export.graphs.half_precision import planned_precision
-from sdrt.export.options import ExportOptions
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import LARGE_PARAMETERS, ParityReport, is_large, large_side
-from sdrt.runtime.bundle.components import components_of
+from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
 from sdrt.runtime.bundle.manifest import (
     Component,
     Defaults,
@@ -34,10 +33,7 @@ from sdrt.runtime.system.untrusted import read_limited
 
 DEFAULT_STEPS: Final = 20
 DISTILLED_STEPS: Final = 4  # LatentConsistencyModelPipeline's
-DEFAULT_GUIDANCE: Final = {"sd": 7.5, "sdxl": 5.0, "image-variations": 7.5}  # of diffusers' pipelines
 TOLD_GUIDANCE: Final = 8.5  # LatentConsistencyModelPipeline's, whose U-Net is told it
-TEXT_OUTPUTS: Final = {"sd": "last_hidden_state", "sdxl": "penultimate_hidden_state"}
-TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_2.json")
 MAX_CARD_BYTES: Final = 1 << 20
 TOOLS: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -50,7 +46,7 @@ def check_manifest(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """
     tokenizers = [
         TokenizerFacts(file=_placeholder(name), **tokenizer.ids)
-        for name, tokenizer in zip(TOKENIZER_FILES, checkpoint.tokenizers, strict=False)
+        for name, tokenizer in zip(tokenizer_files(checkpoint), checkpoint.tokenizers, strict=True)
     ]
     try:
         from_json(to_json(draft_manifest(checkpoint, options, tokenizers)))
@@ -63,7 +59,7 @@ def draft_manifest(
 ) -> Manifest:
     """The manifest as it will be, with placeholders for the files of the graphs."""
     components = {}
-    for name, row in components_of(checkpoint.family).items():
+    for name, row in checkpoint.record.components.items():
         precision, file = planned_precision(checkpoint, options, name), f"{name}/model.onnx"
         spec = row.resolve(checkpoint.sizes(), precision)
         components[name] = Component(file, (_placeholder(file),), precision, spec)
@@ -154,11 +150,10 @@ def manifest_of(
         components=components,
         latents=LatentGeometry(checkpoint.sizes()["latent_channels"], checkpoint.factor),
         schedule=checkpoint.schedule,
-        tokenizer=tokenizers[0] if tokenizers else None,
-        tokenizer_2=tokenizers[1] if len(tokenizers) > 1 else None,
+        tokenizers=tuple(tokenizers),
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
         image_processor=checkpoint.image_processor,
-        text_output=TEXT_OUTPUTS.get(checkpoint.family, ""),
+        text_output=_text_output(checkpoint),
         defaults=Defaults(
             height,
             width,
@@ -178,6 +173,16 @@ def manifest_of(
     )
 
 
+def tokenizer_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The files of the bundle that the checkpoint's tokenizers become."""
+    return tuple(f"{name}.json" for name in checkpoint.record.tokenizers)
+
+
+def _text_output(checkpoint: Checkpoint) -> str:
+    record = checkpoint.record
+    return record.encoders[0].gives[ENCODER_HIDDEN_STATES] if record.reads_text else ""
+
+
 def default_steps(checkpoint: Checkpoint) -> int:
     """A few where the sampler says that the model was distilled for that."""
     steps = DISTILLED_STEPS if checkpoint.sampler in DISTILLED else DEFAULT_STEPS
@@ -188,7 +193,7 @@ def default_guidance(checkpoint: Checkpoint) -> float:
     """That of diffusers' pipeline; none for a distilled U-Net that is not told it, which has it inside."""
     if checkpoint.distilled_guidance:
         return TOLD_GUIDANCE
-    return 1.0 if checkpoint.sampler in DISTILLED else DEFAULT_GUIDANCE[checkpoint.family]
+    return 1.0 if checkpoint.sampler in DISTILLED else checkpoint.kind.guidance
 
 
 def most_chunks(checkpoint: Checkpoint, options: ExportOptions) -> int:

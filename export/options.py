@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sdrt.export.graphs.from_module import AxisRange
-    from sdrt.runtime.bundle.components import Precision
+from sdrt.runtime.bundle.families.record import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class AxisRange:
+    """Sizes that one dynamic axis may take: ``multiple · k``, from ``minimum`` to ``maximum``."""
+
+    minimum: int
+    maximum: int
+    multiple: int = 1
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is only one size, so that the graph can have it as a constant."""
+        return self.minimum == self.maximum
+
+    def nearest(self, size: int) -> int:
+        """The largest size of the range up to ``size``; the smallest of all if ``size`` is below it."""
+        return max(self.minimum, min(size, self.maximum) // self.multiple * self.multiple)
 
 
 @dataclass(frozen=True, slots=True)

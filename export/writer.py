@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
-from sdrt.export.checkpoint.weights import check_architectures, release_weights
-from sdrt.export.graphs.from_module import TORCH_DTYPES, AxisRange, onnx_from_module, save_graph
+from sdrt.export.checkpoint.weights import HalfOverflowError, check_architectures, release_weights
+from sdrt.export.graphs.from_module import TORCH_DTYPES, onnx_from_module, save_graph
 from sdrt.export.graphs.half_precision import (
-    HalfOverflowError,
     islands,
     may_be_fp32,
     planned_precision,
@@ -30,7 +29,6 @@ from sdrt.export.graphs.networks import example_inputs, wrapped
 from sdrt.export.graphs.preview import fit_preview
 from sdrt.export.graphs.range_audit import audit_ranges
 from sdrt.export.manifest import (
-    TOKENIZER_FILES,
     check_manifest,
     compared_small,
     draft_manifest,
@@ -38,9 +36,10 @@ from sdrt.export.manifest import (
     graph_axes,
     manifest_of,
     of_small_pictures,
+    tokenizer_files,
     with_figures,
 )
-from sdrt.export.options import ExportOptions
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import (
     ParityReport,
     arithmetic,
@@ -66,7 +65,8 @@ from sdrt.export.passes.weight_storage import store_weights_in_fp16
 from sdrt.export.passes.widen import widen_bfloat16
 from sdrt.runtime.admission.records import accept
 from sdrt.runtime.bundle.bundle import sha256
-from sdrt.runtime.bundle.components import ComponentSpec, Precision, components_of
+from sdrt.runtime.bundle.families.components import SAMPLE, TIMESTEP
+from sdrt.runtime.bundle.families.record import ComponentSpec, Precision
 from sdrt.runtime.bundle.manifest import (
     MANIFEST_NAME,
     Component,
@@ -113,7 +113,7 @@ def write_bundle(
     with new_folder(out, replace=overwrite) as folder, _runnable(folder, options) as runnable:
         job = _Job(checkpoint, options, out, folder, runnable, report, progress)
         job.tokenizers.extend(_write_tokenizers(job))
-        components = {name: _write_component(job, name) for name in components_of(checkpoint.family)}
+        components = {name: _write_component(job, name) for name in checkpoint.record.components}
         manifest = replace(
             manifest_of(checkpoint, options, components, job.tokenizers),
             ranges=job.ranges,
@@ -249,7 +249,7 @@ def _traced(job: _Job, name: str, precision: Precision) -> _Traced:
         HalfOverflowError: Islands are not the remedy.
     """
     checkpoint, options = job.checkpoint, job.options
-    spec = components_of(checkpoint.family)[name].resolve(checkpoint.sizes(), precision)
+    spec = checkpoint.record.components[name].resolve(checkpoint.sizes(), precision)
     axes = graph_axes(checkpoint, options)
     job.progress(f"{name}: load")
     give_memory_back()
@@ -310,12 +310,12 @@ def _first_step(job: _Job, embeddings: Mapping[str, torch.Tensor]) -> list[NDArr
     checkpoint, size = job.checkpoint, gate_size(job.checkpoint, job.options)
     timesteps = make_table(gate_sampler(checkpoint), checkpoint.schedule, SAMPLING_STEPS).timesteps
     inputs = {
-        "sample": initial_latents(checkpoint, size),
+        SAMPLE: initial_latents(checkpoint, size),
         **unet_inputs(checkpoint, size, embeddings),
     }
     given = {name: _rows(job, "rows", rows) for name, rows in inputs.items()}
-    given["timestep"] = timesteps[len(timesteps) // 2 :][:1].astype(np.float32)
-    spec = components_of(checkpoint.family)["unet"].resolve(checkpoint.sizes(), "fp32")
+    given[TIMESTEP] = timesteps[len(timesteps) // 2 :][:1].astype(np.float32)
+    spec = checkpoint.record.components["unet"].resolve(checkpoint.sizes(), "fp32")
     return [given[entry.name] for entry in spec.inputs]
 
 
@@ -339,7 +339,7 @@ def _write_runnable(job: _Job, manifest: Manifest) -> None:
         manifest, left_out = of_small_pictures(checkpoint, job.options, manifest)
         job.report.left_out += left_out
     if job.runnable != job.folder:
-        table = components_of(checkpoint.family)
+        table = checkpoint.record.components
         components = {
             name: replace(
                 part,
@@ -380,7 +380,7 @@ def _middle(extent: AxisRange) -> int:
 
 def _write_tokenizers(job: _Job) -> list[TokenizerFacts]:
     facts = []
-    for name, tokenizer in zip(TOKENIZER_FILES, job.checkpoint.tokenizers, strict=False):
+    for name, tokenizer in zip(tokenizer_files(job.checkpoint), job.checkpoint.tokenizers, strict=True):
         target = job.folder / name
         with writing(job.out):
             target.write_bytes(tokenizer.to_json())

@@ -10,7 +10,6 @@ from typing import Any, Final
 from sdrt.kernels.cache import read_kept, write_kept
 
 SOURCES: Final = Path(__file__).parent
-MODULES: Final = ("check_finite", "guidance_rescale", "guided_step", "image_to_uint8", "philox_normal")
 ARCHITECTURES: Final = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # those tested
 
 # Contraction to multiply-add would save a rounding that NumPy makes, and so change bits.
@@ -33,14 +32,14 @@ def cubin(module: str, arch: str) -> bytes:
     every start (0.1 to 0.5 s each).
 
     Args:
-        module: One of ``MODULES``.
+        module: One of `modules`.
         arch: ``sm_90`` for compute capability 9.0, and so on; what NVRTC knows.
 
     Raises:
         KernelError: No NVRTC, an architecture that it does not know, or a source that it refuses.
     """
-    if module not in MODULES:
-        raise KernelError(f"there is no kernel module {module!r}: choose one of {', '.join(MODULES)}")
+    if module not in modules():
+        raise KernelError(f"there is no kernel module {module!r}: choose one of {', '.join(modules())}")
     nvrtc = _load_nvrtc()
     version = _checked(nvrtc, nvrtc.nvrtcVersion())
     known = [f"sm_{number}" for number in _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())]
@@ -50,6 +49,11 @@ def cubin(module: str, arch: str) -> bytes:
         )
     key = source_hash((module, arch, *OPTIONS, f"nvrtc {version[0]}.{version[1]}"))
     return cached(f"{module}-{arch}-{key}.cubin", lambda: _compile(nvrtc, module, arch))
+
+
+def modules() -> tuple[str, ...]:
+    """The names of the ``.cu`` files: each is compiled by itself, and has the entry points of one kernel."""
+    return tuple(sorted(path.stem for path in SOURCES.glob("*.cu")))
 
 
 def sources() -> dict[str, str]:
@@ -83,7 +87,7 @@ def _load_nvrtc() -> Any:
     except (ImportError, RuntimeError) as error:
         raise KernelError(
             f"the CUDA kernels are compiled with NVRTC, which cannot be loaded ({error}): "
-            "pip install 'cuda-core[cu13]'"
+            "pip install cuda-bindings nvidia-cuda-nvrtc"
         ) from error
     return nvrtc
 

@@ -91,7 +91,7 @@ def guided_step(buffers: StepBuffers) -> None:
     """Combine the halves, apply the row at the counter, write the U-Net's next input, count up.
 
     Classifier-free guidance (Ho & Salimans 2022, eq. 6) in the form ``u + w·(c − u)``, w of the row, times
-    the image's factor if there are factors; then the recurrence of `sdrt.runtime.samplers.registry`; then,
+    the image's factor if there are factors; then the recurrence of `sdrt.runtime.samplers.table`; then,
     with a mask, what is known at the noise level of the next row (Lugmayr et al. 2022, "RePaint", eq. 8,
     without resampling; diffusers' inpainting with a 4-channel U-Net). ``denoised`` is made of x before the
     step and of m as it goes into the recurrence. After the last row nothing happens.

@@ -5,7 +5,10 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-HISTORY: Final = 4  # how many d a row can read, its own included: PLMS and LMS need four
+# How many d a row can read, its own included: LMS needs four. PLMS would need five in one of its rows, which
+# takes the difference of two x instead. A fifth would cost every sampler: it is as large as the latents, and
+# a thread of the step kernel would have 72 registers, where eight blocks fit a multiprocessor with up to 64.
+HISTORY: Final = 4
 
 
 class Column(IntEnum):

@@ -252,3 +252,9 @@ SAME_SEED = TASK_RUN + TORCH_CPU_NORMAL_OTHER_BUILD
 # mean square is some 0.3, and pixels are rounded: (0.29 / 255)² = 1.3e-6 against (5e-4 * 0.3)² = 2e-8: 59 dB.
 # What fp16 could cost at most, 300 roundings (8.5e-3 of the picture, with guidance 3.6e-2), would be 39 dB.
 FP16_PSNR_DB = 50.0
+
+# A table's coefficients on another CPU, against max(1, the coefficient): NumPy's float64 logarithms and
+# exponentials err by 1 to 4 ulps (2**-52 each), and differences of logarithms and the solution of up to three
+# equations, where a step is shorter than its neighbours, multiply that by up to some 50. Seen between AVX-512
+# and no vector units: 2**-51.
+GOLDEN_COEFFICIENT = 2.0**-44

@@ -122,7 +122,10 @@ class Sdrt:
 
     def _bound(self, name: str, axes: dict[str, int]) -> tuple[dict[str, Any], Callable[[], None]]:
         """A component's inputs, filled with random numbers, and the call that evaluates it on them."""
-        executor, device = self._pipeline._executor(name), self._pipeline._device
+        from sdrt.runtime.drawing.loading import executor_of
+
+        pipeline, device = self._pipeline, self._pipeline._device
+        executor = executor_of(pipeline._executors, pipeline._load_more, name)
         inputs, outputs = (
             {entry.name: device.zeros(entry.concrete(axes), entry.dtype) for entry in entries}
             for entries in (executor.spec.inputs, executor.spec.outputs)

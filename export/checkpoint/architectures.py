@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from sdrt.export.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fit import check_fit
+from sdrt.export.checkpoint.reader import read_checkpoint
 from sdrt.runtime.errors import UsageError
 
 _FOLDER: Final = Path(__file__).parents[1] / "data" / "architectures"

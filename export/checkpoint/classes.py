@@ -11,25 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from sdrt.export.checkpoint.families import (
+    DIFFUSERS,
+    PIPELINES,
+    SUPPORTED,
+    TRANSFORMERS,
+    CheckpointFamily,
+    Network,
+)
 from sdrt.runtime.errors import CheckpointError
 
-# diffusers' pipelines over these networks → family. Those for tasks (a picture to start from, a mask) draw
-# with the same networks in the same way, and a bundle does these tasks too.
-PIPELINES: Final = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionInpaintPipeline": "sd",
-    "LatentConsistencyModelPipeline": "sd",
-    "LatentConsistencyModelImg2ImgPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionXLInpaintPipeline": "sdxl",
-    "StableDiffusionImageVariationPipeline": "image-variations",
-}
-SUPPORTED: Final = (
-    "supported are those of Stable Diffusion 1.x, 2.x and XL for text to image, image to image and "
-    "inpainting, of latent consistency models and of image variations"
-)
 _AS_PLAIN: Final = 'to export what its networks draw without it, set _class_name in model_index.json to "{}"'
 # The other pipelines by name, the first that fits: what one draws, and whether a plain pipeline over the
 # same networks is worth having.
@@ -50,39 +41,6 @@ _OTHERS: Final = (
     ),
 )
 
-_CLIP_TOKENIZERS: Final = ("CLIPTokenizer", "CLIPTokenizerFast")
-# Component → the classes that model_index.json may give it, all of diffusers or transformers.
-COMPONENTS: Final = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "image_encoder": ("CLIPVisionModelWithProjection",),
-    "tokenizer": _CLIP_TOKENIZERS,
-    "tokenizer_2": _CLIP_TOKENIZERS,
-    "feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor"),
-}
-# Of the last one only where it prepares what is drawn from, not what a safety checker looks at.
-_BESIDE: Final = {
-    "tokenizer": "text_encoder",
-    "tokenizer_2": "text_encoder_2",
-    "feature_extractor": "image_encoder",
-}
-LIBRARIES: Final = ("diffusers", "transformers")
-# Component → what its config.json may call itself (`_class_name`, or each of `architectures`).
-_TEXT_MODELS: Final = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
-CONFIG_CLASSES: Final = {
-    "unet": COMPONENTS["unet"],
-    "vae": COMPONENTS["vae"],
-    "text_encoder": _TEXT_MODELS,
-    "text_encoder_2": _TEXT_MODELS,
-    "image_encoder": ("CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPModel"),
-}
-_MODEL_TYPES: Final = {
-    "text_encoder": "clip_text_model",
-    "text_encoder_2": "clip_text_model",
-    "image_encoder": "clip_vision_model",
-}
 # Other classes of networks, the first that fits: what one is, and what to do.
 _OTHER_NETWORKS: Final = (
     ("AutoencoderTiny", "a small decoder for previews: put the model's own AutoencoderKL in its place"),
@@ -93,9 +51,10 @@ _OTHER_NETWORKS: Final = (
     ("UNet(Motion|3D|Spatio).*", "a U-Net for films"),
     (".*ControlNet.*", "a ControlNet, which only steers a U-Net"),
 )
+LIBRARIES: Final = (DIFFUSERS, TRANSFORMERS)
 # Entries that change no picture here: what checks a finished picture, and its own preparation.
 _SILENT: Final = frozenset({"safety_checker", "feature_extractor", "scheduler"})
-# Settings of pipelines: read by `sdrt.export.checkpoint.checkpoint`, or about the safety checker.
+# Settings of pipelines: read by `sdrt.export.checkpoint.reader`, or about the safety checker.
 _SETTINGS: Final = frozenset(
     {
         "add_watermarker",
@@ -117,7 +76,7 @@ _ATTENTION_KEYS: Final = ("attn_implementation", "attn_implementation_internal")
 _ATTENTIONS: Final = (None, "eager", "sdpa")
 
 
-def pipeline_family(path: Path, index: Mapping[str, Any]) -> str:
+def pipeline_family(path: Path, index: Mapping[str, Any]) -> CheckpointFamily:
     """The family of the pipeline that ``model_index.json`` names.
 
     Raises:
@@ -148,16 +107,19 @@ def pipeline_family(path: Path, index: Mapping[str, Any]) -> str:
     raise CheckpointError(f"{file} names the pipeline {_shown(name)}, which is not supported: {SUPPORTED}")
 
 
-def check_components(path: Path, index: Mapping[str, Any], subfolders: tuple[str, ...]) -> None:
+def check_components(path: Path, index: Mapping[str, Any], family: CheckpointFamily) -> None:
     """Look at the classes that ``model_index.json`` gives the networks and tokenizers of a family.
 
     Raises:
-        CheckpointError: One is of another class than `COMPONENTS` has, or of a library that is not known.
+        CheckpointError: One is of another class than the family has, or of a library that is not known.
     """
     file = path / "model_index.json"
-    for key, allowed in COMPONENTS.items():
+    wanted: dict[str, tuple[str, ...]] = {network.folder: (network.kind,) for network in family.networks}
+    for network in family.networks:
+        wanted |= network.beside
+    for key, allowed in wanted.items():
         entry = index.get(key)
-        if entry is None or _BESIDE.get(key, key) not in subfolders:
+        if entry is None:
             continue
         library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
         if library is None and name is None:
@@ -188,7 +150,7 @@ def scheduler_class(path: Path, index: Mapping[str, Any], config: Mapping[str, A
     return name
 
 
-def check_config_classes(file: Path, name: str, config: Mapping[str, Any]) -> None:
+def check_config_classes(file: Path, network: Network, config: Mapping[str, Any]) -> None:
     """Look at what a network's ``config.json`` calls itself, and for what would fetch or run anything.
 
     Raises:
@@ -208,22 +170,21 @@ def check_config_classes(file: Path, name: str, config: Mapping[str, Any]) -> No
     if "_class_name" in config:
         given = [*given, config["_class_name"]]
     for entry in given:
-        if entry is not None and entry not in CONFIG_CLASSES[name]:
+        if entry is not None and entry not in network.config_kinds:
             raise CheckpointError(
-                f"{file} is of the class {_shown(entry)}{_what_network(entry)}; "
-                f"supported is {' or '.join(COMPONENTS[name])}"
+                f"{file} is of the class {_shown(entry)}{_what_network(entry)}; supported is {network.kind}"
             )
-    kind = _MODEL_TYPES.get(name)
+    kind = network.model_type
     if kind and config.get("model_type", kind) != kind:
         raise CheckpointError(
             f"{file}: model_type is {_shown(config['model_type'])}; supported is {kind} (of a whole CLIP "
-            f"model save the part as {COMPONENTS[name][0]})"
+            f"model save the part as {network.kind})"
         )
 
 
-def left_out(path: Path, index: Mapping[str, Any], subfolders: tuple[str, ...]) -> Iterator[str]:
+def left_out(path: Path, index: Mapping[str, Any], family: CheckpointFamily) -> Iterator[str]:
     """One line for each part and setting of a checkpoint that an export leaves out."""
-    known = {*subfolders, *_SILENT, *(part for part, beside in _BESIDE.items() if beside in subfolders)}
+    known = {*family.folders, *_SILENT, *(part for network in family.networks for part in network.beside)}
     for key, entry in index.items():
         if key.startswith("_") or key in known or key in _SETTINGS:
             continue
@@ -234,7 +195,7 @@ def left_out(path: Path, index: Mapping[str, Any], subfolders: tuple[str, ...]) 
     if index.get("add_watermarker"):
         yield "add_watermarker is set in model_index.json; pictures are drawn without a watermark"
     for folder in sorted(path.iterdir()):
-        if folder.name not in {*index, *subfolders} and _STEERING.fullmatch(folder.name):
+        if folder.name not in {*index, *family.folders} and _STEERING.fullmatch(folder.name):
             yield f"{folder.name}/, which model_index.json does not name, is left out"
 
 

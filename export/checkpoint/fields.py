@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
 from sdrt.runtime.errors import CheckpointError
 
 # network: built by diffusers' class and traced. latents: between the sampler's latents and the VAE's, see
@@ -118,7 +119,8 @@ def latent_scaling(family: str, config: Mapping[str, Any]) -> LatentScaling:
     """
     factor = float(config.get("scaling_factor", SCALING_FACTOR))
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if family != "sdxl" or mean is None or std is None:
+    read = "latents_mean" in CHECKPOINT_FAMILIES[family].vae_fields
+    if not read or mean is None or std is None:
         return LatentScaling(factor)
     return LatentScaling(factor, tuple(map(float, mean)), tuple(map(float, std)))
 
@@ -159,8 +161,10 @@ def with_default_size(family: str, pipeline: str, unet: Mapping[str, Any]) -> di
     """
     size, written = unet["sample_size"], re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version")))
     old = written is not None and (int(written[1]), int(written[2])) < (0, 9)
-    mistaken = old and size < OLD_SAMPLE_SIZE and family != "sdxl" and not pipeline.startswith("Latent")
-    return {**unet, "sample_size": OLD_SAMPLE_SIZE} if mistaken else dict(unet)
+    mistaken = old and size < OLD_SAMPLE_SIZE and not pipeline.startswith("Latent")
+    if CHECKPOINT_FAMILIES[family].trusts_size or not mistaken:
+        return dict(unet)
+    return {**unet, "sample_size": OLD_SAMPLE_SIZE}
 
 
 def unread_fields(family: str, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

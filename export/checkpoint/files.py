@@ -14,21 +14,19 @@ from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 
+from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
 from sdrt.export.checkpoint.kinds import PICKLE_SUFFIXES, is_lfs_pointer, refuse_file, snapshot_of
 from sdrt.export.checkpoint.limits import MAX_HEADER_BYTES
 from sdrt.runtime.errors import CheckpointError
 from sdrt.runtime.system.untrusted import MAX_JSON_BYTES, open_regular
 from sdrt.runtime.system.untrusted import read_json as read_untrusted_json
 
-# Subfolder → the name of its weights without ``.safetensors``.
-WEIGHT_NAMES: Final = {
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-    "image_encoder": "model",
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
+_NETWORKS: Final = [network for family in CHECKPOINT_FAMILIES.values() for network in family.networks]
+# Folder → the name of its weights without ``.safetensors``.
+WEIGHT_NAMES: Final = {network.folder: network.weights for network in _NETWORKS}
+_TOKENIZERS: Final = {
+    folder: None for family in CHECKPOINT_FAMILIES.values() for folder in family.tokenizers.values()
 }
-TOKENIZERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 IMAGE_PROCESSOR: Final = "feature_extractor/preprocessor_config.json"
 HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 # What an export reads, and nothing else: a repository often holds every network three times more, as
@@ -37,10 +35,7 @@ HUB_PATTERNS: Final = (
     "README.md",
     "model_index.json",
     "scheduler/scheduler_config.json",
-    "tokenizer/*.json",
-    "tokenizer/*.txt",
-    "tokenizer_2/*.json",
-    "tokenizer_2/*.txt",
+    *(f"{folder}/*.{ending}" for folder in _TOKENIZERS for ending in ("json", "txt")),
     IMAGE_PROCESSOR,
     *(
         f"{folder}/{file}"

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
-from sdrt.export.checkpoint.files import IMAGE_PROCESSOR, TOKENIZERS, described_files
+from sdrt.export.checkpoint.files import IMAGE_PROCESSOR, described_files
 from sdrt.export.checkpoint.random_weights import SCHEME
 from sdrt.runtime.system.untrusted import open_regular
 
@@ -19,9 +19,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     if checkpoint.random_seed is not None:
         digest.update(f"random weights, scheme {SCHEME}, seed {checkpoint.random_seed}\0".encode())
-    tokenizers = [TOKENIZERS[name] for name in checkpoint.configs if name in TOKENIZERS]
     images = () if checkpoint.image_processor is None else (Path(IMAGE_PROCESSOR).parent.name,)
-    for folder in (*checkpoint.configs, *tokenizers, *images, "scheduler"):
+    for folder in (*checkpoint.configs, *checkpoint.kind.tokenizers.values(), *images, "scheduler"):
         for file in described_files(checkpoint.path / folder, weights=checkpoint.random_seed is None):
             digest.update(f"{folder}/{file.name}\0".encode())
             with open_regular(file) as stream:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from sdrt.export.checkpoint.files import TOKENIZERS
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
 from sdrt.runtime.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from sdrt.export.checkpoint.checkpoint import Checkpoint
 
 # Channels that a U-Net takes beside the latents' → what such a checkpoint is for. Those for inpainting, with
 # latents and a mask, are supported.
@@ -37,12 +35,12 @@ def check_fit(checkpoint: Checkpoint) -> None:
     """
     sizes = checkpoint.sizes()
     _check_kind(checkpoint, sizes)
-    if checkpoint.family == "image-variations":
-        _check_image_fit(checkpoint, sizes)
-    else:
+    if checkpoint.record.reads_text:
         _check_text_fit(checkpoint, sizes)
-    if checkpoint.family == "sdxl":
-        _check_sdxl_fit(checkpoint, sizes)
+    else:
+        _check_image_fit(checkpoint, sizes)
+    if checkpoint.kind.added:
+        _check_added_fit(checkpoint)
     elif (added := checkpoint.configs["unet"].get("addition_embed_type")) is not None:
         raise CheckpointError(
             f"the U-Net's addition_embed_type is {added!r}, and a {checkpoint.pipeline} gives it nothing for "
@@ -83,53 +81,67 @@ def _check_kind(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
 
 
 def _check_image_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
-    encoder, facts = checkpoint.configs["image_encoder"], checkpoint.image_processor
-    if encoder["projection_dim"] != sizes["cross_width"]:
+    (encoder,), facts = checkpoint.record.encoders, checkpoint.image_processor
+    features = checkpoint.configs[encoder.component]["projection_dim"]
+    if features != sizes["cross_width"]:
         raise CheckpointError(
-            f"the image encoder gives {encoder['projection_dim']} features, the U-Net's cross-attention "
-            f"takes {sizes['cross_width']}: image_encoder and unet are not of one model"
+            f"the image encoder gives {features} features, the U-Net's cross-attention "
+            f"takes {sizes['cross_width']}: {encoder.component} and unet are not of one model"
         )
     if facts is None or facts.size != sizes["encoder_size"]:
         raise CheckpointError(
             f"the feature_extractor makes pictures of {facts and facts.size} pixels, the image encoder takes "
-            f"{sizes['encoder_size']}: feature_extractor and image_encoder are not of one model"
+            f"{sizes['encoder_size']}: feature_extractor and {encoder.component} are not of one model"
         )
 
 
 def _check_text_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
-    encoders = [name for name in checkpoint.configs if name in TOKENIZERS]
-    for name, tokenizer in zip(encoders, checkpoint.tokenizers, strict=True):
+    folders = checkpoint.kind.tokenizers
+    for (name, folder), tokenizer in zip(folders.items(), checkpoint.tokenizers, strict=True):
         largest, entries = max(tokenizer.vocabulary.ids.values()), checkpoint.configs[name]["vocab_size"]
         if largest >= entries:
             raise CheckpointError(
-                f"the {TOKENIZERS[name]} has ids up to {largest}, {name} embeds "
-                f"{entries}: {TOKENIZERS[name]} and {name} are not of one model"
+                f"the {folder} has ids up to {largest}, {name} embeds "
+                f"{entries}: {folder} and {name} are not of one model"
             )
-    given = sizes["text_width"] + sizes.get("text_width_2", 0)
+    given = _given(checkpoint, ENCODER_HIDDEN_STATES)
     if given != sizes["cross_width"]:
         raise CheckpointError(
-            f"the text encoder{'s give' if len(encoders) > 1 else ' gives'} {given} features, the U-Net's "
+            f"the text encoder{'s give' if len(folders) > 1 else ' gives'} {given} features, the U-Net's "
             f"cross-attention takes {sizes['cross_width']}: text_encoder and unet are not of one model"
+        )
+    lengths = [tokenizer.ids["max_length"] for tokenizer in checkpoint.tokenizers]
+    if len(set(lengths)) > 1:
+        raise CheckpointError(
+            f"the tokenizers give {' and '.join(map(str, lengths))} tokens; the U-Net reads them side by side"
         )
 
 
-def _check_sdxl_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
-    """SDXL's U-Net takes the pooled text and six numbers, each as a sinusoidal embedding."""
-    unet = checkpoint.configs["unet"]
-    if unet.get("addition_embed_type") != "text_time":
+def _check_added_fit(checkpoint: Checkpoint) -> None:
+    """The U-Net takes the pooled texts, and each of the numbers of pixels as a sinusoidal embedding."""
+    unet, record = checkpoint.configs["unet"], checkpoint.record
+    if unet.get("addition_embed_type") != checkpoint.kind.added:
         raise CheckpointError(
             f"the U-Net's addition_embed_type is {unet.get('addition_embed_type')!r}; of the models with two "
             "text encoders only SDXL's, with text_time, is supported"
         )
     takes, width = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
-    gives = sizes["projection_width"] + 6 * (width if isinstance(width, int) else 0)
+    pooled = {name for one in record.encoders for name in one.gives} - {ENCODER_HIDDEN_STATES}
+    gives = sum(_given(checkpoint, name) for name in pooled)
+    gives += 2 * len(record.pixel_options) * (width if isinstance(width, int) else 0)
     if takes != gives:
+        encoders = " and ".join(one.component for one in record.encoders if pooled & set(one.gives))
         raise CheckpointError(
-            f"the U-Net's projection_class_embeddings_input_dim is {takes}, text_encoder_2 and six time ids "
-            f"give {gives}: text_encoder_2 and unet are not of one model (or it is a refiner)"
+            f"the U-Net's projection_class_embeddings_input_dim is {takes}, {encoders} and six time ids "
+            f"give {gives}: {encoders} and unet are not of one model (or it is a refiner)"
         )
-    lengths = [tokenizer.ids["max_length"] for tokenizer in checkpoint.tokenizers]
-    if len(set(lengths)) > 1:
-        raise CheckpointError(
-            f"the tokenizers give {lengths[0]} and {lengths[1]} tokens; the U-Net reads them side by side"
-        )
+
+
+def _given(checkpoint: Checkpoint, name: str) -> int:
+    """The features that the encoders give for an input of the U-Net, side by side."""
+    record, sizes = checkpoint.record, checkpoint.sizes()
+    outputs = [
+        record.components[record.encoders[index].component].output(output)
+        for index, output in record.sources(name)
+    ]
+    return sum(sizes[str(output.shape[-1])] for output in outputs if output is not None)

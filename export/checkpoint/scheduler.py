@@ -11,20 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
 from sdrt.export.checkpoint.scheduler_classes import CLASSES, FIELDS, Only, SchedulerClass
+from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.edm import EdmScaling
+from sdrt.runtime.samplers.log_snr import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
+from sdrt.runtime.samplers.registry import SAMPLERS
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import SamplerOptions
 
 FILE: Final = "scheduler/scheduler_config.json"
-DISTILLED: Final = ("lcm", "tcd")  # for models that draw in a few steps, and with a few steps only
-# What the constructors of diffusers' pipelines write over the file, by family and whether it inpaints; those
-# of the other families leave it as it is.
-CORRECTIONS: Final[dict[tuple[str, bool], dict[str, Any]]] = {
-    ("sd", False): {"steps_offset": 1, "clip_sample": False},
-    ("sd", True): {"steps_offset": 1, "skip_prk_steps": True},
-}
+DISTILLED: Final = tuple(name for name, sampler in SAMPLERS.items() if sampler.distilled)
 IN_PLACE: Final = "DPMSolverMultistepScheduler"  # of a class that we have no equal of, or do not prefer
 SDE: Final = "sde-dpmsolver++"
 # Of DPM-Solver; some classes know less of it.
@@ -35,7 +33,7 @@ KNOWN_ALGORITHMS: Final = {
 }
 SOLVER_TYPES: Final = ("midpoint", "heun", "logrho", "bh1", "bh2")
 # Each class takes those of the others for its own default; these are left. DEIS has one only.
-OWN_SOLVER_TYPES: Final = {"dpmpp_2m": ("heun",), "unipc": ("bh1",), "deis": ()}
+OWN_SOLVER_TYPES: Final = {dpmpp_2m.name: ("heun",), unipc.name: ("bh1",), deis.name: ()}
 _TRAINED: Final = ("beta_start", "beta_end", "beta_schedule")
 
 
@@ -57,13 +55,17 @@ class CheckpointScheduler:
 
 
 def read_scheduler(
-    config: Mapping[str, Any], family: str = "sd", *, inpainting: bool = False, distilled: bool = False
+    config: Mapping[str, Any],
+    family: str = STABLE_DIFFUSION.name,
+    *,
+    inpainting: bool = False,
+    distilled: bool = False,
 ) -> CheckpointScheduler:
     """A diffusers scheduler's configuration, as diffusers' pipeline of the family reads it.
 
     Args:
         config: Of the file.
-        family: ``sd``, ``sdxl`` or ``image-variations``.
+        family: Its name.
         inpainting: The U-Net reads a mask: the pipeline is another.
         distilled: The U-Net is a latent consistency model's: only `DISTILLED` samplers fit it, whatever
             scheduler lies beside it.
@@ -74,7 +76,7 @@ def read_scheduler(
     """
     name = _class_name(config)
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    given |= CORRECTIONS.get((family, inpainting), {})
+    given |= CHECKPOINT_FAMILIES[family].corrections.get(inpainting, {})
     remarks = []
     if distilled and CLASSES[name].sampler not in DISTILLED:
         remarks.append(
@@ -180,9 +182,11 @@ def _schedule(name: str, kind: SchedulerClass, given: Mapping[str, Any]) -> Nois
 def _sampler(kind: SchedulerClass, given: Mapping[str, Any]) -> str:
     """The class's sampler; DPM-Solver++ of the SDE is one of its own for each order."""
     algorithm = given.get("algorithm_type", "dpmsolver++")
-    if kind.sampler != "dpmpp_2m" or kind.preference or algorithm != SDE:
+    if kind.sampler != dpmpp_2m.name or kind.preference or algorithm != SDE:
         return kind.sampler
-    orders = {2: "dpmpp_2m_sde"} if "sigma_data" in kind.defaults else {2: "dpmpp_2m_sde", 3: "dpmpp_3m_sde"}
+    orders = {2: dpmpp_2m_sde.name}
+    if "sigma_data" not in kind.defaults:
+        orders[3] = dpmpp_3m_sde.name
     order = given.get("solver_order", 2)
     if order not in orders:
         raise UsageError(
@@ -230,7 +234,7 @@ def _solver(name: str, kind: SchedulerClass, given: Mapping[str, Any]) -> dict[s
     options = {}
     if solver in OWN_SOLVER_TYPES.get(kind.sampler, ("heun", "bh1")):
         options["solver_type"] = solver
-    if algorithm == "dpmsolver" and kind.sampler == "dpmpp_2m":
+    if algorithm == "dpmsolver" and kind.sampler == dpmpp_2m.name:
         if given.get("final_sigmas_type", "zero") == "zero":
             raise UsageError(
                 "algorithm_type is 'dpmsolver' with final_sigmas_type 'zero', which diffusers refuses, too: "

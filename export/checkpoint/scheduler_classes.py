@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Final
 
+# By which a name that no sampler has cannot be written here.
+from sdrt.runtime.samplers.log_snr import deis, dpmpp_2m, unipc
+from sdrt.runtime.samplers.sigma import dpm2, dpm2_a, dpmpp_sde, euler, euler_a, heun, lms
+from sdrt.runtime.samplers.timestep import ddim, ddpm, lcm, tcd
+
 
 class Use(Enum):
     """What becomes of a field."""
@@ -145,7 +150,7 @@ class SchedulerClass:
     """A class of diffusers.
 
     Attributes:
-        sampler: Ours that is its equal, or the one that is drawn with.
+        sampler: The name of ours that is its equal, or of the one that is drawn with.
         defaults: Field → the default of its constructor.
         uses: Where a field is used otherwise than `FIELDS` says.
         preference: Why ``sampler`` is not the class's equal, and how to get that; empty where it is.
@@ -166,12 +171,12 @@ class SchedulerClass:
 # eight times as far as dpmpp_2m from where many steps end (the embedded model: 0.29 of the latents' norm and
 # 0.036).
 CLASSES: Final[dict[str, SchedulerClass]] = {
-    "DDIMParallelScheduler": SchedulerClass("ddim", _DDIM),
-    "DDIMScheduler": SchedulerClass("ddim", _DDIM),
-    "DDPMParallelScheduler": SchedulerClass("ddpm", _DDPM),
-    "DDPMScheduler": SchedulerClass("ddpm", _DDPM),
+    "DDIMParallelScheduler": SchedulerClass(ddim.name, _DDIM),
+    "DDIMScheduler": SchedulerClass(ddim.name, _DDIM),
+    "DDPMParallelScheduler": SchedulerClass(ddpm.name, _DDPM),
+    "DDPMScheduler": SchedulerClass(ddpm.name, _DDPM),
     "DEISMultistepScheduler": SchedulerClass(
-        "deis",
+        deis.name,
         {
             **{**_TRAINED, **_THRESHOLD, **_SOLVER, **_SIGMAS, **_SHIFT, **_LINSPACE},
             "algorithm_type": "deis",
@@ -179,16 +184,16 @@ CLASSES: Final[dict[str, SchedulerClass]] = {
         },
     ),
     "DPMSolverMultistepScheduler": SchedulerClass(
-        "dpmpp_2m",
+        dpmpp_2m.name,
         {
             **{**_TRAINED, **_THRESHOLD, **_DPM, **_SIGMAS, **_SHIFT, **_LAMBDAS, **_LINSPACE, **_ZERO_SNR},
             "euler_at_final": False,
             "use_lu_lambdas": False,
         },
     ),
-    "DPMSolverSDEScheduler": SchedulerClass("dpmpp_sde", {**_K, "noise_sampler_seed": None}),
+    "DPMSolverSDEScheduler": SchedulerClass(dpmpp_sde.name, {**_K, "noise_sampler_seed": None}),
     "DPMSolverSinglestepScheduler": SchedulerClass(
-        "dpmpp_2m",
+        dpmpp_2m.name,
         {
             **{**_TRAINED, **_THRESHOLD, **_DPM, **_SIGMAS, **_SHIFT, **_LAMBDAS},
             "lower_order_final": False,
@@ -196,12 +201,12 @@ CLASSES: Final[dict[str, SchedulerClass]] = {
         preference="the multistep solver of the same equation; there is no single-step one",
     ),
     "EDMDPMSolverMultistepScheduler": SchedulerClass(
-        "dpmpp_2m", {**_EDM, **_THRESHOLD, **_DPM, "euler_at_final": False}, _EDM_ENDS
+        dpmpp_2m.name, {**_EDM, **_THRESHOLD, **_DPM, "euler_at_final": False}, _EDM_ENDS
     ),
-    "EDMEulerScheduler": SchedulerClass("euler", _EDM, _EDM_ENDS),
-    "EulerAncestralDiscreteScheduler": SchedulerClass("euler_a", {**_TRAINED, **_LINSPACE, **_ZERO_SNR}),
+    "EDMEulerScheduler": SchedulerClass(euler.name, _EDM, _EDM_ENDS),
+    "EulerAncestralDiscreteScheduler": SchedulerClass(euler_a.name, {**_TRAINED, **_LINSPACE, **_ZERO_SNR}),
     "EulerDiscreteScheduler": SchedulerClass(
-        "euler",
+        euler.name,
         {
             **{**_TRAINED, **_SIGMAS, **_ENDS, **_LINSPACE, **_ZERO_SNR},
             "interpolation_type": "linear",
@@ -209,19 +214,19 @@ CLASSES: Final[dict[str, SchedulerClass]] = {
             "final_sigmas_type": "zero",
         },
     ),
-    "HeunDiscreteScheduler": SchedulerClass("heun", {**_K, **_CLIP, "clip_sample": False}),
-    "KDPM2AncestralDiscreteScheduler": SchedulerClass("dpm2_a", _K),
-    "KDPM2DiscreteScheduler": SchedulerClass("dpm2", _K),
-    "LCMScheduler": SchedulerClass("lcm", _DISTILLED),
-    "LMSDiscreteScheduler": SchedulerClass("lms", {**_TRAINED, **_SIGMAS, **_LINSPACE}),
+    "HeunDiscreteScheduler": SchedulerClass(heun.name, {**_K, **_CLIP, "clip_sample": False}),
+    "KDPM2AncestralDiscreteScheduler": SchedulerClass(dpm2_a.name, _K),
+    "KDPM2DiscreteScheduler": SchedulerClass(dpm2.name, _K),
+    "LCMScheduler": SchedulerClass(lcm.name, _DISTILLED),
+    "LMSDiscreteScheduler": SchedulerClass(lms.name, {**_TRAINED, **_SIGMAS, **_LINSPACE}),
     "PNDMScheduler": SchedulerClass(
-        "dpmpp_2m",
+        dpmpp_2m.name,
         {**_TRAINED, **_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False},
         preference="which gets further in few steps; --sampler pndm draws as the checkpoint's own scheduler",
     ),
-    "TCDScheduler": SchedulerClass("tcd", _DISTILLED),
+    "TCDScheduler": SchedulerClass(tcd.name, _DISTILLED),
     "UniPCMultistepScheduler": SchedulerClass(
-        "unipc",
+        unipc.name,
         {
             **{**_TRAINED, **_THRESHOLD, **_SOLVER, **_SIGMAS, **_SHIFT, **_LINSPACE, **_ZERO_SNR, **_ENDS},
             "predict_x0": True,

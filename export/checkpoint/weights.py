@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -13,26 +14,32 @@ from typing import Any, Final
 import torch
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
-from sdrt.export.checkpoint.files import WEIGHT_NAMES, tensor_shapes
+from sdrt.export.checkpoint.families import TRANSFORMERS, Network
+from sdrt.export.checkpoint.files import tensor_shapes
 from sdrt.export.checkpoint.random_weights import fill_with_random_weights, network_from_config
-from sdrt.export.graphs.half_precision import HalfOverflowError
-from sdrt.runtime.errors import CheckpointError
+from sdrt.runtime.errors import CheckpointError, NumericsError
 
-# Tensors beside a text encoder's that leave the picture as it is: the positions 0, 1, … that older
-# transformers saved (Stable Diffusion 1.x and 2.x have them), and the rest of a whole CLIP model.
-SPARE: Final = re.compile(
-    r"(.*\.)?position_ids|text_projection\.weight|logit_scale|(vision_model|visual_projection)\..*"
-)
-SPARE_OF_IMAGES: Final = re.compile(r"(.*\.)?position_ids|text_projection\.weight|logit_scale|text_model\..*")
-SPARE_POSITIONS: Final = re.compile(r"(.*\.)?position_ids")  # of the one with a projection of its own
-SPARE_OF: Final = {"text_encoder": SPARE, "text_encoder_2": SPARE_POSITIONS, "image_encoder": SPARE_OF_IMAGES}
+HALF_LARGEST: Final = float(torch.finfo(torch.float16).max)
 _PREFIX: Final = re.compile(r"^(text_model|vision_model)\.")
 _OLD_ATTENTION: Final = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)")
 _NEW_ATTENTION: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Of transformers' networks, whatever their configuration says: the one that is exported as one operator.
-ATTENTION: Final = {"model": {"attn_implementation": "sdpa"}}
+# Of a library's networks, whatever their configuration says: the one that is exported as one operator.
+ATTENTION: Final = {TRANSFORMERS: {"attn_implementation": "sdpa"}}
 # Errors whose text alone says what is wrong; of the others ('foo', "division by zero") the type is told.
 _SPEAKING: Final = (OSError, ValueError, RuntimeError)
+
+
+class HalfOverflowError(NumericsError):
+    """fp16 cannot hold a weight, or what a network computes of it.
+
+    Attributes:
+        what: The layer or the weights.
+        largest: The magnitude that is reached.
+    """
+
+    def __init__(self, what: str, largest: float) -> None:
+        super().__init__(f"{what} reach {largest:,.0f}, and fp16 holds {HALF_LARGEST:,.0f}")
+        self.what, self.largest = what, largest
 
 
 def check_architectures(checkpoint: Checkpoint) -> None:
@@ -53,16 +60,17 @@ def check_architectures(checkpoint: Checkpoint) -> None:
                 f"{folder / 'config.json'} describes no network: {error_words(error)}"
             ) from error
         if checkpoint.random_seed is None:
-            _check_headers(folder, module)
+            _check_headers(folder, checkpoint.kind.network(name), module)
 
 
-def _check_headers(folder: Path, module: torch.nn.Module) -> None:
+def _check_headers(folder: Path, network: Network, module: torch.nn.Module) -> None:
     given = {_known_name(key): (key, *tensor) for key, tensor in tensor_shapes(folder).items()}
     wanted = {_known_name(key): (key, tuple(tensor.shape)) for key, tensor in module.state_dict().items()}
     both = given.keys() & wanted.keys()
     wrong = [(given[key][0], given[key][2], wanted[key][1]) for key in both]
     _refuse_tensors(
         folder,
+        network,
         mismatched=[entry for entry in wrong if entry[1] != entry[2]],
         missing=[wanted[key][0] for key in wanted.keys() - given.keys()],
         unexpected=[given[key][0] for key in given.keys() - wanted.keys()],
@@ -90,14 +98,19 @@ def _known_name(key: str) -> str:
 def meta_module(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
     """One network without memory for its weights."""
     with torch.device("meta"):
-        return network_from_config(_loader(name), checkpoint.configs[name])
+        return network_from_config(checkpoint.kind.network(name).load_kind(), checkpoint.configs[name])
+
+
+def parameter_count(checkpoint: Checkpoint, name: str) -> int:
+    """The parameters of one network."""
+    network = checkpoint.kind.network(name)
+    return _parameter_count(network.library, network.kind, json.dumps(checkpoint.configs[name]))
 
 
 @lru_cache(maxsize=8)
-def parameter_count(name: str, config: str) -> int:
-    """The parameters of one network, from its ``config.json`` as text."""
+def _parameter_count(library: str, kind: str, config: str) -> int:
     with torch.device("meta"):
-        module = network_from_config(_loader(name), json.loads(config))
+        module = network_from_config(pkgutil.resolve_name(f"{library}:{kind}"), json.loads(config))
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -118,22 +131,22 @@ def load_module(checkpoint: Checkpoint, name: str, dtype: torch.dtype = torch.fl
         module = meta_module(checkpoint, name)
         fill_with_random_weights(module, dtype, checkpoint.random_seed, name)
         return module.eval().requires_grad_(False)
-    folder = checkpoint.path / name
+    folder, network = checkpoint.path / name, checkpoint.kind.network(name)
     try:
         with offline():
-            module, report = _loader(name).from_pretrained(
+            module, report = network.load_kind().from_pretrained(
                 folder,
                 torch_dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=False,
-                **ATTENTION.get(WEIGHT_NAMES[name], {}),
+                **ATTENTION.get(network.library, {}),
                 ignore_mismatched_sizes=True,  # reported, and refused by name below
                 output_loading_info=True,
             )
     except Exception as error:  # as in `check_architectures`
         raise CheckpointError(f"{folder} cannot be loaded: {error_words(error)}") from error
-    _check_report(folder, report)
+    _check_report(folder, network, report)
     module.to(dtype)  # diffusers leaves a tensor as it is that has another dtype than the file's others
     for key, tensor in module.state_dict().items():
         if not tensor.is_floating_point() or torch.isfinite(tensor).all():
@@ -164,25 +177,6 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _loader(name: str) -> Any:
-    """The class that reads one subfolder; the imports take seconds, so only what is asked for."""
-    if name == "text_encoder":
-        from transformers import CLIPTextModel
-
-        return CLIPTextModel
-    if name == "text_encoder_2":
-        from transformers import CLIPTextModelWithProjection
-
-        return CLIPTextModelWithProjection
-    if name == "image_encoder":
-        from transformers import CLIPVisionModelWithProjection
-
-        return CLIPVisionModelWithProjection
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    return UNet2DConditionModel if name == "unet" else AutoencoderKL
-
-
 def error_words(error: Exception) -> str:
     """One line about a library's error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -190,10 +184,11 @@ def error_words(error: Exception) -> str:
     return text if lines and isinstance(error, _SPEAKING) else f"{type(error).__name__}: {text}"
 
 
-def _check_report(folder: Path, report: dict[str, Any]) -> None:
+def _check_report(folder: Path, network: Network, report: dict[str, Any]) -> None:
     """Turn a loader's silent re-initialisations and omissions into errors."""
     _refuse_tensors(
         folder,
+        network,
         mismatched=report.get("mismatched_keys") or (),
         missing=report.get("missing_keys") or (),
         unexpected=report.get("unexpected_keys") or (),
@@ -202,6 +197,7 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
 
 def _refuse_tensors(
     folder: Path,
+    network: Network,
     *,
     mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]],
     missing: Iterable[str],
@@ -216,7 +212,7 @@ def _refuse_tensors(
         )
     if absent := sorted(key for key in missing if not str(key).endswith("position_ids")):
         raise CheckpointError(f"{folder}: the tensor {absent[0]} is missing ({len(absent)} missing in all)")
-    spare = SPARE_OF.get(folder.name)
+    spare = network.spare
     if extra := sorted(key for key in unexpected if not (spare and spare.fullmatch(key))):
         raise CheckpointError(
             f"{folder}: the tensor {extra[0]} has no place in the network that config.json describes "

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from sdrt.export.cli.options import DEFAULT_BATCH, DEFAULT_CHUNKS, parse
 from sdrt.export.engines.flavours import check_flavour
 from sdrt.export.engines.options import parse_extent
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.console.run_command import ReaderGoneError, put, run_command, say
@@ -24,7 +25,6 @@ from sdrt.runtime.system.files import explain, writing
 
 if TYPE_CHECKING:
     from sdrt.export.checkpoint.checkpoint import Checkpoint
-    from sdrt.export.graphs.from_module import AxisRange
     from sdrt.export.parity.components import ParityReport
 
 MAX_SIDE: Final = 4096
@@ -63,8 +63,6 @@ def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None
 
     try:
         checkpoint = _checkpoint(arguments)
-        from sdrt.export.graphs.from_module import AxisRange
-        from sdrt.export.options import ExportOptions
         from sdrt.export.writer import write_bundle
     except ImportError as error:
         raise SdrtError(f"{error}: pip install 'sdrt[export]'") from error
@@ -100,7 +98,7 @@ def _checkpoint(arguments: argparse.Namespace) -> Checkpoint:
         from sdrt.export.checkpoint.architectures import open_architecture
 
         return open_architecture(arguments.architecture, seed=arguments.weights_seed)
-    from sdrt.export.checkpoint.checkpoint import open_checkpoint
+    from sdrt.export.checkpoint.reader import open_checkpoint
 
     return open_checkpoint(arguments.model, revision=arguments.revision)
 
@@ -169,8 +167,6 @@ def _check_out(out: Path, *, force: bool) -> None:
 
 def _side(checkpoint: Checkpoint, name: str, arguments: argparse.Namespace) -> AxisRange:
     """One side's range in pixels; see `usual_side` for what it is without the option."""
-    from sdrt.export.graphs.from_module import AxisRange
-
     native, given = checkpoint.native_size, arguments.sizes.get(name)
     if given is None:
         low, high = usual_side(native, checkpoint.size_multiple, fixed=bool(arguments.engines))

@@ -18,8 +18,8 @@ from sdrt.export.engines.options import (
     parse_targets,
 )
 from sdrt.runtime.admission.graph_operators import MAX_OPSET, MIN_OPSET
-from sdrt.runtime.bundle.components import PRECISIONS
 from sdrt.runtime.bundle.engines import FLAVOURS
+from sdrt.runtime.bundle.families.record import PRECISIONS
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.console.run_command import Parser
 from sdrt.runtime.errors import UsageError

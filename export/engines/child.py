@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.export.engines.flavours import ORT_CUDA, RTX, choose_polygraphy, import_flavour
+from sdrt.export.engines.flavours import import_for_polygraphy
 from sdrt.export.engines.layers import (
     Layer,
     check_attentions,
@@ -27,6 +27,8 @@ from sdrt.export.engines.layers import (
     memory_from_log,
 )
 from sdrt.export.passes.attention import NARROWEST_HEAD, WIDEST_HEAD
+from sdrt.runtime.backends.onnxruntime_cuda.library import NAME as ORT_CUDA
+from sdrt.runtime.backends.trt.library import RTX
 from sdrt.runtime.errors import BackendError, SdrtError
 from sdrt.runtime.system.files import explain
 
@@ -181,8 +183,7 @@ class _Builder:
     """Polygraphy on one flavour, with the log kept and progress passed on."""
 
     def __init__(self, job: Mapping[str, Any], progress: Progress, attentions: Sequence[str]) -> None:
-        choose_polygraphy(job["flavour"])
-        self.trt: Any = import_flavour(job["flavour"])
+        self.trt: Any = import_for_polygraphy(job["flavour"])
         self.job, self.attentions = job, attentions
         self.messages: list[str] = []
         self.errors: list[str] = []

@@ -14,13 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.registry import Choice, Gpu, find_gpu, load_executor, open_device
+from sdrt.runtime.backends.registry import Choice, load_executor, open_device
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import TensorSpec
 from sdrt.runtime.bundle.engine_search import find_engine
 from sdrt.runtime.bundle.engines import ENGINES_FOLDER, EngineManifest
+from sdrt.runtime.bundle.families.components import (
+    CLIP_SKIP,
+    CUSTOM_EMBEDDINGS,
+    IMAGE,
+    INPUT_IDS,
+    TIMESTEP,
+)
+from sdrt.runtime.bundle.families.record import TensorSpec
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.gpu.discovery import Gpu, find_gpu
 from sdrt.runtime.errors import BackendError, ParityError
 
 NO_GPU: Final = "no GPU here"
@@ -144,19 +152,19 @@ def _random(
 
     shape = entry.concrete(sizes)
     manifest = bundle.manifest
-    if entry.name == "input_ids":
+    if (options := manifest.record.pixels.get(entry.name)) is not None:
+        size = (manifest.defaults.height, manifest.defaults.width)
+        return np.broadcast_to(np.array([option.usual(size) for option in options]).ravel(), shape)
+    if entry.name == INPUT_IDS:
         own = generator.random(shape) < CUSTOM_SHARE
         return np.where(own, -1, generator.integers(0, manifest.tokenizers[0].bos, shape))
-    if entry.name == "custom_embeddings":
+    if entry.name == CUSTOM_EMBEDDINGS:
         return EMBEDDING_DEVIATION * generator.standard_normal(shape)
-    if entry.name == "clip_skip":
+    if entry.name == CLIP_SKIP:
         return generator.integers(0, manifest.limits.max_clip_skip + 1, shape)
-    if entry.name == "timestep":
+    if entry.name == TIMESTEP:
         return generator.uniform(0, manifest.schedule.num_train_timesteps - 1, shape)
-    if entry.name == "time_ids":
-        height, width = manifest.defaults.height, manifest.defaults.width
-        return np.broadcast_to(np.array([height, width, 0, 0, height, width]), shape)
-    if entry.name == "image":
+    if entry.name == IMAGE:
         return generator.uniform(-1, 1, shape)
     return generator.standard_normal(shape)
 

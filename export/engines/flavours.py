@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from types import ModuleType
 from typing import Any, Final
 
 from sdrt.export.engines.options import CURRENT, EngineOptions
-from sdrt.runtime.backends.registry import find_gpu
+from sdrt.runtime.backends.libraries import import_library
+from sdrt.runtime.backends.onnxruntime_cuda.library import NAME as ORT_CUDA
+from sdrt.runtime.backends.trt.library import RTX, TENSORRT, import_tensorrt
+from sdrt.runtime.devices.gpu.discovery import find_gpu
 from sdrt.runtime.errors import BackendError, UsageError
 
-RTX: Final = "tensorrt-rtx"
-TENSORRT: Final = "tensorrt"
-ORT_CUDA: Final = "onnxruntime-cuda"
 # What an engine of TensorRT for RTX runs on unless targets are named (its manual, "Compute Capability").
 RTX_DEFAULT_TARGETS: Final = ("8.0+",)
 _RTX_SWITCH: Final = "POLYGRAPHY_USE_TENSORRT_RTX"  # read when Polygraphy is first imported
-_HINTS: Final = {
-    RTX: "pip install 'sdrt[rtx]'",
-    TENSORRT: "pip install 'sdrt[tensorrt]' (it downloads NVIDIA's libraries from NVIDIA); "
-    "tensorrt-rtx comes from PyPI alone and builds without a GPU",
-    ORT_CUDA: "pip install 'sdrt[export]'",
-}
-
-
-def import_flavour(flavour: str) -> ModuleType:
-    """The Python module of TensorRT or of TensorRT for RTX, also under the name that Polygraphy looks for.
-
-    Raises:
-        BackendError: It is not installed, or its library does not load.
-    """
-    if flavour == TENSORRT:
-        return _import(flavour, "tensorrt")
-    try:
-        return importlib.import_module("tensorrt_rtx")
-    except ImportError:
-        # The wheels of PyPI name the module so; NVIDIA's archive has it as tensorrt_rtx.
-        return sys.modules.setdefault("tensorrt_rtx", _import(flavour, "tensorrt_rtx_bindings"))
+_TENSORRT_HINT: Final = (
+    "(it downloads NVIDIA's libraries from NVIDIA); "
+    "tensorrt-rtx comes from PyPI alone and builds without a GPU"
+)
 
 
 def check_flavour(options: EngineOptions) -> None:
@@ -52,9 +33,17 @@ def check_flavour(options: EngineOptions) -> None:
     resolve_targets(options.flavour, options.targets)
 
 
-def choose_polygraphy(flavour: str) -> None:
-    """Make Polygraphy, which must not have been imported yet, use this flavour."""
+def import_for_polygraphy(flavour: str) -> Any:
+    """The module of `TENSORRT` or `RTX`, which Polygraphy will use; that must not have been imported yet.
+
+    Raises:
+        BackendError: It is not installed, or its library does not load.
+    """
     os.environ[_RTX_SWITCH] = "1" if flavour == RTX else "0"
+    module = import_tensorrt(flavour)
+    if flavour == RTX:  # Polygraphy looks for it under the name that it has in NVIDIA's archive
+        sys.modules.setdefault("tensorrt_rtx", module)
+    return module
 
 
 def flavour_version(flavour: str) -> str:
@@ -63,19 +52,14 @@ def flavour_version(flavour: str) -> str:
     Raises:
         BackendError: It is not installed, or its library does not load.
     """
-    module: Any = _import(flavour, "onnxruntime") if flavour == ORT_CUDA else import_flavour(flavour)
-    return str(module.__version__)
-
-
-def _import(flavour: str, module: str) -> ModuleType:
+    if flavour == ORT_CUDA:
+        return str(import_library("onnxruntime", ORT_CUDA, "export").__version__)
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BackendError(
-            f"{flavour} is not installed ({' '.join(str(error).split())}): {_HINTS[flavour]}"
-        ) from error
-    except (OSError, RuntimeError) as error:
-        raise BackendError(f"{flavour} does not load: {' '.join(str(error).split())}") from error
+        return str(import_tensorrt(flavour).__version__)
+    except BackendError as error:
+        if flavour == TENSORRT:
+            raise BackendError(f"{error} {_TENSORRT_HINT}") from error
+        raise
 
 
 def resolve_targets(flavour: str, asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -108,7 +92,7 @@ def resolve_targets(flavour: str, asked: tuple[str, ...]) -> tuple[str, ...]:
 
 def rtx_targets() -> list[str]:
     """The compute capabilities that the installed TensorRT for RTX can be told to build for."""
-    module: Any = import_flavour(RTX)
+    module = import_tensorrt(RTX)
     names = [name[2:] for name in dir(module.ComputeCapability) if name.startswith("SM")]
     return [f"{name[:-1]}.{name[-1]}" for name in sorted(names, key=int)]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sdrt.runtime.bundle.components import ComponentSpec
 from sdrt.runtime.bundle.engines import AxisProfile, Profile
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.manifest import Manifest, SizeLimit
 from sdrt.runtime.errors import UsageError
 

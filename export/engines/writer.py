@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import sdrt
 from sdrt.export.engines.compare import NOT_ASKED_FOR, compare_engine
-from sdrt.export.engines.flavours import ORT_CUDA, TENSORRT, flavour_version, resolve_targets
+from sdrt.export.engines.flavours import flavour_version, resolve_targets
 from sdrt.export.engines.options import (
     CURRENT,
     EngineOptions,
@@ -26,6 +26,8 @@ from sdrt.export.engines.process import BuildResult, OnPhase, run_build
 from sdrt.kernels.cache import usable_folder
 from sdrt.runtime.admission.first_load import check_component
 from sdrt.runtime.admission.records import EXPORTED, accepted
+from sdrt.runtime.backends.onnxruntime_cuda.library import NAME as ORT_CUDA
+from sdrt.runtime.backends.trt.library import TENSORRT
 from sdrt.runtime.bundle.bundle import Bundle, sha256
 from sdrt.runtime.bundle.engines import (
     ENGINE_NAME,

@@ -8,7 +8,6 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,9 +15,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from sdrt.export.options import AxisRange
 from sdrt.export.passes.group_norm import write_out_group_norms
 from sdrt.export.passes.nodes import LAYER
-from sdrt.runtime.bundle.components import ComponentSpec, Precision
+from sdrt.runtime.bundle.families.record import ComponentSpec, Precision
 from sdrt.runtime.errors import SdrtError
 
 TORCH_DTYPES: Final[dict[Precision, torch.dtype]] = {
@@ -28,24 +28,6 @@ TORCH_DTYPES: Final[dict[Precision, torch.dtype]] = {
 }
 _MODULE: Final = re.compile(r"model\.([\w.]+)")
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"  # the tracer's: the modules around a node, then its own name
-
-
-@dataclass(frozen=True, slots=True)
-class AxisRange:
-    """Sizes that one dynamic axis may take: ``multiple · k``, from ``minimum`` to ``maximum``."""
-
-    minimum: int
-    maximum: int
-    multiple: int = 1
-
-    @property
-    def fixed(self) -> bool:
-        """Whether there is only one size, so that the graph can have it as a constant."""
-        return self.minimum == self.maximum
-
-    def nearest(self, size: int) -> int:
-        """The largest size of the range up to ``size``; the smallest of all if ``size`` is below it."""
-        return max(self.minimum, min(size, self.maximum) // self.multiple * self.multiple)
 
 
 def onnx_from_module(

@@ -14,31 +14,17 @@ it), the VAE is fp32 whatever is measured.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from sdrt.export.graphs.range_audit import FP16_LARGEST, RangeAudit, TensorRange
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.weights import HalfOverflowError
+from sdrt.export.graphs.range_audit import RangeAudit, TensorRange
+from sdrt.export.options import ExportOptions
+from sdrt.runtime.bundle.families.record import ComponentSpec, Precision
 from sdrt.runtime.errors import NumericsError
-
-if TYPE_CHECKING:
-    from sdrt.export.checkpoint.checkpoint import Checkpoint
-    from sdrt.export.options import ExportOptions
-    from sdrt.runtime.bundle.components import ComponentSpec, Precision
 
 VAE: Final = frozenset({"vae_decoder", "vae_encoder"})
 _UPCAST: Final = 'vae/config.json says "force_upcast": true (--vae-dtype fp16 overrules it)'
-
-
-class HalfOverflowError(NumericsError):
-    """fp16 cannot hold something that no island mends.
-
-    Attributes:
-        what: The layer or the weights.
-        largest: The magnitude that is reached.
-    """
-
-    def __init__(self, what: str, largest: float) -> None:
-        super().__init__(f"{what} reach {largest:,.0f}, and fp16 holds {FP16_LARGEST:,.0f}")
-        self.what, self.largest = what, largest
 
 
 def planned_precision(checkpoint: Checkpoint, options: ExportOptions, component: str) -> Precision:
@@ -51,7 +37,8 @@ def planned_precision(checkpoint: Checkpoint, options: ExportOptions, component:
 def is_upcast(checkpoint: Checkpoint) -> bool:
     """Whether diffusers' pipeline runs the checkpoint's VAE in fp32 when all else is fp16."""
     # AutoencoderKL's own default where the file does not say it.
-    return checkpoint.family == "sdxl" and bool(checkpoint.configs["vae"].get("force_upcast", True))
+    read = "force_upcast" in checkpoint.kind.vae_fields
+    return read and bool(checkpoint.configs["vae"].get("force_upcast", True))
 
 
 def why_planned(checkpoint: Checkpoint, options: ExportOptions, component: str) -> str:

@@ -1,7 +1,7 @@
-"""The networks as the components table describes them: plain modules, one tensor per input and output.
+"""The networks as the families' records describe them: plain modules, one tensor per input and output.
 
 Each wrapper turns a diffusers or transformers module into a function of tensors whose arguments have the
-names of `sdrt.runtime.bundle.components.components_of`; arguments and results stand in its order.
+names of its family's record (`sdrt.runtime.bundle.families`); arguments and results stand in its order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers.masking_utils import create_causal_mask
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fields import LatentScaling
 from sdrt.export.checkpoint.weights import load_module
-from sdrt.runtime.bundle.components import TensorSpec, components_of
+from sdrt.runtime.bundle.families import components as tensors
+from sdrt.runtime.bundle.families.record import TensorSpec
 from sdrt.runtime.samplers.guidance import guidance_embedding
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 
@@ -131,7 +132,7 @@ class _TimeIdEmbedding(nn.Module):
 class UNet(nn.Module):
     """Noisy latents, timestep and embeddings → noise prediction.
 
-    The arguments have the names of the components table. Those that may be None are of some families
+    The arguments have the names of the record. Those that may be None are of some families
     (``text_embeds`` and ``time_ids`` of sdxl) or kinds of checkpoints.
     Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [1], one for all rows;
     ``encoder_hidden_states`` [rows, context, cross_width]; ``text_embeds`` [rows, projection_width];
@@ -216,30 +217,19 @@ def _per_channel(numbers: tuple[float, ...] | None) -> Tensor | None:
     return None if numbers is None else torch.tensor(numbers).view(1, -1, 1, 1)
 
 
-# Component → the subfolder it is loaded from and the wrapper around it.
-WRAPPERS: Final[dict[str, tuple[str, Callable[..., nn.Module]]]] = {
-    "text_encoder": ("text_encoder", TextEncoder),
-    "text_encoder_2": ("text_encoder_2", TextEncoder2),
-    "image_encoder": ("image_encoder", ImageEncoder),
-    "unet": ("unet", UNet),
-    "vae_decoder": ("vae", VaeDecoder),
-    "vae_encoder": ("vae", VaeEncoder),
-}
-
-
 def wrapped(checkpoint: Checkpoint, component: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load the network of one component and wrap it.
 
     Raises:
         CheckpointError: As for `sdrt.export.checkpoint.weights.load_module`.
     """
-    subfolder, _ = WRAPPERS[component]
-    return wrap(checkpoint, component, load_module(checkpoint, subfolder, dtype))
+    folder = checkpoint.kind.network_of(component).folder
+    return wrap(checkpoint, component, load_module(checkpoint, folder, dtype))
 
 
 def wrap(checkpoint: Checkpoint, component: str, model: nn.Module) -> nn.Module:
     """Wrap a network of a component that is loaded already."""
-    _, wrapper = WRAPPERS[component]
+    wrapper: Callable[..., nn.Module] = checkpoint.kind.network_of(component).load_wrapper(component)
     scaling = {"vae_decoder": checkpoint.decoded, "vae_encoder": checkpoint.encoded}.get(component)
     return (wrapper(model) if scaling is None else wrapper(model, scaling)).eval()
 
@@ -251,11 +241,11 @@ def example_inputs(
 
     Args:
         checkpoint: Gives the sizes that are not dynamic.
-        component: A name in the family's components table.
+        component: A name of the family's.
         axes: A size for each dynamic axis.
         generator: The source of randomness, on the CPU.
     """
-    spec = components_of(checkpoint.family)[component].resolve(checkpoint.sizes(), "fp32")
+    spec = checkpoint.record.components[component].resolve(checkpoint.sizes(), "fp32")
     return tuple(_example(checkpoint, component, entry, axes, generator) for entry in spec.inputs)
 
 
@@ -275,29 +265,30 @@ def _example(
     generator: torch.Generator,
 ) -> Tensor:
     shape = entry.concrete(axes)
+    if (options := checkpoint.record.pixels.get(entry.name)) is not None:  # a whole picture, not cropped
+        side = checkpoint.native_size
+        pairs = [option.usual((side, side)) for option in options]
+        return torch.tensor(pairs, dtype=torch.float32).reshape(1, -1).repeat(shape[0], 1)
     match entry.name:
-        case "input_ids":
+        case tensors.INPUT_IDS:
             vocabulary = int(checkpoint.configs[component]["vocab_size"])
             ids = torch.randint(0, vocabulary, shape, generator=generator)
             own = torch.rand(shape, generator=generator) < CUSTOM_SHARE
             return torch.where(own, -1, ids)
-        case "custom_embeddings":
+        case tensors.CUSTOM_EMBEDDINGS:
             return torch.randn(shape, generator=generator) * EMBEDDING_DEVIATION
-        case "clip_skip":
+        case tensors.CLIP_SKIP:
             return torch.randint(0, checkpoint.text_layers(component), shape, generator=generator)
-        case "timestep":
+        case tensors.TIMESTEP:
             first, last = _timestep_range(checkpoint.schedule)
             return first + torch.rand(shape, generator=generator) * (last - first)
-        case "image":
+        case tensors.IMAGE:
             return torch.rand(shape, generator=generator) * 2 - 1
-        case "time_ids":  # a whole picture of the native size, not cropped
-            side = float(checkpoint.native_size)
-            return torch.tensor([side, side, 0.0, 0.0, side, side]).repeat(shape[0], 1)
-        case "timestep_cond":  # of guidance scales from 1 to 15
+        case tensors.TIMESTEP_COND:  # of guidance scales from 1 to 15
             scales = 14 * torch.rand(shape[0], generator=generator).numpy()
             rows = [guidance_embedding(scale, shape[1]) for scale in scales]
             return torch.from_numpy(np.stack(rows))
-        case "inpainting":
+        case tensors.INPAINTING:
             mask = torch.rand((shape[0], 1, *shape[2:]), generator=generator).round()
             latents = torch.randn((shape[0], shape[1] - 1, *shape[2:]), generator=generator)
             return torch.cat([mask, latents], dim=1)

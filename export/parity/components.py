@@ -12,7 +12,6 @@ largest reference value, ``max|a − b| / max|b|``.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,13 +24,13 @@ from numpy.typing import NDArray
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.weights import parameter_count
-from sdrt.export.graphs.from_module import AxisRange
 from sdrt.export.graphs.networks import example_inputs
+from sdrt.export.options import AxisRange
 from sdrt.export.parity.frugal_executor import FrugalExecutor, OneSession
 from sdrt.export.parity.rounding import CountSums, Sums, rounding_tolerance
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
-from sdrt.runtime.bundle.components import ComponentSpec, Precision, components_of
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
+from sdrt.runtime.bundle.families.record import ComponentSpec, Precision
 from sdrt.runtime.errors import NumericsError, ParityError
 
 # One outlier may be this much worse than the mean error: for ~10⁶ Gaussian errors the largest is 5 σ, and
@@ -123,7 +122,7 @@ def probe_inputs(
     checkpoint: Checkpoint, name: str, axes: Mapping[str, AxisRange], *, small: bool = False
 ) -> Iterator[tuple[dict[str, int], tuple[torch.Tensor, ...]]]:
     """Each of the sizes that `probe_sizes` gives for a component, with seeded inputs of it in float32."""
-    spec = components_of(checkpoint.family)[name]
+    spec = checkpoint.record.components[name]
     own = {axis for entry in (*spec.inputs, *spec.outputs) for axis in entry.shape}
     of_component = {axis: extent for axis, extent in axes.items() if axis in own}
     for index, sizes in enumerate(probe_sizes(checkpoint, of_component, small=small)):
@@ -144,7 +143,7 @@ def reference_probes(
     Raises:
         NumericsError: The reference itself gives NaN or infinity.
     """
-    spec = components_of(checkpoint.family)[name]
+    spec = checkpoint.record.components[name]
     resolved = spec.resolve(checkpoint.sizes(), "fp32")
     names = [entry.name for entry in resolved.inputs]
     probes = []
@@ -175,7 +174,7 @@ def check_component(
         ParityError: An output is over its tolerance.
     """
     runs_in = arithmetic(precision)
-    spec = components_of(checkpoint.family)[name].resolve(checkpoint.sizes(), runs_in)
+    spec = checkpoint.record.components[name].resolve(checkpoint.sizes(), runs_in)
     sessions = OneSession()
     executor: Executor = (
         FrugalExecutor(model, spec, sessions) if is_large(checkpoint) else OnnxRuntimeExecutor(model, spec)
@@ -193,7 +192,7 @@ def check_component(
 
 def is_large(checkpoint: Checkpoint) -> bool:
     """Whether a comparison at the model's own size takes minutes and gigabytes."""
-    return parameter_count("unet", json.dumps(checkpoint.configs["unet"])) > LARGE_PARAMETERS
+    return parameter_count(checkpoint, "unet") > LARGE_PARAMETERS
 
 
 def large_side(checkpoint: Checkpoint) -> int:

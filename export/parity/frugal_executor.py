@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from sdrt.runtime.backends.executor import check_buffers, first_line
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.device import Buffer
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.system.c_library import trim_memory

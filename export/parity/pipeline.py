@@ -35,9 +35,9 @@ from sdrt.export.parity.rounding import UNIT_ROUNDOFF, CountSums, Sums, rounding
 from sdrt.export.parity.sampling import SAMPLING_FACTOR, SAMPLING_GUIDANCE, SAMPLING_STEPS
 from sdrt.runtime.backends.executor import check_buffers
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec, components_of
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.manifest import Manifest
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import ParityError, SdrtError
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.samplers.registry import make_table
@@ -231,7 +231,7 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         kind = getattr(diffusers, stand_in)
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, clip_sample=False)
     side, draws = compared_side(checkpoint), np.random.default_rng(SEED)
-    if checkpoint.family == "image-variations":
+    if not checkpoint.record.reads_text:
         return Task(side, sampler, draws.integers(0, 256, (side, side, 3), np.uint8))
     if not inpainting:
         return Task(side, sampler)
@@ -248,7 +248,7 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         return state
 
     given: dict[str, Any] = {"prompt": PROMPT, "callback_on_step_end": keep}
-    if checkpoint.family == "image-variations":
+    if not checkpoint.record.reads_text:
         given = {"callback": lambda _step, _timestep, x: latents.append(x)}
     if task.picture is not None:
         given["image"] = Image.fromarray(task.picture)
@@ -270,7 +270,7 @@ def _drawn_by_runtime(
     checkpoint: Checkpoint, folder: Path, manifest: Manifest, unet: torch.nn.Module, task: Task
 ) -> tuple[Drawn, float, float]:
     """Our picture, and the tolerances of its latents and of its image."""
-    table, sizes = components_of(checkpoint.family), checkpoint.sizes()
+    table, sizes = checkpoint.record.components, checkpoint.sizes()
     executors = {
         name: TorchExecutor(
             row.resolve(sizes, "fp32"), functools.cache(functools.partial(_module, checkpoint, name, unet))
@@ -284,7 +284,7 @@ def _drawn_by_runtime(
         given["mask_image"] = task.mask
     with Pipeline(Bundle(folder, manifest), executors, HostDevice(), "torch") as pipeline:
         latents = pipeline(
-            None if checkpoint.family == "image-variations" else PROMPT,
+            PROMPT if checkpoint.record.reads_text else None,
             height=task.side,
             width=task.side,
             num_inference_steps=SAMPLING_STEPS,

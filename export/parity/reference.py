@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
-from sdrt.export.checkpoint.files import TOKENIZERS
-from sdrt.export.checkpoint.tokenizer_json import write_tokenizer_folder
+from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer, write_tokenizer_folder
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.runtime.system.files import temporary_folder
 
@@ -27,16 +26,14 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
         networks = {name: load_module(checkpoint, name) for name in checkpoint.configs}
     parts: dict[str, Any] = {name: networks.get(name) for name in checkpoint.configs}
     parts["scheduler"] = reference_scheduler(checkpoint)
+    folders = checkpoint.kind.tokenizers.values()
     parts |= {
-        TOKENIZERS[name]: _reference_tokenizer(checkpoint, name) for name in parts if name in TOKENIZERS
+        folder: _reference_tokenizer(checkpoint, folder, tokenizer)
+        for folder, tokenizer in zip(folders, checkpoint.tokenizers, strict=True)
     }
-    if checkpoint.family == "sdxl":
-        parts |= {
-            "force_zeros_for_empty_prompt": checkpoint.force_zeros_for_empty_prompt,
-            "add_watermarker": False,
-        }
-    else:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    parts |= checkpoint.kind.settings
+    if checkpoint.record.zeros_for_no_text:
+        parts["force_zeros_for_empty_prompt"] = checkpoint.force_zeros_for_empty_prompt
     pipeline = reference_kind(checkpoint)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -74,39 +71,30 @@ def reference_kind(checkpoint: Checkpoint) -> Any:
     """
     import diffusers
 
-    if checkpoint.family == "image-variations":
-        return diffusers.StableDiffusionImageVariationPipeline
-    inpainting = "inpainting_channels" in checkpoint.sizes()
-    if checkpoint.family == "sdxl":
-        return (
-            diffusers.StableDiffusionXLInpaintPipeline if inpainting else diffusers.StableDiffusionXLPipeline
-        )
-    return diffusers.StableDiffusionInpaintPipeline if inpainting else diffusers.StableDiffusionPipeline
+    kind = checkpoint.kind
+    return getattr(diffusers, kind.inpaints if "inpainting_channels" in checkpoint.sizes() else kind.draws)
 
 
 def reference_prompt_embeddings(checkpoint: Checkpoint, prompt: str) -> dict[str, torch.Tensor]:
     """What diffusers' pipeline makes of a prompt, as arguments of another call of it."""
-    encoders = [name for name in checkpoint.configs if name in TOKENIZERS]
+    encoders = checkpoint.kind.tokenizers
     pipeline = reference_pipeline(checkpoint, {name: load_module(checkpoint, name) for name in encoders})
-    hidden = ("prompt_embeds", "negative_prompt_embeds")
-    pooled = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds") if len(encoders) > 1 else ()
+    arguments = checkpoint.kind.embeddings.values()
+    names = [f"{half}{argument}" for argument in arguments for half in ("", "negative_")]
     with torch.no_grad():
         encoded = pipeline.encode_prompt(
             prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
-    return dict(zip((*hidden, *pooled), encoded, strict=True))
+    return dict(zip(names, encoded, strict=True))
 
 
-def _reference_tokenizer(checkpoint: Checkpoint, encoder: str) -> Any:
+def _reference_tokenizer(checkpoint: Checkpoint, folder: str, tokenizer: ClipTokenizer) -> Any:
     """transformers' tokenizer of one text encoder; of an architecture, with CLIP's vocabulary."""
     from transformers import CLIPTokenizer
 
-    index = [name for name in checkpoint.configs if name in TOKENIZERS].index(encoder)
-    tokenizer = checkpoint.tokenizers[index]
     length = tokenizer.ids["max_length"]  # the file's may be huge, or missing
-    folder = checkpoint.path / TOKENIZERS[encoder]
     if checkpoint.random_seed is None:
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+        return CLIPTokenizer.from_pretrained(checkpoint.path / folder, model_max_length=length)
     pad = next(token for token, number in tokenizer.vocabulary.ids.items() if number == tokenizer.ids["pad"])
     with temporary_folder() as temporary:
         write_tokenizer_folder(temporary, pad=pad)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sdrt.runtime.bundle.components import Precision
+from sdrt.runtime.bundle.families.record import Precision
 
 # Unit round-offs, and how many roundings to the graph's own precision a full-size U-Net chains (its layers'
 # outputs; sums, norm and softmax statistics are float32 there).

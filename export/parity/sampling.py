@@ -28,13 +28,22 @@ from sdrt.export.parity.reference import (
     reference_scheduler,
 )
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import Precision
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.bundle.families.components import (
+    ENCODER_HIDDEN_STATES,
+    INPAINTING,
+    SAMPLE,
+    TIMESTEP,
+    TIMESTEP_COND,
+)
+from sdrt.runtime.bundle.families.image_variations import IMAGE_EMBEDS
+from sdrt.runtime.bundle.families.record import Precision
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.samplers.guidance import guidance_embedding
-from sdrt.runtime.samplers.registry import make_table, run_table
+from sdrt.runtime.samplers.registry import make_table
+from sdrt.runtime.samplers.table import run_table
 
 # Guidance w multiplies the difference of two predictions, each with its own error: √(w² + (w − 1)²) ≤ √2·w.
 # The steps' errors are not multiplied by their number: each evaluation sees the x of its own run, and a
@@ -65,21 +74,21 @@ def runs_unet_alone(checkpoint: Checkpoint) -> bool:
     """Whether the sampling run is of the U-Net alone."""
     sizes = checkpoint.sizes()
     special = "inpainting_channels" in sizes or checkpoint.distilled_guidance
-    return special or checkpoint.family == "image-variations"
+    return special or not checkpoint.record.reads_text
 
 
 def reference_embeddings(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What the networks before the U-Net make of the gate's prompt, as arguments of diffusers' pipeline.
 
-    Of image variations ``image_embeds`` [1, 1, cross_width], of a seeded picture.
+    Of a family without text what the encoder gives for a seeded picture, [1, 1, cross_width].
     """
-    if checkpoint.family != "image-variations":
+    if checkpoint.record.reads_text:
         return reference_prompt_embeddings(checkpoint, SAMPLING_PROMPT)
-    side = checkpoint.sizes()["encoder_size"]
+    (encoder,), side = checkpoint.record.encoders, checkpoint.sizes()["encoder_size"]
     picture = np.random.default_rng(SAMPLING_STEPS).standard_normal((1, 3, side, side), dtype=np.float32)
     with torch.no_grad():
-        embeds = load_module(checkpoint, "image_encoder")(torch.from_numpy(picture)).image_embeds
-    return {"image_embeds": embeds[:, None]}
+        embeds = load_module(checkpoint, encoder.component)(torch.from_numpy(picture)).image_embeds
+    return {IMAGE_EMBEDS: embeds[:, None]}
 
 
 def sampling_probe(
@@ -163,7 +172,7 @@ def reference_latents(
     """The latents that diffusers' own text-to-image pipeline ends with for the gate's sampling run."""
     pipeline = reference_pipeline(checkpoint, {"unet": unet})
     size = tuple(side * checkpoint.factor for side in latents.shape[2:])
-    sizes = {"original_size": size, "target_size": size} if checkpoint.family == "sdxl" else {}
+    sizes = {option.name: size for option in checkpoint.record.pixel_options if option.of_picture}
     result = pipeline(
         **embeddings,
         **sizes,
@@ -193,31 +202,30 @@ def unet_inputs(
     The unconditional row is the first; a U-Net that is told the guidance scale has the conditional row alone.
     The picture to inpaint is seeded noise, the mask its lower half.
     """
-    sizes, inputs = checkpoint.sizes(), _texts(embeddings)
+    sizes, inputs = checkpoint.sizes(), _texts(checkpoint, embeddings)
     if checkpoint.distilled_guidance:
         inputs = {name: rows[1:] for name, rows in inputs.items()}
-        inputs["timestep_cond"] = guidance_embedding(guidance_scale - 1, sizes["guidance_width"])[None]
-    rows = len(inputs["encoder_hidden_states"])
-    if checkpoint.family == "sdxl":
-        inputs["time_ids"] = np.tile(np.array([*size, 0, 0, *size], np.float32), (rows, 1))
+        inputs[TIMESTEP_COND] = guidance_embedding(guidance_scale - 1, sizes["guidance_width"])[None]
+    rows = len(inputs[ENCODER_HIDDEN_STATES])
+    for name, options in checkpoint.record.pixels.items():
+        one = [number for option in options for number in option.usual(size)]
+        inputs[name] = np.tile(np.array(one, np.float32), (rows, 1))
     if channels := sizes.get("inpainting_channels"):
         shape = (channels, *(side // checkpoint.factor for side in size))
         inpainting = np.random.default_rng(channels).standard_normal(shape, dtype=np.float32)
         inpainting[0] = np.arange(shape[1])[:, None] >= shape[1] // 2
-        inputs["inpainting"] = np.tile(inpainting, (rows, 1, 1, 1))
+        inputs[INPAINTING] = np.tile(inpainting, (rows, 1, 1, 1))
     return inputs
 
 
-def _texts(embeddings: Embeddings) -> dict[str, Array]:
+def _texts(checkpoint: Checkpoint, embeddings: Embeddings) -> dict[str, Array]:
     """The embeddings as rows of the U-Net's inputs, the unconditional one first."""
-    if "image_embeds" in embeddings:
-        picture = embeddings["image_embeds"].numpy()
-        return {"encoder_hidden_states": np.concatenate([np.zeros_like(picture), picture])}
-    names = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
+    if IMAGE_EMBEDS in embeddings:
+        picture = embeddings[IMAGE_EMBEDS].numpy()
+        return {ENCODER_HIDDEN_STATES: np.concatenate([np.zeros_like(picture), picture])}
     return {
         name: np.concatenate([embeddings[f"negative_{given}"].numpy(), embeddings[given].numpy()])
-        for name, given in names.items()
-        if given in embeddings
+        for name, given in checkpoint.kind.embeddings.items()
     }
 
 
@@ -259,7 +267,7 @@ def _drawn_by_unet(checkpoint: Checkpoint, folder: Path, probe: SamplingProbe) -
     (output,) = part.spec.outputs
 
     def evaluate(x: Array, timestep: float) -> Array:
-        feeds = {**probe.inputs, "sample": x, "timestep": np.array([timestep])}
+        feeds = {**probe.inputs, SAMPLE: x, TIMESTEP: np.array([timestep])}
         typed = {name: np.ascontiguousarray(feeds[name].astype(dtype)) for name, dtype in dtypes.items()}
         result = np.full(x.shape, np.nan, output.dtype)
         executor.bind(typed, {output.name: result})()
@@ -281,7 +289,7 @@ def _guided(
     guidance_scale: float,
 ) -> Array:
     """One evaluation for float32 [1, C, h, w], guided where the inputs have two rows."""
-    rows = len(inputs["encoder_hidden_states"])
+    rows = len(inputs[ENCODER_HIDDEN_STATES])
     noise_pred = evaluate(np.repeat(x, rows, axis=0), timestep)
     if rows == 1:
         return noise_pred

@@ -11,7 +11,7 @@ from sdrt.export.passes.attention import legalize_attention
 from sdrt.export.passes.causal import recognise_causal_masks
 from sdrt.export.passes.fp32_islands import insert_islands
 from sdrt.export.passes.onnxruntime_cuda import to_onnxruntime_cuda
-from sdrt.runtime.bundle.components import Precision
+from sdrt.runtime.bundle.families.record import Precision
 
 
 @dataclass(frozen=True, slots=True)

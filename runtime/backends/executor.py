@@ -1,8 +1,6 @@
 """Executors: each runs one compiled component on buffers that the caller owns.
 
-One file or folder beside this one for each engine library: `onnxruntime_cpu`, `onnxruntime_cuda`,
-`openvino_cpu`, `trt` (TensorRT and TensorRT for RTX).
-`sdrt.runtime.backends.registry` says which can run here.
+`sdrt.runtime.backends.registry` says which backend makes one.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from sdrt.runtime.bundle.components import ComponentSpec, TensorSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec, TensorSpec
 from sdrt.runtime.devices.device import Buffer, Device
 from sdrt.runtime.errors import BundleError, UsageError
 
@@ -22,7 +20,7 @@ class Executor(Protocol):
     """One compiled component, which runs on buffers that it is bound to once.
 
     Attributes:
-        spec: Its inputs and outputs.
+        spec: The component's inputs and outputs.
         capturable: Whether a bound call may be recorded into a CUDA graph. It must have run once before, and
             only then is the answer final: a first run may turn it to False.
     """
@@ -38,7 +36,7 @@ class Executor(Protocol):
 
         Args:
             inputs: A C-contiguous buffer of the executor's device for every input of ``spec``, of its dtype.
-            outputs: Likewise for the outputs that are wanted.
+            outputs: A buffer of the same kind for every output that is wanted.
 
         Raises:
             UsageError: A buffer does not fit the spec, or an input is missing.
@@ -84,7 +82,7 @@ def check_buffer(component: str, spec: TensorSpec, buffer: Buffer) -> None:
     """Refuse a buffer whose dtype, rank, sizes or layout are not the spec's.
 
     Raises:
-        UsageError: It is so.
+        UsageError: One of them is not.
     """
     if str(buffer.dtype) != spec.dtype or len(buffer.shape) != len(spec.shape):
         raise UsageError(
@@ -103,8 +101,8 @@ class GraphTensor(NamedTuple):
     """An input or output as an engine library found it in a graph.
 
     Attributes:
-        name: The graph's.
-        dtype: As in a manifest, or the library's name of one that no manifest has.
+        name: The graph's name of it.
+        dtype: A manifest's name of its dtype, or the library's where no manifest has such.
         shape: A size for each axis, or what the library calls one that is open.
     """
 

@@ -1,9 +1,8 @@
 """The process in which a stranger's components are loaded for the first time.
 
 `sdrt.runtime.admission.first_load` starts it: ``python -m sdrt.runtime.backends.first_load_child JOB`` with
-the job as JSON. Each line on standard output is
-an
-object: ``component`` before one is loaded; at the end ``done``, or ``error`` with the ``status`` of its kind.
+the job as JSON. Each line on standard output is an object: ``component`` before one is loaded; at the end
+``done``, or ``error`` with the ``status`` of its kind.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ import sys
 from collections.abc import Mapping
 from typing import IO, Any, Final
 
-from sdrt.runtime.backends.registry import BACKENDS, RequestShape
+from sdrt.runtime.backends.backend import RequestShape
+from sdrt.runtime.backends.registry import find_backend
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import BundleError, SdrtError
 from sdrt.runtime.system.c_library import c_library
 
@@ -66,7 +66,7 @@ def _limit(memory: int, seconds: float) -> None:
 
 def _load_all(job: Mapping[str, Any], answers: IO[str]) -> None:
     bundle = Bundle.open(job["bundle"], verify=False)
-    limits, device, backend = bundle.manifest.limits, HostDevice(), BACKENDS[job["backend"]]
+    limits, device, backend = bundle.manifest.limits, HostDevice(), find_backend(job["backend"])
     if backend.by_shape:  # few calls are as small as this one: it would keep gigabytes that nobody reads
         os.environ["SDRT_CACHE"] = os.devnull
     shape = RequestShape(limits.min_batch, limits.height.minimum, limits.width.minimum, guided=False)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
-from sdrt.runtime.bundle.components import DYNAMIC_AXES, PRECISIONS
+from sdrt.runtime.bundle.families.record import DYNAMIC_AXES, PRECISIONS
 from sdrt.runtime.bundle.limits import MAX_AXIS, MAX_FILES, MAX_PROFILES
 from sdrt.runtime.bundle.manifest import Component, FileEntry
 from sdrt.runtime.bundle.manifest_rules import check_file

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sdrt.runtime.bundle.components import ComponentSpec, Precision, required_components
+from sdrt.runtime.bundle.families.components import INPAINTING
+from sdrt.runtime.bundle.families.record import ComponentSpec, Family, Precision
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NO_OPTIONS, SamplerOptions
 
@@ -128,7 +130,7 @@ class Defaults:
     """What `sd-run` uses for an option that was not given.
 
     ``sampler_options`` are those of the checkpoint's scheduler; a sampler takes the ones that it has, see
-    `sdrt.runtime.samplers.registry.Sampler.inherited`.
+    `sdrt.runtime.samplers.sampler.Sampler.inherited`.
     """
 
     height: int
@@ -144,18 +146,16 @@ class Manifest:
     """The parsed manifest.
 
     Attributes:
-        family: ``sd``, ``sdxl`` or ``image-variations``: which table of `sdrt.runtime.bundle.components` the
-            components are of.
+        family: A name in `sdrt.runtime.bundle.families.registry.FAMILIES`.
         components: By name.
         latents: Their geometry.
         schedule: The noise schedule the model was trained on.
-        tokenizer: Of the (first) text encoder; None where there is none (image-variations).
-        text_output: The text encoder's output that the U-Net was trained on; empty where there is none.
+        tokenizers: One for each text encoder; none in a family without text.
+        text_output: The output of text encoders that the U-Net was trained on; empty where there is none.
         defaults: Of a request.
         limits: Of a request.
         provenance: Where the bundle comes from.
         parity: What was compared with PyTorch, the figures, and what was left out.
-        tokenizer_2: Of SDXL's second text encoder; None in other families.
         force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
             zeros in place of the empty text's (SDXL base).
         ranges: Component → its range audit: the largest magnitudes on a calibration run of an fp16 graph.
@@ -167,13 +167,12 @@ class Manifest:
     components: Mapping[str, Component]
     latents: LatentGeometry
     schedule: NoiseSchedule
-    tokenizer: TokenizerFacts | None
+    tokenizers: tuple[TokenizerFacts, ...]
     text_output: str
     defaults: Defaults
     limits: Limits
     provenance: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer_2: TokenizerFacts | None = None
     force_zeros_for_empty_prompt: bool = False
     ranges: Mapping[str, Any] = field(default_factory=dict)
     image_processor: ImageProcessorFacts | None = None
@@ -182,22 +181,17 @@ class Manifest:
     @property
     def reads_mask(self) -> bool:
         """Whether the U-Net reads a mask and the masked picture (inpainting checkpoints)."""
-        return self.components["unet"].spec.input("inpainting") is not None
+        return self.components["unet"].spec.input(INPAINTING) is not None
 
     @property
-    def required_components(self) -> tuple[str, ...]:
-        """The components that a drawing needs."""
-        return required_components(self.family)
-
-    @property
-    def tokenizers(self) -> tuple[TokenizerFacts, ...]:
-        """The tokenizer, and the second one where there is one; none in a family without text."""
-        return tuple(facts for facts in (self.tokenizer, self.tokenizer_2) if facts is not None)
+    def record(self) -> Family:
+        """What its family is."""
+        return FAMILIES[self.family]
 
     @property
     def tokens(self) -> int:
         """What the U-Net reads of one chunk of a prompt; 1, an embedding, in a family without text."""
-        return 1 if self.tokenizer is None else self.tokenizer.max_length
+        return self.tokenizers[0].max_length if self.tokenizers else 1
 
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the bundle except the manifest itself."""

@@ -13,16 +13,15 @@ from dataclasses import fields as dataclass_fields
 from functools import cache
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
-from sdrt.runtime.bundle.components import (
+from sdrt.runtime.bundle.families.record import (
     DYNAMIC_AXES,
-    FAMILIES,
     PRECISIONS,
     ComponentSpec,
+    Family,
     Precision,
     TensorSpec,
-    components_of,
-    required_components,
 )
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.limits import MAX_AXIS, MAX_FILES
 from sdrt.runtime.bundle.manifest import (
     FORMAT,
@@ -63,11 +62,12 @@ def to_json(manifest: Manifest) -> str:
     }
     document["latents"] = asdict(manifest.latents)
     document["schedule"] = manifest.schedule.to_dict()
-    if manifest.tokenizer is not None:
-        document["tokenizer"] = asdict(manifest.tokenizer)
+    family = manifest.record
+    for name, facts in zip(family.tokenizers, manifest.tokenizers, strict=True):
+        document[name] = asdict(facts)
+    if family.reads_text:
         document["text_output"] = manifest.text_output
-    if manifest.tokenizer_2 is not None:
-        document["tokenizer_2"] = asdict(manifest.tokenizer_2)
+    if family.zeros_for_no_text:
         document["force_zeros_for_empty_prompt"] = manifest.force_zeros_for_empty_prompt
     if manifest.image_processor is not None:
         document["image_processor"] = asdict(manifest.image_processor)
@@ -118,27 +118,25 @@ def from_json(text: str | bytes) -> Manifest:
 
 def _manifest(document: Mapping[str, Any]) -> Manifest:
     family = _family(document)
-    table = components_of(family)
-    parts = {name: _component(name, part, table) for name, part in document["components"].items()}
-    missing = [name for name in required_components(family) if name not in parts]
+    parts = {name: _component(name, part, family) for name, part in document["components"].items()}
+    missing = [name for name in family.required if name not in parts]
     if missing:
         raise BundleError(f"{MANIFEST_NAME} lacks the component {', '.join(missing)}")
-    reads_text = "text_encoder" in table
+    reads_text = family.reads_text
     return Manifest(
-        family=family,
+        family=family.name,
         components=parts,
         latents=_value(LatentGeometry, document["latents"], "latents"),
         schedule=NoiseSchedule.from_dict(_value(dict, document["schedule"], "schedule")),
-        tokenizer=_value(TokenizerFacts, document["tokenizer"], "tokenizer") if reads_text else None,
+        tokenizers=tuple(_value(TokenizerFacts, document[name], name) for name in family.tokenizers),
         text_output=_value(str, document["text_output"], "text_output") if reads_text else "",
         defaults=_defaults(_value(dict, document["defaults"], "defaults")),
         limits=_value(Limits, document["limits"], "limits"),
         provenance=_value(dict, document.get("provenance", {}), "provenance"),
         parity=_value(dict, document.get("parity", {}), "parity"),
-        tokenizer_2=(
-            _value(TokenizerFacts, document["tokenizer_2"], "tokenizer_2") if family == "sdxl" else None
+        force_zeros_for_empty_prompt=(
+            family.zeros_for_no_text and _flag(document, "force_zeros_for_empty_prompt")
         ),
-        force_zeros_for_empty_prompt=family == "sdxl" and _flag(document, "force_zeros_for_empty_prompt"),
         ranges=_value(dict, document.get("ranges", {}), "ranges"),
         image_processor=(
             None
@@ -149,15 +147,15 @@ def _manifest(document: Mapping[str, Any]) -> Manifest:
     )
 
 
-def _family(document: Mapping[str, Any]) -> str:
-    """The family, if this version knows it: what else stands in the manifest depends on it."""
+def _family(document: Mapping[str, Any]) -> Family:
+    """The family's record, if this version knows it: what else stands in the manifest depends on it."""
     family = _value(str, document["family"], "family")
     if family not in FAMILIES:
         raise BundleError(
             f"the bundle is of the family {family[:40]!r}, this sdrt draws {', '.join(FAMILIES)}: "
             "upgrade sdrt"
         )
-    return family
+    return FAMILIES[family]
 
 
 def _defaults(given: Mapping[str, Any]) -> Defaults:
@@ -236,15 +234,14 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))[:100]
 
 
-def _component(name: str, part: Mapping[str, Any], family: Mapping[str, ComponentSpec]) -> Component:
-    if name not in family:
+def _component(name: str, part: Mapping[str, Any], family: Family) -> Component:
+    if name not in family.components:
         raise BundleError(f"{MANIFEST_NAME} names an unknown component {name[:40]!r}")
     precision = part["precision"]
     if precision not in PRECISIONS:
         raise BundleError(f"component {name} has the unknown precision {str(precision)[:40]!r}")
-    table = family[name]
-    spec = ComponentSpec(
-        name,
+    table = family.components[name]
+    spec = table.with_tensors(
         _tensors(f"the inputs of {name}", part["inputs"], _without_absent(table, part["inputs"]), precision),
         _tensors(f"the outputs of {name}", part["outputs"], table.outputs, precision),
     )

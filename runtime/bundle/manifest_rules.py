@@ -6,6 +6,13 @@ import re
 from pathlib import PurePosixPath
 
 from sdrt.runtime.bundle import limits as most
+from sdrt.runtime.bundle.families.components import (
+    CLIP_SKIP,
+    CUSTOM_EMBEDDINGS,
+    ENCODER_HIDDEN_STATES,
+    INPAINTING,
+)
+from sdrt.runtime.bundle.families.record import TensorSpec
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.samplers.registry import SAMPLERS
@@ -102,8 +109,8 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
         *parts["unet"].spec.outputs,
         *parts["vae_decoder"].spec.inputs,
     )
-    rules = _text_rules(manifest) if manifest.tokenizers else _image_rules(manifest)
-    inpainting = parts["unet"].spec.input("inpainting")
+    rules = _text_rules(manifest) if manifest.record.reads_text else _image_rules(manifest)
+    inpainting = parts["unet"].spec.input(INPAINTING)
     return rules | {
         "the unet and the vae_decoder have the latents' channels": all(
             spec.shape[1] == manifest.latents.channels for spec in latents
@@ -123,12 +130,14 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
 
 def _image_rules(manifest: Manifest) -> dict[str, bool]:
     """Rule → whether it holds: the image encoder and what it gives."""
-    encoder, facts = manifest.components["image_encoder"].spec, manifest.image_processor
-    embeddings = manifest.components["unet"].spec.inputs[2]
+    (encoder,) = manifest.record.encoders
+    spec, facts = manifest.components[encoder.component].spec, manifest.image_processor
     return {
-        "the image encoder's output fits the unet": encoder.outputs[0].shape[2] == embeddings.shape[2],
+        "the image encoder's output fits the unet": all(
+            _widths(manifest, name) == _width_of(manifest, name) for name in encoder.gives
+        ),
         "the image_processor's size is the image encoder's": (
-            facts is not None and encoder.inputs[0].shape[2:] == (facts.size, facts.size)
+            facts is not None and spec.inputs[0].shape[2:] == (facts.size, facts.size)
         ),
         "the image_processor's std are above 0": facts is not None and min(facts.std) > 0,
         "limits: max_chunks is 1 and max_clip_skip 0 without text": (
@@ -139,46 +148,57 @@ def _image_rules(manifest: Manifest) -> dict[str, bool]:
 
 def _text_rules(manifest: Manifest) -> dict[str, bool]:
     """Rule → whether it holds: text encoders, tokenizers and what the U-Net reads of them."""
-    parts = manifest.components
-    texts = {spec.name: spec.shape[1:] for spec in parts["text_encoder"].spec.outputs}
-    unet = parts["unet"].spec
-    embeddings = unet.inputs[2]
-    encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
-    given = texts.get(manifest.text_output)
-    rules = {"text_output is an output of the text encoder": given is not None}
-    if manifest.tokenizer_2 is not None:
-        hidden, pooled = parts["text_encoder_2"].spec.outputs
-        given = None if given is None else (given[0], _sum(given[1], hidden.shape[2]))
-        added = unet.input("text_embeds")
-        rules["text_encoder_2's text_embeds fit the unet"] = (
-            added is not None and pooled.shape[1:] == added.shape[1:]
-        )
-    context = embeddings.shape[1]
-    return rules | {
-        "the text encoder's output fits the unet": given is not None and given[1:] == embeddings.shape[2:],
+    family, unet = manifest.record, manifest.components["unet"].spec
+    encoders = [manifest.components[encoder.component].spec for encoder in family.encoders]
+    states = {encoder.gives[ENCODER_HIDDEN_STATES] for encoder in family.encoders}
+    embeddings = unet.input(ENCODER_HIDDEN_STATES)
+    context = None if embeddings is None else embeddings.shape[1]
+    added = {name for encoder in family.encoders for name in encoder.gives} - {ENCODER_HIDDEN_STATES}
+    return {
+        "text_output is what the unet reads of the text encoders": {manifest.text_output} == states,
+        "the text encoder's output fits the unet": (
+            _widths(manifest, ENCODER_HIDDEN_STATES) == _width_of(manifest, ENCODER_HIDDEN_STATES)
+        ),
+        **{
+            f"the text encoders' {name} fit the unet": _widths(manifest, name) == _width_of(manifest, name)
+            for name in sorted(added)
+        },
         "the tokenizer's max_length fits the text encoder and the unet": all(
-            part.spec.inputs[0].shape[1] == facts.max_length and context in ("context", facts.max_length)
-            for part, facts in zip(encoders, manifest.tokenizers, strict=True)
+            spec.inputs[0].shape[1] == facts.max_length and context in ("context", facts.max_length)
+            for spec, facts in zip(encoders, manifest.tokenizers, strict=True)
         ),
         "custom_embeddings are as wide as the text encoder's hidden states": all(
-            custom.shape[2] == hidden.shape[2]
-            for custom, hidden in (
-                (part.spec.input("custom_embeddings"), part.spec.outputs[0]) for part in encoders
-            )
-            if custom is not None
+            custom.shape[2] == spec.outputs[0].shape[2]
+            for spec in encoders
+            if (custom := spec.input(CUSTOM_EMBEDDINGS)) is not None
         ),
         "limits: max_chunks is 1 where the unet's context has one size": (
             context == "context" or manifest.limits.max_chunks == 1
         ),
         "limits: max_clip_skip is 0 where the text encoders do not read clip_skip": (
-            manifest.limits.max_clip_skip == 0
-            or all(part.spec.input("clip_skip") is not None for part in encoders)
+            manifest.limits.max_clip_skip == 0 or all(spec.input(CLIP_SKIP) is not None for spec in encoders)
         ),
     }
 
 
-def _sum(left: int | str, right: int | str) -> int:
-    """Of two widths, which are numbers in every manifest that passed `_tensors`."""
-    assert isinstance(left, int)
-    assert isinstance(right, int)
-    return left + right
+def _width_of(manifest: Manifest, name: str) -> int | None:
+    """The numbers that an input of the U-Net has along its last axis."""
+    entry = manifest.components["unet"].spec.input(name)
+    return None if entry is None else _number(entry)
+
+
+def _widths(manifest: Manifest, name: str) -> int:
+    """Those that the encoders give for it, side by side."""
+    total = 0
+    for index, output in manifest.record.sources(name):
+        entry = manifest.components[manifest.record.encoders[index].component].spec.output(output)
+        assert entry is not None  # in every manifest that passed `_tensors`
+        total += _number(entry)
+    return total
+
+
+def _number(entry: TensorSpec) -> int:
+    """The size of a tensor's last axis, a number in every manifest that passed `_tensors`."""
+    width = entry.shape[-1]
+    assert isinstance(width, int)
+    return width

@@ -33,8 +33,8 @@ class Arena:
         """Allocate.
 
         Args:
-            device: Owns the memory.
-            sections: Shape and dtype of each buffer, by name.
+            device: The device that owns the memory.
+            sections: The shape and dtype of each buffer, by name.
 
         Raises:
             DeviceMemoryError: It does not fit.
@@ -86,7 +86,7 @@ class Span:
     """
 
     def __init__(self, buffer: Buffer, sections: Mapping[str, _Section]) -> None:
-        """Use `Arena.span`."""
+        """Made by `Arena.span`."""
         self.buffer = buffer
         self._sections = sections
 

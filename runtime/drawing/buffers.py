@@ -11,24 +11,16 @@ from numpy.typing import NDArray
 
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.components import SAMPLE, TIMESTEP
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.arena import ALIGNMENT, Arena, Sections
 from sdrt.runtime.devices.device import Buffer, Device
-from sdrt.runtime.drawing.faults import MAX_ENCODERS
 from sdrt.runtime.errors import UsageError
-
-MAX_ROWS: Final = 2048  # that the table's buffer holds: two evaluations for each trained timestep, and a few
-
-# What the U-Net may read. The last three are numbers of the request; what is not named here is made by the
-# text or image encoders.
-SAMPLE, TIMESTEP = "sample", "timestep"
-TIME_IDS, TIMESTEP_COND, INPAINTING = "time_ids", "timestep_cond", "inpainting"
-REQUEST_INPUTS: Final = (TIME_IDS, TIMESTEP_COND, INPAINTING)
-_SMALL_INPUTS: Final = (TIME_IDS, TIMESTEP_COND)  # uploaded together with the rest of a run's numbers
+from sdrt.runtime.request.sampling import MAX_ROWS
 
 # Fields of StepBuffers that are sections of the same name. Of every step:
 _STEP_BUFFERS: Final = (
-    *("latents", "noise", "rows", "timesteps", "counter", "fault", "sample", "timestep"),
+    *("latents", "noise", "rows", "timesteps", "counter", "fault"),
     *("seeds", "draws", "ticket", "count"),
 )
 # … and of the kinds of steps that want them.
@@ -37,7 +29,9 @@ RESCALE: Final = ("factors", "guidance_rescale")
 DENOISED: Final = ("denoised",)
 
 
-def loop_sections(spec: ComponentSpec, axes: Mapping[str, int], images: int, factor: int) -> Sections:
+def loop_sections(
+    spec: ComponentSpec, axes: Mapping[str, int], images: int, factor: int, encoders: int
+) -> Sections:
     """What the loop's memory holds, in an order in which whatever is copied together lies together.
 
     What only some kinds of steps use is there in any case: a mask, two latents to keep and one to show come
@@ -48,11 +42,14 @@ def loop_sections(spec: ComponentSpec, axes: Mapping[str, int], images: int, fac
         axes: The size of each of its named axes.
         images: N.
         factor: Image pixels per latent and side.
+        encoders: How many fault words each row has for what it is drawn from.
     """
     (output,) = spec.outputs
     channels, height, width = output.concrete(axes)[1:]
     state = (images, channels, height, width)
     inputs = {entry.name: (entry.concrete(axes), entry.dtype) for entry in spec.inputs}
+    # Numbers of the request are uploaded together with the rest of a run's, but for what is of latents' size.
+    small = {e.name for e in spec.inputs if e.name in spec.of_request and "latent_height" not in e.shape}
     return {
         # Uploaded when a run starts …
         "rows": ((MAX_ROWS, COLUMNS), "float32"),
@@ -67,13 +64,13 @@ def loop_sections(spec: ComponentSpec, axes: Mapping[str, int], images: int, fac
         "zero_timestep": ((1,), "float32"),
         "zero": ((1,), "int32"),
         "one": ((1,), "int32"),
-        **{name: section for name, section in inputs.items() if name in _SMALL_INPUTS},
+        **{name: section for name, section in inputs.items() if name in small},
         # … and downloaded when it has ended, from here …
         "fault": ((1,), "int32"),
         "decoder_fault": ((1,), "int32"),
         "given_fault": ((1,), "int32"),
         # (uploaded up to here)
-        "text_faults": ((axes["rows"], MAX_ENCODERS), "int32"),
+        "text_faults": ((axes["rows"], encoders), "int32"),
         "latents": (state, "float32"),
         "pixels": ((images, height * factor, width * factor, 3), "uint8"),
         # … up to here.
@@ -85,7 +82,7 @@ def loop_sections(spec: ComponentSpec, axes: Mapping[str, int], images: int, fac
         "factors": ((images,), "float32"),
         "denoised": (state, "float32"),
         output.name: (output.concrete(axes), output.dtype),
-        **{name: section for name, section in inputs.items() if name not in _SMALL_INPUTS},
+        **{name: section for name, section in inputs.items() if name not in small},
     }
 
 
@@ -95,6 +92,8 @@ def step_buffers(arena: Arena, spec: ComponentSpec) -> StepBuffers:
     state = tuple(arena["latents"].shape)
     return StepBuffers(
         **{name: arena[name] for name in _STEP_BUFFERS},
+        sample=arena[SAMPLE],
+        timestep=arena[TIMESTEP],
         noise_pred=arena[output.name],
         history=arena.part("memory", 0, (HISTORY, *state)),
         saved=arena.part("memory", HISTORY * math.prod(state), state),
@@ -167,7 +166,7 @@ def check_request_inputs(spec: ComponentSpec, inputs: Mapping[str, NDArray[Any]]
     Raises:
         UsageError: It is so.
     """
-    wanted = [entry.name for entry in spec.inputs if entry.name in REQUEST_INPUTS]
+    wanted = [entry.name for entry in spec.inputs if entry.name in spec.of_request]
     if missing := [name for name in wanted if name not in inputs]:
         raise UsageError(f"the {spec.name} reads {', '.join(missing)}, which inputs do not hold: give them")
     if unknown := [name for name in inputs if name not in wanted]:

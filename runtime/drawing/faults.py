@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.guided_step import NO_FAULT
 from sdrt.runtime.errors import NumericsError, UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
-
-MAX_ENCODERS: Final = 2  # text encoders of one family, each with a fault word per text
+from sdrt.runtime.samplers.table import SamplerTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +18,7 @@ class Faults:
     """Who gave NaN or infinity.
 
     Attributes:
-        texts: bool [rows, MAX_ENCODERS], per row of the U-Net's batch, in the order of the family's encoders.
+        texts: bool [rows, encoders], per row of the U-Net's batch, in the order of the family's encoders.
         given: Whether the latents that the caller brought were not finite.
         unet: The first step whose output was not finite, or ``NO_FAULT``.
         decoder: Whether the decoder's output was not finite.

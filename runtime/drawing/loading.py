@@ -8,14 +8,14 @@ from typing import Final
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.registry import Choice, load_executor
 from sdrt.runtime.bundle.bundle import Bundle, Verify
+from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
-from sdrt.runtime.drawing.generation import ConditionEncoder
+from sdrt.runtime.drawing.conditioning import ConditionEncoder
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder
 from sdrt.runtime.drawing.text_encoders import open_tokenizers, text_encoders
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.request.request import Request
 from sdrt.runtime.request.texts import MAX_IMAGES
-from sdrt.runtime.samplers.schedule import check_integer
 from sdrt.runtime.text.chunks import Blend, Prompt, PromptPlanner
 from sdrt.runtime.text.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ AT_ONCE: Final = 2  # components that are loaded at the same time: loading one i
 def check_gpu(device: int, stream: object) -> None:
     if stream is not None:
         raise UsageError("device and stream were both given: a stream has its device, leave the number out")
-    check_integer("device", device, 0, MAX_DEVICES - 1)
+    whole_from("device", device, 0, MAX_DEVICES - 1)
 
 
 def condition_encoder(
@@ -37,10 +37,12 @@ def condition_encoder(
 ) -> ConditionEncoder:
     """What reads the conditions; tokenizers that are not given are opened."""
     limits = bundle.manifest.limits
-    if "image_encoder" in executors:
+    family = bundle.manifest.record
+    if not family.reads_text:
         from sdrt.runtime.drawing.picture_conditioning import ImageEncoder
 
-        return ImageEncoder(executors["image_encoder"], device, batch=limits.min_batch)
+        (encoder,) = family.encoders
+        return ImageEncoder(executors[encoder.component], encoder.gives, device, batch=limits.min_batch)
     return PromptEncoder(
         text_encoders(bundle, executors, open_tokenizers(bundle) if tokenizers is None else tokenizers),
         device,
@@ -77,7 +79,7 @@ def longest_prompt(bundle: Bundle, requests: Sequence[Request]) -> int:
 
 def needed(bundle: Bundle) -> list[str]:
     """The components that every drawing needs, the largest first: it takes the longest to load."""
-    return sorted(bundle.manifest.required_components, key=lambda name: -_size(bundle, name))
+    return sorted(bundle.manifest.record.required, key=lambda name: -_size(bundle, name))
 
 
 def executor_of(

@@ -18,16 +18,13 @@ from sdrt.kernels.guided_step import NO_FAULT, StepBuffers
 from sdrt.kernels.philox_normal import NO_DRAW
 from sdrt.kernels.sampler_row import COLUMNS, Column
 from sdrt.runtime.backends.executor import Executor, replayable
+from sdrt.runtime.bundle.families.components import SAMPLE, TIMESTEP
 from sdrt.runtime.devices.arena import Arena
 from sdrt.runtime.devices.device import Buffer, Device
 from sdrt.runtime.drawing.buffers import (
     BLEND,
     DENOISED,
-    INPAINTING,
-    REQUEST_INPUTS,
     RESCALE,
-    SAMPLE,
-    TIMESTEP,
     ConditionalHalf,
     check_array,
     check_request_inputs,
@@ -36,7 +33,7 @@ from sdrt.runtime.drawing.buffers import (
 )
 from sdrt.runtime.drawing.faults import Faults
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ class DenoiseLoop:
         pixels: uint8 [N, H, W, 3], where a decoder is to put the pictures, so that one download brings all.
         decoder_fault: int32 [1], not 0 if the decoder gave NaN or infinity.
         given_fault: int32 [1], not 0 if the latents that a caller brought hold NaN or infinity.
-        text_faults: For each row of the batch int32 [1, MAX_ENCODERS].
+        text_faults: For each row of the batch int32 [1, encoders].
         conditioning: For every input of the U-Net that is made of texts or pictures, its rows [1, ...].
     """
 
@@ -96,6 +93,7 @@ class DenoiseLoop:
         guided: bool,
         factor: int = 1,
         context: int = 77,
+        encoders: int = 1,
     ) -> None:
         """Allocate every buffer and bind the U-Net to them.
 
@@ -108,6 +106,7 @@ class DenoiseLoop:
                 may leave it out.
             factor: Image pixels per latent and side.
             context: Embeddings that the cross-attention reads for each row, where the U-Net leaves it open.
+            encoders: How many components make the conditioning; each has a fault word for each row.
 
         Raises:
             DeviceMemoryError: The buffers do not fit.
@@ -120,14 +119,14 @@ class DenoiseLoop:
             "latent_width": size[1],
             "context": context,
         }
-        arena = Arena(device, loop_sections(unet.spec, axes, images, factor))
+        arena = Arena(device, loop_sections(unet.spec, axes, images, factor, encoders))
         self.arena = arena
         self.buffers = step_buffers(arena, unet.spec)
         self.noise = arena["noise"]
         self.pixels = arena["pixels"]
         self.decoder_fault, self.given_fault = arena["decoder_fault"], arena["given_fault"]
         self.text_faults = arena.rows("text_faults")
-        not_made = (SAMPLE, TIMESTEP, *REQUEST_INPUTS)
+        not_made = (SAMPLE, TIMESTEP, *unet.spec.of_request)
         made = [entry.name for entry in unet.spec.inputs if entry.name not in not_made]
         self.conditioning = {name: arena.rows(name) for name in made}
         self._setup = arena.span("rows", "given_fault")
@@ -215,8 +214,8 @@ class DenoiseLoop:
             known_noise: float32 [N, C, h, w], what brings them to a row's noise level.
             mask: float32 [N, 1, h, w] in [0, 1]: 1 is drawn, 0 is kept. These three or none.
             guidance_rescale: phi in [0, 1], how far steps which rescale do so.
-            inputs: What the U-Net reads beside texts, for each of its R rows: ``time_ids`` [R, 6],
-                ``timestep_cond`` [R, k], ``inpainting`` [R, 5, h, w], each where its spec has it.
+            inputs: What the U-Net reads beside texts, for each of its R rows: all of its spec's
+                ``of_request``, by name.
 
         Raises:
             UsageError: An array of another shape, one of those that belong together without the others, or an
@@ -232,8 +231,8 @@ class DenoiseLoop:
 
         scale = table.init_noise_sigma if scale is None else scale
         self._upload_setup(table, guidance, seeds, drawn, scale, guidance_rescale, given)
-        if INPAINTING in given:
-            self._device.upload(given[INPAINTING], self.arena[INPAINTING])
+        for name in given.keys() - self._setup_arrays.keys():
+            self._device.upload(given[name], self.arena[name])
         self._has_mask = mask is not None
         for name, kept in blend.items():
             if kept is not None:

@@ -13,18 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import replayable
+from sdrt.runtime.bundle.families.components import (
+    CLIP_SKIP,
+    CUSTOM_EMBEDDINGS,
+    ENCODER_HIDDEN_STATES,
+    INPUT_IDS,
+)
 from sdrt.runtime.devices.arena import Arena, Span
 from sdrt.runtime.devices.device import Buffer, Device
-from sdrt.runtime.drawing.faults import MAX_ENCODERS, Faults
+from sdrt.runtime.drawing.faults import Faults
 from sdrt.runtime.drawing.loop import DenoiseLoop
 from sdrt.runtime.drawing.text_encoders import (
-    CUSTOM,
-    EMBEDDINGS,
     FAULTS,
     FRESH,
-    IDS,
-    POOLED,
-    SKIP,
     TextEncoder,
     encoder_sections,
     in_slot,
@@ -34,7 +35,7 @@ from sdrt.runtime.drawing.text_encoders import (
     weighted,
 )
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 from sdrt.runtime.text.chunks import (
     Blend,
     Chunk,
@@ -79,7 +80,7 @@ class PromptEncoder:
         """Allocate the cache and bind the encoders to buffers of their own.
 
         Args:
-            encoders: One, or SDXL's two, in the order in which their hidden states stand side by side.
+            encoders: In the order in which their hidden states stand side by side.
             device: Owns the buffers.
             batch: The smallest batch that the graphs admit; every row of it holds the same text.
             most_texts: How many different texts one call of `write` may name without one of them being
@@ -104,7 +105,7 @@ class PromptEncoder:
             for name, section in self._record.items()
         }
         self._arena = Arena(device, {**encoder_sections(encoders, batch), **slots})
-        self._upload = self._arena.span(input_name(0, IDS), in_slot(FRESH, FAULTS))
+        self._upload = self._arena.span(input_name(0, INPUT_IDS), in_slot(FRESH, FAULTS))
         self._upload_bytes = self._upload.new_host_bytes()
         self._plans: OrderedDict[tuple[Prompt | Blend, int], Plan] = OrderedDict()
         self._cache: OrderedDict[Part, int] = OrderedDict()  # chunk → slot
@@ -146,7 +147,7 @@ class PromptEncoder:
         Raises:
             UsageError: A shape does not fit, or the bundle's text encoders take no embeddings.
         """
-        if any(encoder.executor.spec.input(CUSTOM) is None for encoder in self._encoders):
+        if any(encoder.executor.spec.input(CUSTOM_EMBEDDINGS) is None for encoder in self._encoders):
             raise UsageError(
                 "this bundle's text encoders take no embeddings of textual inversion, since an older sdrt "
                 "wrote it: export the checkpoint again"
@@ -220,7 +221,7 @@ class PromptEncoder:
 
         In a row of several chunks the words do not tell the encoders apart.
         """
-        words = np.zeros(MAX_ENCODERS, bool)
+        words = np.zeros(len(self._encoders), bool)
         plans = [plan for (planned, _), plan in self._plans.items() if planned == prompt]
         for part in {part for plan in plans for part in with_sources(plan.chunks)} & set(self._cache):
             slot = self._cache.pop(part)
@@ -241,19 +242,20 @@ class PromptEncoder:
     def _copy_to_row(self, slot: int, loop: DenoiseLoop, row: int, number: int, chunks: int) -> None:
         """One chunk's record to its place in a row; the pooled embedding is the first chunk's."""
         device, arena = self._device, self._arena
-        embeddings = arena[in_slot(slot, EMBEDDINGS)]
+        embeddings = arena[in_slot(slot, ENCODER_HIDDEN_STATES)]
         if chunks == 1:
-            target = loop.conditioning[EMBEDDINGS][row]
+            target = loop.conditioning[ENCODER_HIDDEN_STATES][row]
         else:
             each = math.prod(embeddings.shape)
-            target = loop.arena.part(EMBEDDINGS, (row * chunks + number) * each, embeddings.shape)
+            target = loop.arena.part(ENCODER_HIDDEN_STATES, (row * chunks + number) * each, embeddings.shape)
         device.copy(embeddings, target)
         if number:
-            device.check_finite(embeddings, loop.arena.part("text_faults", row * MAX_ENCODERS, (1,)))
+            first = loop.arena.part("text_faults", row * len(self._encoders), (1,))
+            device.check_finite(embeddings, first)
             return
         device.copy(arena[in_slot(slot, FAULTS)], loop.text_faults[row])
         for name in loop.conditioning:
-            if name != EMBEDDINGS:
+            if name != ENCODER_HIDDEN_STATES:
                 device.copy(arena[in_slot(slot, name)], loop.conditioning[name][row])
 
     def _slot(self, part: Part) -> int:
@@ -282,8 +284,8 @@ class PromptEncoder:
         """Queue the encoding of a chunk into the fresh record."""
         given = self._upload.arrays(self._upload_bytes)
         for index, row in enumerate(chunk.rows):
-            given[input_name(index, IDS)][...] = row.ids
-            if (skip := input_name(index, SKIP)) in given:
+            given[input_name(index, INPUT_IDS)][...] = row.ids
+            if (skip := input_name(index, CLIP_SKIP)) in given:
                 given[skip][...] = chunk.clip_skip
             if row.own:
                 self._upload_own(index, row)
@@ -292,7 +294,7 @@ class PromptEncoder:
 
     def _upload_own(self, index: int, row: Row) -> None:
         """Put embeddings of textual inversion where an encoder reads them; elsewhere it reads nothing."""
-        buffer = self._arena[input_name(index, CUSTOM)]
+        buffer = self._arena[input_name(index, CUSTOM_EMBEDDINGS)]
         values = np.zeros(buffer.shape, buffer.dtype)
         for place, name, number in row.own:
             values[:, place] = self._own[name][index][number]
@@ -308,7 +310,7 @@ class PromptEncoder:
 
     def _weigh(self, chunk: Chunk) -> NDArray[np.uint8]:
         record, sections = self._host_record(chunk.unweighted())
-        states, column = sections[EMBEDDINGS], 0
+        states, column = sections[ENCODER_HIDDEN_STATES], 0
         for encoder, row in zip(self._encoders, chunk.rows, strict=True):
             part = states[..., column : column + encoder.width]
             column += encoder.width
@@ -346,24 +348,22 @@ class PromptEncoder:
         return work
 
     def _copies_to_record(self) -> list[tuple[Buffer, Buffer]]:
-        """From the encoders' outputs: hidden states side by side, which is a copy per token, and the rest."""
+        """From the encoders' outputs; of several for one input, side by side, which is a copy per token."""
         arena, copies = self._arena, []
-        record = {name: in_slot(FRESH, name) for name in self._record}
-        (_, tokens, width), _ = self._record[EMBEDDINGS]
-        column = 0
-        for index, encoder in enumerate(self._encoders):
-            part = encoder.width
-            pieces = 1 if part == width else tokens  # a single encoder's states are one stretch
-            run = tokens * part // pieces
-            for piece in range(pieces):
-                source = arena.part(output_name(index, encoder.hidden), piece * run, (run,))
-                target = arena.part(record[EMBEDDINGS], column + piece * width, (run,))
-                copies.append((source, target))
-            column += part
-            if encoder.pooled is not None:
-                shape, _ = self._record[POOLED]
-                pooled = arena.part(output_name(index, encoder.pooled), 0, shape)
-                copies.append((pooled, arena[record[POOLED]]))
+        for name, (shape, _) in self._record.items():
+            lines, width, column = math.prod(shape[:-1]), shape[-1], 0
+            for index, encoder in enumerate(self._encoders):
+                if name not in encoder.gives:
+                    continue
+                output = encoder.output(name)
+                own = output.shape[-1]
+                pieces = 1 if own == width else lines  # what one encoder gives alone is one stretch
+                run = lines * own // pieces
+                for piece in range(pieces):
+                    source = arena.part(output_name(index, output.name), piece * run, (run,))
+                    target = arena.part(in_slot(FRESH, name), column + piece * width, (run,))
+                    copies.append((source, target))
+                column += own
         return copies
 
     def _span(self, slot: int) -> Span:

@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.bundle.families.components import CUSTOM_EMBEDDINGS, ENCODER_HIDDEN_STATES
 from sdrt.runtime.devices.arena import Sections
-from sdrt.runtime.drawing.faults import MAX_ENCODERS
 from sdrt.runtime.text.syntax import MAX_WEIGHT
 from sdrt.runtime.text.tokenizer import Tokenizer
 
-IDS, CUSTOM, SKIP = "input_ids", "custom_embeddings", "clip_skip"  # inputs of a text encoder
-EMBEDDINGS, POOLED = "encoder_hidden_states", "text_embeds"  # inputs of the U-Net
 FRESH: Final = -1  # the slot of the text that is being encoded
 FAULTS: Final = "faults"
 MIN_MEAN: Final = 1e-3  # of hidden states whose mean is restored, as a share of their size
@@ -29,25 +27,36 @@ class TextEncoder(NamedTuple):
     Attributes:
         tokenizer: Its own.
         executor: On the device.
-        hidden: Its output that the U-Net was trained on; of several encoders they stand side by side.
-        pooled: Its output that the U-Net reads as ``text_embeds``, if any.
+        gives: Input of the U-Net → its output, see `sdrt.runtime.bundle.families.record.Encoder`.
     """
 
     tokenizer: Tokenizer
     executor: Executor
-    hidden: str
-    pooled: str | None = None
+    gives: Mapping[str, str]
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The outputs that are wanted of it."""
-        return (self.hidden,) if self.pooled is None else (self.hidden, self.pooled)
+        return tuple(dict.fromkeys(self.gives.values()))
 
     @property
     def width(self) -> int:
         """Numbers that its hidden state has for each token."""
-        (spec,) = (spec for spec in self.executor.spec.outputs if spec.name == self.hidden)
-        return spec.concrete({"batch": 1})[-1]
+        return self.output(ENCODER_HIDDEN_STATES).shape[-1]
+
+    def output(self, name: str) -> Output:
+        """What it gives for an input of the U-Net."""
+        spec = self.executor.spec.output(self.gives[name])
+        assert spec is not None  # in every family's record
+        return Output(spec.name, spec.concrete({"batch": 1}), spec.dtype)
+
+
+class Output(NamedTuple):
+    """What an encoder gives for one text: the output's name, shape [1, …, width] and dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def open_tokenizers(bundle: Bundle) -> list[Tokenizer]:
@@ -72,12 +81,10 @@ def text_encoders(
     bundle: Bundle, executors: Mapping[str, Executor], tokenizers: Sequence[Tokenizer]
 ) -> list[TextEncoder]:
     """The text encoders of a bundle's family, each with its tokenizer of `open_tokenizers`."""
-    manifest = bundle.manifest
-    encoders = [TextEncoder(tokenizers[0], executors["text_encoder"], manifest.text_output)]
-    if manifest.family == "sdxl":
-        hidden = "penultimate_hidden_state"
-        encoders.append(TextEncoder(tokenizers[1], executors["text_encoder_2"], hidden, POOLED))
-    return encoders
+    return [
+        TextEncoder(tokenizer, executors[encoder.component], encoder.gives)
+        for encoder, tokenizer in zip(bundle.manifest.record.encoders, tokenizers, strict=True)
+    ]
 
 
 def input_name(index: int, name: str) -> str:
@@ -105,24 +112,18 @@ def encoder_sections(encoders: Sequence[TextEncoder], batch: int) -> Sections:
             if spec.name in encoder.outputs:
                 sections[output_name(index, spec.name)] = (spec.concrete(axes), spec.dtype)
         for spec in encoder.executor.spec.inputs:
-            kind = sections if spec.name == CUSTOM else uploaded
+            kind = sections if spec.name == CUSTOM_EMBEDDINGS else uploaded
             kind[input_name(index, spec.name)] = (spec.concrete(axes), spec.dtype)
     return {**sections, **uploaded}
 
 
 def record_sections(encoders: Sequence[TextEncoder]) -> Sections:
-    """What is kept of a text: the fault words first."""
-    specs = [{spec.name: spec for spec in encoder.executor.spec.outputs} for encoder in encoders]
-    hidden = [spec[encoder.hidden] for spec, encoder in zip(specs, encoders, strict=True)]
-    (_, tokens, _) = hidden[0].concrete({"batch": 1})
-    width = sum(encoder.width for encoder in encoders)
-    record: dict[str, tuple[tuple[int, ...], str]] = {
-        FAULTS: ((1, MAX_ENCODERS), "int32"),
-        EMBEDDINGS: ((1, tokens, width), hidden[0].dtype),
-    }
-    for spec, encoder in zip(specs, encoders, strict=True):
-        if encoder.pooled is not None:
-            record[POOLED] = (spec[encoder.pooled].concrete({"batch": 1}), spec[encoder.pooled].dtype)
+    """What is kept of a text: the fault words, then an input of the U-Net each, the hidden states first."""
+    record: dict[str, tuple[tuple[int, ...], str]] = {FAULTS: ((1, len(encoders)), "int32")}
+    for name in dict.fromkeys([ENCODER_HIDDEN_STATES, *(name for one in encoders for name in one.gives)]):
+        given = [encoder.output(name) for encoder in encoders if name in encoder.gives]
+        *rest, _ = given[0].shape
+        record[name] = ((*rest, sum(output.shape[-1] for output in given)), given[0].dtype)
     return record
 
 

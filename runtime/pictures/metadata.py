@@ -41,7 +41,7 @@ _A1111_GENERATORS: Final = {"philox": "NV", "cpu": "CPU"}
 def parameters_text(recipe: Mapping[str, Any]) -> str:
     """The recipe in A1111's form: prompt, negative prompt, then ``Key: value`` pairs on one line."""
     # With NumPy, which the look at an output need not wait for.
-    from sdrt.runtime.samplers.names import a1111_name
+    from sdrt.runtime.samplers.registry import a1111_name
 
     height, width = recipe.get("output_size") or (recipe["height"], recipe["width"])
     pairs = {
@@ -105,7 +105,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         path: A PNG, JPEG or WebP, moving or not.
 
     Returns:
-        See `sdrt.runtime.drawing.output.PipelineOutput.recipes`. It came from outside: nothing in it is
+        See `sdrt.runtime.request.output.PipelineOutput.recipes`. It came from outside: nothing in it is
         checked yet.
 
     Raises:

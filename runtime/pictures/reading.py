@@ -279,6 +279,8 @@ def _upright(image: Image, label: str, *, managed: bool) -> tuple[Image, Image |
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
+    # Not Pillow's ImageOps.exif_transpose: it writes the EXIF data anew, and fails where an entry of them
+    # cannot be written.
     turn = None
     with suppress(Exception):  # damaged EXIF data are no reason to refuse the picture
         turn = turns.get(image.getexif().get(_ORIENTATION, 1))

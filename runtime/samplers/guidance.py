@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import SamplerTable
 from sdrt.runtime.samplers.schedule import FloatArray
+from sdrt.runtime.samplers.table import SamplerTable
 
 MAX_GUIDANCE_SCALE: Final = 1000.0  # float16 predictions times more than this cannot be meant
 # Of the embedding of w that latent consistency models read:

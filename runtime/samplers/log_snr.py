@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
 from sdrt.kernels.sampler_row import HISTORY, Column
+from sdrt.runtime.samplers.sampler import LEVELS, sampler
 from sdrt.runtime.samplers.schedule import (
     FloatArray,
     NoiseSchedule,
@@ -25,6 +27,9 @@ from sdrt.runtime.samplers.schedule import (
 )
 from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES, edm_sigmas
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, given_timesteps, model_rows
+
+_STEPS: Final = "sigma_schedule lower_order_final"
+_DPM: Final = f"{_STEPS} solver_type final_sigmas_type euler_at_final"
 
 FEW_STEPS = 15  # below it diffusers' DPM-Solver and DEIS lower the order of the last steps
 
@@ -120,6 +125,13 @@ def _whole_timesteps(
     return np.round(spaced_timesteps(schedule, num_inference_steps, drop_last=True))
 
 
+@sampler(
+    other_names=("DPM++ 2M", "DPMSolverMultistepScheduler", "k_dpmpp_2m"),
+    options=LEVELS,
+    inherits=f"{_DPM} solver_order algorithm_type",
+    max_order=3,
+    zero_snr=True,
+)
 def dpmpp_2m(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -129,9 +141,12 @@ def dpmpp_2m(
     ``DPMSolverMultistepScheduler`` (``dpmsolver++``, or ``dpmsolver`` of Lu et al. 2022a) and
     ``EDMDPMSolverMultistepScheduler``.
     """
-    return _dpmpp("dpmpp_2m", schedule, num_inference_steps, options, start, order=2, eta=0.0)
+    return _dpmpp(schedule, num_inference_steps, options, start, order=2, eta=0.0)
 
 
+@sampler(
+    other_names=("DPM++ 2M SDE", "k_dpmpp_2m_sde"), options=f"{LEVELS} eta", inherits=_DPM, zero_snr=True
+)
 def dpmpp_2m_sde(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -141,9 +156,10 @@ def dpmpp_2m_sde(
     ``dpmpp_2m``.
     """
     eta = 1.0 if options.eta is None else options.eta
-    return _dpmpp("dpmpp_2m_sde", schedule, num_inference_steps, options, start, order=2, eta=eta)
+    return _dpmpp(schedule, num_inference_steps, options, start, order=2, eta=eta)
 
 
+@sampler(other_names=("DPM++ 3M SDE", "k_dpmpp_3m_sde"), options=LEVELS, inherits=_DPM, zero_snr=True)
 def dpmpp_3m_sde(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -151,9 +167,16 @@ def dpmpp_3m_sde(
 
     See `_dpmpp_weights` for where that is not k-diffusion's ``sample_dpmpp_3m_sde``.
     """
-    return _dpmpp("dpmpp_3m_sde", schedule, num_inference_steps, options, start, order=3, eta=1.0)
+    return _dpmpp(schedule, num_inference_steps, options, start, order=3, eta=1.0)
 
 
+@sampler(
+    other_names=("UniPC", "UniPCMultistepScheduler", "uni_pc"),
+    options=LEVELS,
+    inherits=f"{_STEPS} solver_order solver_type final_sigmas_type",
+    max_order=3,
+    zero_snr=True,
+)
 def unipc(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -180,9 +203,15 @@ def unipc(
         rows[i, Column.B0 : Column.B3 + 1] = predictor[1:] + ratio[i] * correction
         corrector = alphas[i + 1] * unipc_weights(lambdas, i, order, corrector=True, bh1=bh1)
         correction = (corrector - predictor)[:HISTORY]
-    return SamplerTable("unipc", levels.timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable(levels.timesteps, rows, levels.init_noise_sigma)
 
 
+@sampler(
+    other_names=("DEIS", "DEISMultistepScheduler"),
+    options=LEVELS,
+    inherits=f"{_STEPS} solver_order",
+    max_order=3,
+)
 def deis(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -202,11 +231,10 @@ def deis(
         moments = levels.sigmas[i] * _exponential_moments(-(lambdas[i + 1] - lambdas[i]), order)
         weights = np.linalg.solve(np.vander(at, order, increasing=True).T, moments)
         rows[i, Column.B0 : Column.B0 + order] = alphas[i + 1] * weights
-    return SamplerTable("deis", levels.timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable(levels.timesteps, rows, levels.init_noise_sigma)
 
 
 def _dpmpp(
-    name: str,
     schedule: NoiseSchedule,
     num_inference_steps: int,
     options: SamplerOptions,
@@ -230,7 +258,7 @@ def _dpmpp(
         weights = weigh(levels, i, order, eta, heun=options.solver_type == "heun")
         rows[i, Column.B0 : Column.B0 + order] = levels.alphas[i + 1] * weights
     rows[:, Column.C] = levels.alphas[1:] * levels.sigmas[1:] * np.sqrt(1 - kept**2)
-    return SamplerTable(name, levels.timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable(levels.timesteps, rows, levels.init_noise_sigma)
 
 
 def _x0_weights(levels: LogSnrLevels, i: int, order: int, eta: float, *, heun: bool) -> FloatArray:

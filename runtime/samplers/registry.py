@@ -1,139 +1,36 @@
-"""Samplers as tables of coefficients.
+"""All samplers by name, ours and that of others, and the tables that they make.
 
-A sampler is a function from a noise schedule and a number of steps to a :class:`SamplerTable`. Row
-``i`` of the table is one call of the model and one update of the latents ``x``, the same for every
-sampler::
+Adding one is a decorated function in the file of its family; a file of another family is one more in
+`_FAMILIES`, and who draws with a sampler of their own puts it into `SAMPLERS`.
 
-    m  = model(INPUT_SCALE * x, timesteps[i])              after guidance
-    d  = P * x + Q * m
-    x' = A * x + B0 * d + B1 * d[-1] + B2 * d[-2] + B3 * d[-3] + E * saved + C * noise
-    if SAVE: saved = x                                     the old x; x' has read the old saved
-
-where ``d[-k]`` is the ``d`` of ``k`` rows before (zero before the first row), ``saved`` starts as
-zero and ``noise`` is a fresh standard normal array per row. `sdrt.kernels.sampler_row.Column` is the
-layout of a row, :func:`run_table` is this loop in NumPy.
-
-``num_inference_steps`` means what it means in diffusers: how many noise levels a run visits. ``heun``,
-``dpm2``, ``dpm2_a`` and ``dpmpp_sde`` call the model twice in every step but the last, so their tables
-have ``2 * num_inference_steps - 1`` rows; ``pndm`` does its first step twice and has one row more than
-steps. ``len(table)`` is the number of rows, which is what a run costs, and ``table.steps`` says which step
-a row belongs to.
+A name may be ours or what A1111's web UI, diffusers, ComfyUI or k-diffusion say. Case, spaces, dashes and
+underscores say nothing, ``++`` is ``pp``, and a schedule's name may follow (``DPM++ 2M Karras``). Only what
+draws the same is a name: "DPM++ 2S a" and "Restart", which are samplers that we do not have, stay unknown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
 
-import numpy as np
-
-from sdrt.kernels.sampler_row import HISTORY, Column
+from sdrt.runtime.checks import did_you_mean, whole_from
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.log_snr import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, unipc
-from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule, check_integer
-from sdrt.runtime.samplers.sigma import dpm2, dpm2_a, dpmpp_sde, euler, euler_a, heun, lms
+from sdrt.runtime.samplers import log_snr, sigma, timestep
+from sdrt.runtime.samplers.sampler import Sampler
+from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NORMAL, SamplerOptions, SamplerTable
-from sdrt.runtime.samplers.timestep import ddim, ddpm, inversion_table, lcm, pndm, tcd
 
-__all__ = [
-    "SAMPLERS",
-    "Sampler",
-    "SamplerOptions",
-    "SamplerTable",
-    "first_step",
-    "inversion_table",
-    "make_table",
-    "run_table",
-]
+_FAMILIES: Final = (timestep, sigma, log_snr)
 
-
-@dataclass(frozen=True)
-class Sampler:
-    """A sampler: the function that makes its table, the options it has, and how it reads a checkpoint.
-
-    What it does with a checkpoint's configuration is what diffusers' class does that it equals, so that
-    choosing it is ``Class.from_config(pipe.scheduler.config)``.
-
-    * ``make``: from schedule, num_inference_steps, options and start, all checked;
-    * ``options``: names of `SamplerOptions` that mean something to it;
-    * ``inherits``: those of them whose defaults a bundle may set;
-    * ``max_order``: the highest ``solver_order``;
-    * ``timestep_spacing``, ``set_alpha_to_one``: where the checkpoint does not say its own;
-    * ``zero_snr``: whether it knows ``rescale_betas_zero_snr``, which it leaves out if not;
-    * ``edm``: whether it can draw with an EDM model, which has sigmas in place of training timesteps.
-    """
-
-    make: Callable[[NoiseSchedule, int, SamplerOptions, int], SamplerTable]
-    options: frozenset[str]
-    inherits: frozenset[str]
-    max_order: int
-    timestep_spacing: str
-    set_alpha_to_one: bool
-    zero_snr: bool
-    edm: bool
-
-    def reads(self, schedule: NoiseSchedule) -> NoiseSchedule:
-        """The schedule with this sampler's defaults, and without what it does not know."""
-        if schedule.rescale_betas_zero_snr and not self.zero_snr:
-            schedule = replace(schedule, rescale_betas_zero_snr=False)
-        return schedule.with_defaults(
-            timestep_spacing=self.timestep_spacing, set_alpha_to_one=self.set_alpha_to_one
-        )
-
-    def inherited(self, defaults: SamplerOptions) -> dict[str, Any]:
-        """Those of a bundle's defaults that are this sampler's, by name."""
-        return {name: value for name, value in defaults.to_dict().items() if name in self.inherits}
-
-
-def _sampler(
-    make: Callable[[NoiseSchedule, int, SamplerOptions, int], SamplerTable],
-    options: str,
-    *,
-    inherits: str = "",
-    max_order: int = 1,
-    spacing: str = "linspace",
-    alpha_to_one: bool = True,
-    zero_snr: bool = False,
-) -> Sampler:
-    """A record of names in one text; those with sigmas among their options can draw with EDM models."""
-    own = frozenset(inherits.split())
-    names = frozenset(options.split()) | own
-    return Sampler(make, names, own, max_order, spacing, alpha_to_one, zero_snr, "sigmas" in names)
-
-
-_LEVELS = "spacing sigma_schedule timesteps sigmas"
-_STEPS = "sigma_schedule lower_order_final"
-_DPM = f"{_STEPS} solver_type final_sigmas_type euler_at_final"
-
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": _sampler(ddim, "spacing timesteps eta", spacing="leading", zero_snr=True),
-    "ddpm": _sampler(ddpm, "spacing timesteps", spacing="leading", zero_snr=True),
-    "deis": _sampler(deis, _LEVELS, inherits=f"{_STEPS} solver_order", max_order=3),
-    "dpm2": _sampler(dpm2, _LEVELS, inherits="sigma_schedule"),
-    "dpm2_a": _sampler(dpm2_a, f"{_LEVELS} eta", inherits="sigma_schedule"),
-    "dpmpp_2m": _sampler(
-        dpmpp_2m, _LEVELS, inherits=f"{_DPM} solver_order algorithm_type", max_order=3, zero_snr=True
-    ),
-    "dpmpp_2m_sde": _sampler(dpmpp_2m_sde, f"{_LEVELS} eta", inherits=_DPM, zero_snr=True),
-    "dpmpp_3m_sde": _sampler(dpmpp_3m_sde, _LEVELS, inherits=_DPM, zero_snr=True),
-    "dpmpp_sde": _sampler(dpmpp_sde, f"{_LEVELS} eta", inherits="sigma_schedule"),
-    "euler": _sampler(euler, _LEVELS, inherits="sigma_schedule final_sigmas_type", zero_snr=True),
-    "euler_a": _sampler(euler_a, f"{_LEVELS} eta", zero_snr=True),
-    "heun": _sampler(heun, _LEVELS, inherits="sigma_schedule"),
-    "lcm": _sampler(lcm, "timesteps", inherits="original_inference_steps", spacing="leading", zero_snr=True),
-    "lms": _sampler(lms, f"{_LEVELS} solver_order", inherits="sigma_schedule", max_order=4),
-    "pndm": _sampler(pndm, "spacing", spacing="leading", alpha_to_one=False),
-    "tcd": _sampler(
-        tcd, "timesteps eta", inherits="original_inference_steps", spacing="leading", zero_snr=True
-    ),
-    "unipc": _sampler(
-        unipc,
-        _LEVELS,
-        inherits=f"{_STEPS} solver_order solver_type final_sigmas_type",
-        max_order=3,
-        zero_snr=True,
-    ),
+_OURS: Final = [one for family in _FAMILIES for one in vars(family).values() if isinstance(one, Sampler)]
+SAMPLERS: Final[dict[str, Sampler]] = {one.name: one for one in sorted(_OURS, key=lambda one: one.name)}
+# What may follow a sampler's name, in A1111's words → the option that it is here.
+SCHEDULES: Final[Mapping[str, Mapping[str, str]]] = {
+    "Karras": {"sigma_schedule": "karras"},
+    "Exponential": {"sigma_schedule": "exponential"},
+    "Beta": {"sigma_schedule": "beta"},
+    "SGM Uniform": {"spacing": "sgm_uniform"},
 }
 
 
@@ -158,8 +55,6 @@ def make_table(
     does not have.
     """
     if name not in SAMPLERS:
-        from sdrt.runtime.samplers.names import unknown_sampler  # which knows what others call them
-
         raise UsageError(unknown_sampler(name))
     options = SamplerOptions() if options is None else options
     if karras:
@@ -173,17 +68,17 @@ def make_table(
     count = given if num_inference_steps is None else num_inference_steps
     if count is None:
         raise UsageError("num_inference_steps is missing: say how many, or give timesteps or sigmas")
-    check_integer("num_inference_steps", count, 1, schedule.num_train_timesteps)
+    whole_from("num_inference_steps", count, 1, schedule.num_train_timesteps)
     if given not in (None, count):
         raise UsageError(
             f"num_inference_steps is {count}, but there are timesteps or sigmas for {given}: leave it out"
         )
-    check_integer("start", start, 0, count - 1)
+    whole_from("start", start, 0, count - 1)
     if options.sigma_schedule == NORMAL:
         options = replace(options, sigma_schedule=None)
     sampler = SAMPLERS[name]
-    table = sampler.make(sampler.reads(options.applied_to(schedule)), count, options, start)
-    return replace(table, start=start)
+    table = sampler.solver(sampler.reads(options.applied_to(schedule)), count, options, start)
+    return replace(table, start=start, name=name)
 
 
 def first_step(num_inference_steps: int, strength: float) -> int:
@@ -212,7 +107,7 @@ def _check_options(name: str, options: SamplerOptions, *, karras: bool) -> None:
             shown = "karras" if karras and option == "sigma_schedule" else option
             raise UsageError(f"the sampler {name} has no {shown}: use it with {', '.join(having)}")
     if options.solver_order is not None:
-        check_integer("solver_order", options.solver_order, 1, sampler.max_order)
+        whole_from("solver_order", options.solver_order, 1, sampler.max_order)
 
 
 def _check_edm(name: str, options: SamplerOptions) -> None:
@@ -229,32 +124,52 @@ def _check_edm(name: str, options: SamplerOptions) -> None:
             )
 
 
-def run_table(
-    table: SamplerTable,
-    model: Callable[[FloatArray, float], FloatArray],
-    x: FloatArray,
-    noise: FloatArray | None = None,
-) -> FloatArray:
-    """The recurrence in plain NumPy: the definition that every faster loop is compared with.
+def find_sampler(name: object) -> tuple[str, Mapping[str, str]]:
+    """Our name for a sampler, and the options that its name implies.
 
-    ``model(scaled_x, timestep)`` returns an array of x's shape, after guidance. ``x`` is the start,
-    float64 of any shape; ``noise`` is [n, *x.shape], needed where ``table.uses_noise``. Returns the
-    last x. Raises ``UsageError`` where noise is needed and not given.
+    Args:
+        name: Ours or another's, with one in `SCHEDULES` after it or not.
+
+    Raises:
+        UsageError: No text, or no sampler of that name; the message has the nearest and all of ours.
     """
-    history = [np.zeros_like(x)] * HISTORY
-    saved = np.zeros_like(x)
-    for i, row in enumerate(table.rows):
-        m = model(row[Column.INPUT_SCALE] * x, float(table.timesteps[i]))
-        d = row[Column.P] * x + row[Column.Q] * m
-        history = [d, *history[:-1]]
-        new_x = row[Column.A] * x + row[Column.E] * saved
-        for k in range(HISTORY):
-            new_x += row[Column.B0 + k] * history[k]
-        if row[Column.C]:
-            if noise is None:
-                raise UsageError(f"the sampler {table.name} adds noise: give noise of shape [rows, *x.shape]")
-            new_x += row[Column.C] * noise[i]
-        if row[Column.SAVE]:
-            saved = x
-        x = new_x
-    return x
+    if not isinstance(name, str):
+        raise UsageError(f"sampler is {name!r}: a name is wanted, one of {', '.join(SAMPLERS)}")
+    key, known = _key(name), _by_key()
+    for schedule, implied in {"": {}, **SCHEDULES}.items():
+        ending = _key(schedule)
+        sampler = known.get(key.removesuffix(ending)) if key.endswith(ending) else None
+        if sampler is not None:
+            return sampler, implied
+    raise UsageError(unknown_sampler(name))
+
+
+def a1111_name(sampler: str, options: Mapping[str, Any]) -> str:
+    """A1111's name of one of our samplers with its schedule; ours where it has none.
+
+    Args:
+        sampler: Our name.
+        options: Of the recipe: ``karras``, ``sigma_schedule`` and ``spacing`` are read.
+    """
+    asked = {"sigma_schedule": "karras" if options.get("karras") else options.get("sigma_schedule")}
+    asked["spacing"] = "sgm_uniform" if options.get("spacing") == "trailing" else options.get("spacing")
+    ending = next((word for word, implied in SCHEDULES.items() if implied.items() <= asked.items()), "")
+    names = SAMPLERS[sampler].other_names if sampler in SAMPLERS else ()
+    return f"{names[0] if names else sampler} {ending}".strip()
+
+
+def unknown_sampler(name: str) -> str:
+    """What is said of a name that is no sampler of ours: the nearest that there is, and all of ours."""
+    question = did_you_mean(_key(name), _by_key())
+    hint = f" {question}" if question else ""
+    return f"unknown sampler {name[:100]!r}:{hint} allowed are {', '.join(sorted(SAMPLERS))}"
+
+
+def _by_key() -> dict[str, str]:
+    """Our name for every name that is known, by its key."""
+    return {_key(known): ours for ours, one in SAMPLERS.items() for known in (ours, *one.other_names)}
+
+
+def _key(name: str) -> str:
+    """A name without what says nothing in it."""
+    return "".join(filter(str.isalnum, name.casefold().replace("++", "pp")))

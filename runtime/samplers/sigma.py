@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.samplers.sampler import LEVELS, sampler
 from sdrt.runtime.samplers.schedule import (
     FloatArray,
     NoiseSchedule,
@@ -86,6 +87,12 @@ def ancestral_step(before: FloatArray, after: FloatArray, eta: float) -> tuple[F
     return np.sqrt(after**2 - up**2), up
 
 
+@sampler(
+    other_names=("Euler", "EulerDiscreteScheduler", "k_euler"),
+    options=LEVELS,
+    inherits="sigma_schedule final_sigmas_type",
+    zero_snr=True,
+)
 def euler(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -97,9 +104,14 @@ def euler(
     rows = model_rows(schedule, levels.sigmas[:-1], predict="epsilon", variance_preserving=False)
     rows[:, Column.A] = 1.0
     rows[:, Column.B0] = np.diff(levels.sigmas)
-    return SamplerTable("euler", levels.timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable(levels.timesteps, rows, levels.init_noise_sigma)
 
 
+@sampler(
+    other_names=("Euler a", "EulerAncestralDiscreteScheduler", "euler_ancestral", "k_euler_a"),
+    options=f"{LEVELS} eta",
+    zero_snr=True,
+)
 def euler_a(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -113,9 +125,10 @@ def euler_a(
     rows[:, Column.A] = 1.0
     rows[:, Column.B0] = down - levels.sigmas[:-1]
     rows[:, Column.C] = up
-    return SamplerTable("euler_a", levels.timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable(levels.timesteps, rows, levels.init_noise_sigma)
 
 
+@sampler(other_names=("Heun", "HeunDiscreteScheduler", "k_heun"), options=LEVELS, inherits="sigma_schedule")
 def heun(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -132,9 +145,14 @@ def heun(
     rows[1::2, Column.E] = 1.0
     rows[1::2, Column.B0] = rows[1::2, Column.B1] = step[:-1] / 2
     timesteps = _interleaved(levels.timesteps, levels.timesteps[1:])
-    return SamplerTable("heun", timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
+    return SamplerTable(timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
 
 
+@sampler(
+    other_names=("DPM2", "KDPM2DiscreteScheduler", "KDPM2", "k_dpm_2"),
+    options=LEVELS,
+    inherits="sigma_schedule",
+)
 def dpm2(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -142,9 +160,14 @@ def dpm2(
 
     Two rows a step, but one in the last. Equal to diffusers' ``KDPM2DiscreteScheduler``.
     """
-    return _dpm2("dpm2", schedule, num_inference_steps, options, start, eta=0.0)
+    return _dpm2(schedule, num_inference_steps, options, start, eta=0.0)
 
 
+@sampler(
+    other_names=("DPM2 a", "KDPM2AncestralDiscreteScheduler", "dpm_2_ancestral", "k_dpm_2_a", "KDPM2 a"),
+    options=f"{LEVELS} eta",
+    inherits="sigma_schedule",
+)
 def dpm2_a(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -152,9 +175,14 @@ def dpm2_a(
 
     Equal to diffusers' ``KDPM2AncestralDiscreteScheduler``, whose eta is 1; with 0 it is ``dpm2``.
     """
-    return _dpm2("dpm2_a", schedule, num_inference_steps, options, start, eta=_eta(options))
+    return _dpm2(schedule, num_inference_steps, options, start, eta=_eta(options))
 
 
+@sampler(
+    other_names=("DPM++ SDE", "DPMSolverSDEScheduler", "k_dpmpp_sde"),
+    options=f"{LEVELS} eta",
+    inherits="sigma_schedule",
+)
 def dpmpp_sde(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -182,9 +210,15 @@ def dpmpp_sde(
     rows[1::2, Column.B1] = -of_x * (1 - down1 / begin)
     rows[1::2, Column.C] = up2 * np.sqrt((middle - end) / (begin - end))
     timesteps = _interleaved(levels.timesteps, timestep_from_sigma(schedule, middle))
-    return SamplerTable("dpmpp_sde", timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
+    return SamplerTable(timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
 
 
+@sampler(
+    other_names=("LMS", "LMSDiscreteScheduler", "k_lms"),
+    options=f"{LEVELS} solver_order",
+    inherits="sigma_schedule",
+    max_order=4,
+)
 def lms(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -203,11 +237,10 @@ def lms(
         nodes = whole[max(0, i + 1 - most) : i + 1][::-1]
         weights = _lagrange_integrals(nodes, whole[i], whole[i + 1])
         row[Column.B0 : Column.B0 + len(nodes)] = weights
-    return SamplerTable("lms", levels.timesteps, rows, levels.init_noise_sigma)
+    return SamplerTable(levels.timesteps, rows, levels.init_noise_sigma)
 
 
 def _dpm2(
-    name: str,
     schedule: NoiseSchedule,
     num_inference_steps: int,
     options: SamplerOptions,
@@ -226,7 +259,7 @@ def _dpm2(
     rows[1::2, Column.B0] = down - begin
     rows[1::2, Column.C] = up
     timesteps = _interleaved(levels.timesteps, timestep_from_sigma(schedule, middle))
-    return SamplerTable(name, timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
+    return SamplerTable(timesteps, rows, levels.init_noise_sigma, _two_rows_each(rows))
 
 
 def _two_row_steps(

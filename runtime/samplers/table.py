@@ -1,7 +1,28 @@
-"""What every sampler is made of: its options, the noise levels it visits, and the rows of its table."""
+"""Samplers as tables of coefficients: what a row means, and what a user may ask of who makes one.
+
+A sampler is a function from a noise schedule and a number of steps to a :class:`SamplerTable`. Row
+``i`` of the table is one call of the model and one update of the latents ``x``, the same for every
+sampler::
+
+    m  = model(INPUT_SCALE * x, timesteps[i])              after guidance
+    d  = P * x + Q * m
+    x' = A * x + B0 * d + B1 * d[-1] + B2 * d[-2] + B3 * d[-3] + E * saved + C * noise
+    if SAVE: saved = x                                     the old x; x' has read the old saved
+
+where ``d[-k]`` is the ``d`` of ``k`` rows before (zero before the first row), ``saved`` starts as
+zero and ``noise`` is a fresh standard normal array per row. `sdrt.kernels.sampler_row.Column` is the
+layout of a row, :func:`run_table` is this loop in NumPy.
+
+``num_inference_steps`` means what it means in diffusers: how many noise levels a run visits. ``heun``,
+``dpm2``, ``dpm2_a`` and ``dpmpp_sde`` call the model twice in every step but the last, so their tables
+have ``2 * num_inference_steps - 1`` rows; ``pndm`` does its first step twice and has one row more than
+steps. ``len(table)`` is the number of rows, which is what a run costs, and ``table.steps`` says which step
+a row belongs to.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Final
@@ -10,9 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
+from sdrt.runtime.checks import choice, whole_from
 from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.samplers.edm import EdmScaling
-from sdrt.runtime.samplers.schedule import TIMESTEP_SPACINGS, FloatArray, NoiseSchedule, check_integer
+from sdrt.runtime.samplers.schedule import TIMESTEP_SPACINGS, FloatArray, NoiseSchedule
 from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES
 
 IntArray = NDArray[np.int64]
@@ -32,23 +54,23 @@ CHECKPOINT_OPTIONS: Final = (
 class SamplerTable:
     """What a whole sampling run does, as numbers.
 
-    * ``name``: the sampler's name in ``SAMPLERS``;
     * ``timesteps``: float64 [n], what the model is told; fractional for some samplers;
     * ``rows``: float64 [n, COLUMNS], one row per model call, laid out by `Column`;
     * ``init_noise_sigma``: a run from noise alone starts at ``x = init_noise_sigma * noise``;
     * ``steps``: int64 [n], from 0 and rising, the step of this table that each row belongs to; by default
       each row is a step;
-    * ``start``: how many first steps of the run were left out before this table's.
+    * ``start``: how many first steps of the run were left out before this table's;
+    * ``name``: of the sampler that it is a run of; what makes one need not say it.
 
     ``len(table)`` is n, which is not the number of steps for every sampler. The arrays are read-only.
     """
 
-    name: str
     timesteps: FloatArray
     rows: FloatArray
     init_noise_sigma: float
     steps: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     start: int = 0
+    name: str = ""
 
     def __post_init__(self) -> None:
         count = len(self.timesteps)
@@ -146,10 +168,14 @@ class SamplerOptions:
     euler_at_final: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("spacing", self.spacing, SPACINGS)
-        _check_choice("sigma_schedule", self.sigma_schedule, (*SIGMA_SCHEDULES, NORMAL))
-        _check_choice("algorithm_type", self.algorithm_type, ("dpmsolver",))
-        _check_choice("solver_type", self.solver_type, ("heun", "bh1"))
+        for name, allowed in (
+            ("spacing", SPACINGS),
+            ("sigma_schedule", (*SIGMA_SCHEDULES, NORMAL)),
+            ("algorithm_type", ("dpmsolver",)),
+            ("solver_type", ("heun", "bh1")),
+        ):
+            if (given := getattr(self, name)) is not None:
+                choice(name, given, allowed)
         if self.final_sigmas_type not in FINAL_SIGMAS:
             raise UsageError(
                 f"final_sigmas_type is {self.final_sigmas_type!r}: allowed are {', '.join(FINAL_SIGMAS)}"
@@ -163,7 +189,7 @@ class SamplerOptions:
         for name in ("lower_order_final", "euler_at_final"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} is {getattr(self, name)!r}: allowed are True and False")
-        check_integer("original_inference_steps", self.original_inference_steps, 1, 100_000)
+        whole_from("original_inference_steps", self.original_inference_steps, 1, 100_000)
         levels = [
             name for name in ("sigma_schedule", "timesteps", "sigmas") if getattr(self, name) is not None
         ]
@@ -192,7 +218,7 @@ class SamplerOptions:
         try:
             options = cls(**data)
             if options.solver_order is not None:
-                check_integer("solver_order", options.solver_order, 1, HISTORY)
+                whole_from("solver_order", options.solver_order, 1, HISTORY)
         except UsageError as error:
             raise BundleError(f"sampler options: {error}") from error
         return options
@@ -276,11 +302,6 @@ def given_timesteps(schedule: NoiseSchedule, timesteps: tuple[float, ...], *, wh
     return np.array(timesteps, dtype=np.float64)
 
 
-def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise UsageError(f"{name} is {value!r}: allowed are {', '.join(allowed)}")
-
-
 def _check_falling(name: str, values: tuple[float, ...] | None, *, least: int) -> None:
     if values is None:
         return
@@ -292,6 +313,37 @@ def _check_falling(name: str, values: tuple[float, ...] | None, *, least: int) -
     for before, after in pairwise(values):
         if not after < before:
             raise UsageError(f"{name} go from {before} to {after}: each must be below the one before it")
+
+
+def run_table(
+    table: SamplerTable,
+    model: Callable[[FloatArray, float], FloatArray],
+    x: FloatArray,
+    noise: FloatArray | None = None,
+) -> FloatArray:
+    """The recurrence in plain NumPy: the definition that every faster loop is compared with.
+
+    ``model(scaled_x, timestep)`` returns an array of x's shape, after guidance. ``x`` is the start,
+    float64 of any shape; ``noise`` is [n, *x.shape], needed where ``table.uses_noise``. Returns the
+    last x. Raises ``UsageError`` where noise is needed and not given.
+    """
+    history = [np.zeros_like(x)] * HISTORY
+    saved = np.zeros_like(x)
+    for i, row in enumerate(table.rows):
+        m = model(row[Column.INPUT_SCALE] * x, float(table.timesteps[i]))
+        d = row[Column.P] * x + row[Column.Q] * m
+        history = [d, *history[:-1]]
+        new_x = row[Column.A] * x + row[Column.E] * saved
+        for k in range(HISTORY):
+            new_x += row[Column.B0 + k] * history[k]
+        if row[Column.C]:
+            if noise is None:
+                raise UsageError(f"the sampler {table.name} adds noise: give noise of shape [rows, *x.shape]")
+            new_x += row[Column.C] * noise[i]
+        if row[Column.SAVE]:
+            saved = x
+        x = new_x
+    return x
 
 
 NO_OPTIONS: Final = SamplerOptions()

@@ -9,14 +9,22 @@ from __future__ import annotations
 import numpy as np
 
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.checks import whole_from
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule, check_integer, spaced_timesteps
+from sdrt.runtime.samplers.sampler import sampler
+from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule, spaced_timesteps
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, given_timesteps, model_rows
 
 SIGMA_DATA = 0.5  # of LCM's boundary condition, as the models were distilled
 TIMESTEP_SCALING = 10.0  # the same
 
 
+@sampler(
+    other_names=("DDIM", "DDIMScheduler", "DDIMParallelScheduler"),
+    options="spacing timesteps eta",
+    timestep_spacing="leading",
+    zero_snr=True,
+)
 def ddim(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -38,7 +46,7 @@ def ddim(
     direction = np.sqrt((1 - after - noise**2) / (1 - now))  # of what is not x0 in x
     rows = _one_step_rows(schedule, timesteps, direction, np.sqrt(after) - direction * np.sqrt(now))
     rows[:, Column.C] = noise
-    return SamplerTable("ddim", timesteps, rows, 1.0)
+    return SamplerTable(timesteps, rows, 1.0)
 
 
 def inversion_table(schedule: NoiseSchedule, num_inference_steps: int, start: int = 0) -> SamplerTable:
@@ -69,7 +77,7 @@ def inversion_table(schedule: NoiseSchedule, num_inference_steps: int, start: in
         )
     schedule = schedule.with_defaults(timestep_spacing="leading", set_alpha_to_one=True)
     timesteps = np.round(spaced_timesteps(schedule, num_inference_steps))
-    check_integer("start", start, 0, num_inference_steps - 1)
+    whole_from("start", start, 0, num_inference_steps - 1)
     timesteps = timesteps[start:][::-1].copy()
     begins = timesteps - _stride(schedule, num_inference_steps)
     sees_noise = schedule.prediction_type != "sample"
@@ -78,9 +86,15 @@ def inversion_table(schedule: NoiseSchedule, num_inference_steps: int, start: in
     rows = model_rows(schedule, _sigmas_of(now), predict="epsilon", variance_preserving=True)
     rows[:, Column.A] = np.sqrt(after / now)
     rows[:, Column.B0] = np.sqrt(1 - after) - np.sqrt(after / now * (1 - now))
-    return SamplerTable("ddim_inverse", timesteps, rows, 1.0, start=start)
+    return SamplerTable(timesteps, rows, 1.0, start=start, name="ddim_inverse")
 
 
+@sampler(
+    other_names=("DDPM", "DDPMScheduler", "DDPMParallelScheduler"),
+    options="spacing timesteps",
+    timestep_spacing="leading",
+    zero_snr=True,
+)
 def ddpm(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -95,9 +109,16 @@ def ddpm(
     x0_part = np.sqrt(after) * (1 - kept) / (1 - now)
     rows = _one_step_rows(schedule, timesteps, np.sqrt(kept) * (1 - after) / (1 - now), x0_part)
     rows[:, Column.C] = np.sqrt((1 - after) / (1 - now) * (1 - kept))
-    return SamplerTable("ddpm", timesteps, rows, 1.0)
+    return SamplerTable(timesteps, rows, 1.0)
 
 
+@sampler(
+    other_names=("LCM", "LCMScheduler"),
+    options="timesteps",
+    inherits="original_inference_steps",
+    timestep_spacing="leading",
+    zero_snr=True,
+)
 def lcm(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -113,9 +134,16 @@ def lcm(
     after = np.append(signal_share(schedule, timesteps)[1:], 1.0)
     rows = _one_step_rows(schedule, timesteps, np.sqrt(after) * skip, np.sqrt(after) * out)
     rows[:, Column.C] = np.sqrt(1 - after)
-    return SamplerTable("lcm", timesteps, rows, 1.0)
+    return SamplerTable(timesteps, rows, 1.0)
 
 
+@sampler(
+    other_names=("TCD", "TCDScheduler"),
+    options="timesteps eta",
+    inherits="original_inference_steps",
+    timestep_spacing="leading",
+    zero_snr=True,
+)
 def tcd(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -137,9 +165,15 @@ def tcd(
     x0_part = kept * (np.sqrt(low) - direction * np.sqrt(now))
     rows = _one_step_rows(schedule, timesteps, kept * direction, x0_part)
     rows[:, Column.C] = np.sqrt(1 - kept**2)
-    return SamplerTable("tcd", timesteps, rows, 1.0)
+    return SamplerTable(timesteps, rows, 1.0)
 
 
+@sampler(
+    other_names=("PLMS", "PNDMScheduler"),
+    options="spacing",
+    timestep_spacing="leading",
+    set_alpha_to_one=False,
+)
 def pndm(
     schedule: NoiseSchedule, num_inference_steps: int, options: SamplerOptions, start: int
 ) -> SamplerTable:
@@ -171,7 +205,7 @@ def pndm(
     rows = model_rows(schedule, sigmas, predict=predict, variance_preserving=True)
     _add_plms(rows, x_part, output_part)
     steps = np.maximum(np.arange(len(rows)) - 1, 0)  # 0, 0, 1, 2, ...
-    return SamplerTable("pndm", timesteps, rows, 1.0, steps)
+    return SamplerTable(timesteps, rows, 1.0, steps)
 
 
 def _add_plms(rows: FloatArray, x_part: FloatArray, output_part: FloatArray) -> None:

@@ -25,9 +25,9 @@ class SideBySide(Generic[Key, Value]):
         """Begin.
 
         Args:
-            work: Called with every key.
-            keys: Each once.
-            threads: How many calls there are at once.
+            work: The function that is called with every key.
+            keys: The keys, each once.
+            threads: The number of calls at once.
 
         Raises:
             RuntimeError: The system gives no thread.
@@ -63,7 +63,7 @@ class SideBySide(Generic[Key, Value]):
         return {key: found[key] for key in self._keys}
 
     def __enter__(self) -> Self:
-        """Itself."""
+        """The object itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,7 +74,7 @@ class SideBySide(Generic[Key, Value]):
         """Begin nothing more, and drop what there is; do not wait.
 
         Args:
-            then: Called when nothing is running: now, or by the last thread.
+            then: The function that is called when nothing is running: now, or by the last thread.
         """
         with self._ended:
             self._waiting.clear()

@@ -1,8 +1,8 @@
 """Embeddings of textual inversion: a word of one's own, as vectors in the place of tokens (arXiv 2208.01618).
 
 Only safetensors files are read, in the forms that are about: ``emb_params`` [k, width] (of
-stable-diffusion-webui and diffusers), a single tensor of any name, and ``clip_l`` with ``clip_g`` for SDXL's
-two text encoders.
+stable-diffusion-webui and diffusers), a single tensor of any name, and for a family of several text encoders
+a tensor for each, named as in the family's record (``clip_l`` and ``clip_g`` for SDXL).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.runtime.bundle.families.record import Family
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.system.untrusted import library_errors, read_limited
 
@@ -21,7 +23,6 @@ PICKLES: Final = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
 MAX_BYTES: Final = 16 << 20  # 75 vectors for both of SDXL's text encoders in float64 are 1.2 MB
 MAX_NAME: Final = 100  # characters
 WEBUI: Final = "emb_params"
-SDXL: Final = ("clip_l", "clip_g")  # in the order of the text encoders
 _DTYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
@@ -37,12 +38,15 @@ class Embedding(NamedTuple):
     vectors: tuple[NDArray[np.float32], ...]
 
 
-def read_embedding(path: str | Path, token: str | None = None, *, widths: Sequence[int]) -> Embedding:
+def read_embedding(
+    path: str | Path, token: str | None = None, *, family: Family, widths: Sequence[int]
+) -> Embedding:
     """Read an embedding for a model.
 
     Args:
         path: A safetensors file.
         token: What will stand for it in a prompt; by default the file's name without its ending.
+        family: The model's.
         widths: Numbers of one token's embedding, for each of the model's text encoders.
 
     Raises:
@@ -51,12 +55,13 @@ def read_embedding(path: str | Path, token: str | None = None, *, widths: Sequen
     """
     file = Path(path)
     name = checked_token(file.stem if token is None else token)
-    found = _vectors(file, _tensors(file, _content(file)), len(widths))
-    for vectors, width, encoder in zip(found, widths, ("text_encoder", "text_encoder_2"), strict=False):
+    found = _vectors(file, _tensors(file, _content(file)), family)
+    for vectors, width, encoder in zip(found, widths, family.encoders, strict=True):
         if vectors.shape[1] != width:
             raise UsageError(
-                f"{file} has vectors of {vectors.shape[1]} numbers, this model's {encoder} takes {width}: it "
-                "was made for another kind (Stable Diffusion 1.x has 768, 2.x 1024, SDXL 768 and 1280)"
+                f"{file} has vectors of {vectors.shape[1]} numbers, this model's {encoder.component} takes "
+                f"{width}: it was made for another kind (Stable Diffusion 1.x has 768, 2.x 1024, SDXL 768 "
+                "and 1280)"
             )
         if not np.isfinite(vectors).all():
             raise UsageError(f"{file} holds NaN or infinity: the embedding cannot be used")
@@ -118,10 +123,10 @@ def _array(file: Path, name: str, entry: Mapping[str, Any]) -> NDArray[np.float3
 
 
 def _vectors(
-    file: Path, tensors: Mapping[str, NDArray[np.float32]], encoders: int
+    file: Path, tensors: Mapping[str, NDArray[np.float32]], family: Family
 ) -> tuple[NDArray[np.float32], ...]:
     """The tensors that are the embedding, one for each text encoder, as [k, width]."""
-    names = _names(file, tensors, encoders)
+    names = _names(file, tensors, family)
     arrays = []
     for name in names:
         array = tensors[name]
@@ -134,25 +139,39 @@ def _vectors(
         arrays.append(array)
     if len({len(array) for array in arrays}) > 1:
         counts = " and ".join(str(len(array)) for array in arrays)
-        raise UsageError(f"{file} has {counts} vectors for the two text encoders: as many are needed")
+        encoders = _count(len(arrays))
+        raise UsageError(f"{file} has {counts} vectors for the {encoders} text encoders: as many are needed")
     return tuple(arrays)
 
 
-def _names(file: Path, tensors: Mapping[str, Any], encoders: int) -> Sequence[str]:
-    both = set(SDXL) <= set(tensors)
-    if both != (encoders == len(SDXL)):
-        kind, wanted = (
-            ("SDXL", "one text encoder") if both else ("one text encoder", "SDXL, with two of them")
+def _names(file: Path, tensors: Mapping[str, Any], family: Family) -> Sequence[str]:
+    others = [one for one in FAMILIES.values() if len(one.encoders) > 1]
+    meant = next((one for one in others if set(_keys(one)) <= set(tensors)), None)
+    wanted = family if len(family.encoders) > 1 else None
+    if (meant and _keys(meant)) != (wanted and _keys(wanted)):
+        given = meant.title if meant else "one text encoder"
+        needed = (
+            f"{wanted.title}, with {_count(len(wanted.encoders))} of them" if wanted else "one text encoder"
         )
-        raise UsageError(f"{file} is for {kind}, this model is of {wanted}: another embedding is needed")
-    if both:
-        return SDXL
+        raise UsageError(f"{file} is for {given}, this model is of {needed}: another embedding is needed")
+    if wanted:
+        return _keys(wanted)
     if WEBUI in tensors:
         return (WEBUI,)
     if len(tensors) != 1:
         held = ", ".join(map(repr, sorted(tensors)))[:200] or "nothing"
+        forms = " or ".join(" and ".join(_keys(one)) for one in others)
         raise UsageError(
-            f"{file} holds {held}: an embedding is {WEBUI}, a single tensor, or {' and '.join(SDXL)}; this "
+            f"{file} holds {held}: an embedding is {WEBUI}, a single tensor, or {forms}; this "
             "is something else, perhaps a LoRA"
         )
     return tuple(tensors)
+
+
+def _keys(family: Family) -> tuple[str, ...]:
+    """What files for a family of several text encoders call the vectors of each."""
+    return tuple(encoder.embedding for encoder in family.encoders)
+
+
+def _count(number: int) -> str:
+    return {2: "two", 3: "three"}.get(number, str(number))

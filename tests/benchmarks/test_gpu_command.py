@@ -20,12 +20,12 @@ from sdrt.benchmarks.gpu_peers import COMPILE_MODE, GUIDANCE, DiffusersPeer, Tex
 from sdrt.benchmarks.gpu_profile import MOST, Kernel, by_name, per_step
 from sdrt.benchmarks.gpu_timings import Plan, bundle_tokenizer, time_architecture
 from sdrt.export.checkpoint.architectures import open_architecture
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.cli import options as cli_options
 from sdrt.export.parity.components import compare
 from sdrt.export.parity.sampling import SAMPLING_GUIDANCE
 from sdrt.runtime import Bundle, Pipeline
-from sdrt.runtime.backends.registry import find_gpu
+from sdrt.runtime.devices.gpu.discovery import find_gpu
 from sdrt.runtime.errors import BackendError
 
 EMOJI = Path(gpu.ROOT) / "models" / "emoji"

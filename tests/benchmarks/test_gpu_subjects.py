@@ -25,10 +25,10 @@ from sdrt.benchmarks.plan import backend_plans, find_model, settings_for
 from sdrt.benchmarks.progress import Progress
 from sdrt.benchmarks.recorder import Recorder
 from sdrt.benchmarks.report_markdown import summary
-from sdrt.runtime.backends import registry as backends
-from sdrt.runtime.backends.registry import Gpu
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.engine_search import list_engines
+from sdrt.runtime.devices.gpu import discovery
+from sdrt.runtime.devices.gpu.discovery import Gpu
 from sdrt.runtime.errors import BackendError, SdrtError
 from sdrt.runtime.pipeline import Pipeline
 
@@ -53,7 +53,7 @@ def test_engines_that_a_named_backend_lacks_are_built_once_and_the_bundle_stays_
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SDRT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(backends, "find_gpu", lambda _index=0: GPU)
+    monkeypatch.setattr(discovery, "find_gpu", lambda _index=0: GPU)
     words = ("--sizes", "16", "--batches", "1,2")
     (plan,) = planned(tiny_bundle, "tensorrt-rtx", *words)
     assert plan.subject.device == "cuda"
@@ -81,14 +81,14 @@ def test_without_a_gpu_nothing_is_built(tiny_bundle: Path, monkeypatch: pytest.M
     def no_gpu(_index: int = 0) -> Gpu:
         raise BackendError("no NVIDIA driver: for a test")
 
-    monkeypatch.setattr(backends, "find_gpu", no_gpu)
+    monkeypatch.setattr(discovery, "find_gpu", no_gpu)
     monkeypatch.setattr(engine_models, "_build", lambda *_: pytest.fail("built in vain"))
     with pytest.raises(BackendError, match="the backend tensorrt-rtx cannot run here: no NVIDIA driver"):
         planned(tiny_bundle, "tensorrt-rtx")
 
 
 def test_automatic_backends_build_nothing(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "find_gpu", lambda _index=0: GPU)
+    monkeypatch.setattr(discovery, "find_gpu", lambda _index=0: GPU)
     monkeypatch.setattr(engine_models, "_build", lambda *_: pytest.fail("takes minutes unasked"))
     assert [plan.subject.device for plan in planned(tiny_bundle, "auto")] == ["cpu", "cpu"]
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sdrt.benchmarks.gpu_ceilings import guided_step_flop
 from sdrt.benchmarks.operations import Count, count_bundle, count_graph, weight_elements
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import SdrtError
 

@@ -18,7 +18,7 @@ from sdrt.benchmarks.peers import PEERS
 from sdrt.benchmarks.prepare_peer import prepared
 from sdrt.benchmarks.safetensors_file import write_float32
 from sdrt.export.checkpoint import architectures
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.runtime.bundle.bundle import EMBEDDED
 from sdrt.runtime.errors import BackendError, SdrtError, UsageError

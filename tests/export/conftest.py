@@ -13,7 +13,7 @@ from support.made_once import exported_once, made_once
 
 from sdrt.export import writer as bundle_writer
 from sdrt.export.cli import main as cli
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 
 # The ranges that `tiny_bundle` was exported with.
 SIZES = ("--height", "16..32", "--width", "16..32", "--batch", "1..2")

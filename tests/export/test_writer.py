@@ -20,12 +20,12 @@ from support.runs.complaints import complaints
 from sdrt.export import manifest as bundle_manifest
 from sdrt.export import writer as bundle_writer
 from sdrt.export.checkpoint.architectures import open_architecture
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.cli import main as cli
-from sdrt.export.graphs.from_module import AxisRange, save_graph
+from sdrt.export.graphs.from_module import save_graph
 from sdrt.export.manifest import check_manifest, default_size, gate_size, graph_axes
-from sdrt.export.options import ExportOptions
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import probe_sizes
 from sdrt.export.parity.sampling import reference_embeddings, reference_latents
 from sdrt.runtime.bundle.bundle import Bundle

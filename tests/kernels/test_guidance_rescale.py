@@ -13,8 +13,8 @@ import tolerances
 from sdrt.kernels.guidance_rescale import LANES, guidance_rescale
 from sdrt.kernels.guided_step import StepBuffers, guided_step
 from sdrt.kernels.sampler_row import COLUMNS, Column
-from sdrt.runtime.samplers.registry import SamplerTable
 from sdrt.runtime.samplers.schedule import FloatArray
+from sdrt.runtime.samplers.table import SamplerTable
 
 SHAPES = [(2, 3, 4, 5), (2, 4, 17, 16)]  # fewer elements than lanes, and no multiple of them
 assert np.prod(SHAPES[1][1:]) > LANES
@@ -24,7 +24,7 @@ def through_run(*, dtype: str, shape: tuple[int, int, int, int], offset: float =
     """A run of one row whose result is the prediction."""
     rows = np.zeros((1, COLUMNS))
     rows[:, [Column.Q, Column.B0]] = 1.0
-    run = make_run(SamplerTable("through", np.ones(1), rows, 1.0), guided=True, dtype=dtype, shape=shape)
+    run = make_run(SamplerTable(np.ones(1), rows, 1.0), guided=True, dtype=dtype, shape=shape)
     return replace(run, predictions=(run.predictions + np.array(offset)).astype(dtype))
 
 

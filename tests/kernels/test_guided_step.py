@@ -21,8 +21,9 @@ from support.runs.step_runs import (
 import tolerances
 from sdrt.kernels.guided_step import NO_FAULT, StepBuffers, guided_step, prepare_input
 from sdrt.kernels.sampler_row import HISTORY, Column
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerTable, make_table, run_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import PREDICTION_TYPES, FloatArray, NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerTable, run_table
 
 
 def exact_run(run: Run) -> FloatArray:
@@ -102,7 +103,7 @@ def test_artificial_table_would_notice_every_column() -> None:
         rows = run.table.rows.copy()
         rows[:, column] = 0.0
         other = Run(
-            SamplerTable("other", run.table.timesteps, rows, 1.0),
+            SamplerTable(run.table.timesteps, rows, 1.0),
             run.predictions,
             run.start,
             run.noise,

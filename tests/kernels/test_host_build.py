@@ -36,8 +36,9 @@ from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host, run_on_host
 from sdrt.kernels.launch import Launch
 from sdrt.kernels.sampler_row import COLUMNS, Column
-from sdrt.runtime.samplers.registry import SamplerTable, make_table
+from sdrt.runtime.samplers.registry import make_table
 from sdrt.runtime.samplers.schedule import NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerTable
 
 DTYPES = ["float16", "float32"]
 ODD = (2, 3, 3, 5)  # a plane of 15: nothing can be moved four at a time
@@ -153,7 +154,7 @@ def step_cases(draw: st.DrawFn) -> StepBuffers:
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     steps = draw(st.integers(1, 7))
     rows = random.uniform(-2, 2, (steps, COLUMNS)) * (random.uniform(size=(steps, COLUMNS)) < 0.7)
-    table = SamplerTable("drawn", random.uniform(0, 999, steps), rows, 1.0)
+    table = SamplerTable(random.uniform(0, 999, steps), rows, 1.0)
     run = make_run(table, guided=draw(st.booleans()), dtype=draw(st.sampled_from(DTYPES)), shape=shape)
     buffers = make_buffers(
         run, inpainting=draw(st.booleans()), count=draw(st.booleans()), denoised=draw(st.booleans())
@@ -220,7 +221,7 @@ def test_each_column_is_read_from_its_place(column: Column) -> None:
     rows = np.zeros((5, COLUMNS))
     rows[:, [Column.INPUT_SCALE, Column.Q, Column.A, Column.B0, Column.SAVE]] = 1.0
     rows[:, column] = 0.75
-    run = make_run(SamplerTable("x", np.arange(5.0), rows, 1.0), guided=True, dtype="float32")
+    run = make_run(SamplerTable(np.arange(5.0), rows, 1.0), guided=True, dtype="float32")
     buffers, reference, without = (make_buffers(run, inpainting=True, denoised=True) for _ in range(3))
     drive(run, buffers, host_step, host_prepare)
     drive(run, reference)

@@ -13,13 +13,14 @@ import pytest
 from support.runs.step_runs import artificial_table, make_buffers, make_run
 
 from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
-from sdrt.kernels.compile import MODULES, sources
+from sdrt.kernels.compile import modules, sources
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host
 from sdrt.kernels.launch import BLOCK, MAX_GRID, Launch, blocks
 from sdrt.kernels.sampler_row import COLUMNS
-from sdrt.runtime.samplers.registry import SamplerTable, make_table
+from sdrt.runtime.samplers.registry import make_table
 from sdrt.runtime.samplers.schedule import NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerTable
 
 SD15_512 = (1, 4, 64, 64)
 
@@ -55,7 +56,7 @@ def test_blocks_are_no_larger_than_the_kernels_are_compiled_for() -> None:
         if name.endswith(".cu")
         for bound in re.findall(r"__launch_bounds__\((\d+)\)", text)
     ]
-    assert len(bounds) >= len(MODULES)
+    assert len(bounds) >= len(modules())
     assert set(bounds) == {BLOCK, guidance_rescale.LANES}
     (lanes,) = re.findall(r"LANES = (\d+)", sources()["guidance_rescale.cuh"])
     assert int(lanes) == guidance_rescale.LANES
@@ -232,7 +233,7 @@ def test_bytes_of_a_step() -> None:
     assert guided_step.bytes_moved(masked, euler.rows, 0) == base + 3 * state + state // 4  # and the guess
     masked.denoised = None
     assert guided_step.bytes_moved(masked, euler.rows, 0) == base + 2 * state + state // 4
-    every = SamplerTable("every", np.ones(2), np.ones((2, COLUMNS)), 1.0)
+    every = SamplerTable(np.ones(2), np.ones((2, COLUMNS)), 1.0)
     assert guided_step.bytes_moved(buffers, every.rows, 0) == base + 6 * state  # 3 d, saved in and out, noise
     plain = step_buffers("float32", inpainting=False, guided=False)
     assert guided_step.bytes_moved(plain, euler.rows, 0) == 5 * state

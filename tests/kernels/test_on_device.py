@@ -33,7 +33,7 @@ from sdrt.kernels.launch import BLOCK, MAX_GRID
 from sdrt.kernels.philox_normal import NO_DRAW, fill_philox_normal
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.devices.gpu.device import CudaDevice
-from sdrt.runtime.samplers.registry import SamplerTable
+from sdrt.runtime.samplers.table import SamplerTable
 
 ODD = (2, 3, 3, 5)
 SD15 = (1, 4, 64, 64)

@@ -9,8 +9,9 @@ import pytest
 
 import tolerances
 from sdrt.benchmarks.measure_fidelity import psnr
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fingerprint import fingerprint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.parity.reference import reference_pipeline
 from sdrt.runtime import Bundle, Pipeline
 from sdrt.runtime.bundle.bundle import EMBEDDED

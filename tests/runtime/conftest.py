@@ -25,8 +25,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session", params=GPU_BACKENDS)
 def gpu_backend(request: pytest.FixtureRequest) -> str:
     """A backend whose library is installed; one that is not is skipped with the reason."""
-    from sdrt.runtime.backends.libraries import import_tensorrt
-    from sdrt.runtime.backends.onnxruntime_cuda import import_with_cuda
+    from sdrt.runtime.backends.onnxruntime_cuda.library import import_with_cuda
+    from sdrt.runtime.backends.trt.library import import_tensorrt
 
     name: str = request.param
     try:
@@ -43,7 +43,7 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
 def engine_bundle(gpu_backend: str, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny bundle with engines of that backend for this GPU. Read only."""
     from sdrt.export.cli.main import main
-    from sdrt.runtime.backends.registry import find_gpu
+    from sdrt.runtime.devices.gpu.discovery import find_gpu
 
     folder = tmp_path_factory.mktemp("engines") / "bundle"
     shutil.copytree(tiny_bundle, folder)

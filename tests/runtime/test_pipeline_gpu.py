@@ -12,7 +12,7 @@ import torch
 from support.runs.repeats import assert_repeats
 from support.runs.task_calls import SHORT, TASKS
 
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.engines.compare import random_inputs, tolerance
 from sdrt.export.graphs.networks import wrapped
 from sdrt.export.parity.components import compare

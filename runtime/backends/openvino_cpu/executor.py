@@ -12,27 +12,24 @@ from typing import Any, Final
 from weakref import WeakValueDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
+from sdrt.runtime.backends.batch_parts import Array, batch_parts, parts_of
 from sdrt.runtime.backends.executor import check_buffers, usable_cores
-from sdrt.runtime.backends.libraries import import_openvino
+from sdrt.runtime.backends.openvino_cpu.library import import_openvino
 from sdrt.runtime.backends.openvino_cpu.models import (
-    BACKEND,
     Compiled,
+    CompileTarget,
     ModelFile,
     Part,
-    Shape,
     name_of,
     reason,
 )
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.prepared_folder import Source
 from sdrt.runtime.devices.arena import Arena
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import BackendError
 
-Array = NDArray[Any]
-STREAMS: Final = 2
 BATCH_AXES: Final = ("rows", "batch")  # along these nothing depends on its neighbours
 
 
@@ -53,8 +50,8 @@ class OpenVinoExecutor:
 
         Args:
             model: The ONNX file.
-            spec: Its inputs and outputs.
-            threads: All that work at the same time; by default one per usable core.
+            spec: The component's inputs and outputs.
+            threads: The threads that work at the same time, all together; by default one per usable core.
             source: The bundle's files that the graph consists of, if they were compared. With them compiled
                 models are kept from run to run (`sdrt.runtime.backends.openvino_cpu.models`), and the graph
                 is only read where there is none yet.
@@ -64,53 +61,27 @@ class OpenVinoExecutor:
             BundleError: It is not the graph that the manifest describes.
         """
         self.spec = spec
-        self._ov = import_openvino(BACKEND, "openvino")
+        self._ov = import_openvino()
         self._threads = threads or usable_cores()
         self._file = ModelFile(self._ov, model, spec, source)
         if source is None:
             self._file.read()
         # As long as something is bound to them: bindings of one shape share the weights.
-        self._compiled: WeakValueDictionary[Shape, Compiled] = WeakValueDictionary()
+        self._compiled: WeakValueDictionary[CompileTarget, Compiled] = WeakValueDictionary()
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         """See `Executor.bind`."""
         axes = check_buffers(self.spec, inputs, outputs)
-        streams = self._streams(axes)
-        slices = [self._slices(inputs, outputs, stream, streams) for stream in range(streams)]
-        sizes = tuple((name, array.shape) for name, array in slices[0][0].items())
-        shape = Shape(sizes, streams, self._threads)
-        compiled = self._compiled.get(shape)
-        if compiled is None:
-            compiled = self._compiled[shape] = self._file.compiled(shape)
-        return _BoundStreams([_BoundStream(self._ov, compiled, *part) for part in slices], self.spec.name)
-
-    def _streams(self, axes: Mapping[str, int]) -> int:
-        """How many parts of a batch are evaluated at once, each on its share of the threads.
-
-        Entries of a batch do not depend on each other, and fewer threads wait less for each other.
-        """
         axis = self.spec.inputs[0].shape[0]
         batch = axes[axis] if isinstance(axis, str) and axis in BATCH_AXES else 1
-        return STREAMS if batch % STREAMS == 0 and self._threads % STREAMS == 0 else 1
-
-    def _slices(
-        self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], stream: int, streams: int
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Views of one stream's entries of the batch; what is not by entries stays whole."""
-        by_entry = {
-            entry.name for entry in (*self.spec.inputs, *self.spec.outputs) if entry.shape[0] in BATCH_AXES
-        }
-
-        def part(name: str, array: Array) -> Array:
-            if name not in by_entry:
-                return array
-            each = len(array) // streams
-            return array[stream * each : (stream + 1) * each]
-
-        return (
-            {name: part(name, array) for name, array in inputs.items()},
-            {name: part(name, array) for name, array in outputs.items()},
-        )
+        streams = parts_of(batch, self._threads)
+        parts = batch_parts(self.spec, inputs, outputs, BATCH_AXES, streams)
+        sizes = tuple((name, array.shape) for name, array in parts[0][0].items())
+        target = CompileTarget(sizes, streams, self._threads)
+        compiled = self._compiled.get(target)
+        if compiled is None:
+            compiled = self._compiled[target] = self._file.compiled(target)
+        return _BoundStreams([_BoundStream(self._ov, compiled, *part) for part in parts], self.spec.name)
 
     def close(self) -> None:
         """See `Executor.close`; there is nothing to keep."""
@@ -179,13 +150,13 @@ class _BoundPart:
     """A part that runs when its inputs are no longer what they were.
 
     Attributes:
-        results: What the rest reads, by name.
+        results: The arrays that the rest reads, by name.
     """
 
     def __init__(self, ov: Any, part: Part, inputs: Mapping[str, Array]) -> None:
         self._part = part
         self._given = [inputs[name] for name in part.inputs]
-        self._known: bytes | None = None
+        self._evaluated: bytes | None = None  # the inputs of what is in `results`
         ports = part.compiled.outputs
         arena = Arena(
             HostDevice(),
@@ -207,9 +178,9 @@ class _BoundPart:
         """Bring ``results`` up to date."""
         # As bytes: compared in no time, and NaN equals itself.
         key = b"".join([array.tobytes() for array in self._given])
-        if key == self._known:
+        if key == self._evaluated:
             return
-        self._known = None  # whatever happens now, they are not what they were
+        self._evaluated = None  # whatever happens now, they are not what they were
         found = self._part.kept.get(key)
         if found is not None:
             np.copyto(self._all, found)
@@ -217,7 +188,7 @@ class _BoundPart:
             self._request.start_async()
             self._request.wait()
             self._part.kept.put(key, self._all)
-        self._known = key
+        self._evaluated = key
 
 
 def _bound_request(ov: Any, compiled: Any, arrays: Mapping[str, Array]) -> Any:

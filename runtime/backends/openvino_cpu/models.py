@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import GraphTensor, check_tensors, first_line
 from sdrt.runtime.backends.openvino_cpu.hoisting import hoist
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.backends.openvino_cpu.library import NAME
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.prepared_folder import PreparedFolder, Source
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.system.c_library import kept_signal_stack
 
-BACKEND: Final = "openvino-cpu"
 FORMAT: Final = 2  # a change of what is written, or of how it is loaded
 MAIN, LAYOUT = "main.blob", "layout.json"
 # Each shape's file holds every weight once more: worth it for small models, where compiling is what a start
@@ -29,21 +29,15 @@ MAIN, LAYOUT = "main.blob", "layout.json"
 MOST_BYTES: Final = 500_000_000
 SMALL_INPUTS: Final = 64 << 10  # bytes: results of larger inputs are not kept
 MOST_KEPT: Final = 16 << 20  # bytes of results
-# Inputs whose results are worth keeping apart: they stay the same for a picture, or take few values. What is
-# computed of the others is new at every step.
-GROUPS: Final = (
-    frozenset({"encoder_hidden_states"}),
-    frozenset({"timestep", "timestep_cond", "text_embeds", "time_ids"}),
-)
 
 
-class Shape(NamedTuple):
+class CompileTarget(NamedTuple):
     """What a model is compiled for.
 
     Attributes:
-        inputs: Sizes of every input, by name, for one stream.
-        streams: Calls that run at the same time.
-        threads: Of all of them together.
+        inputs: The sizes of every input, by name, for one stream.
+        streams: How many calls run at the same time.
+        threads: The threads of all of them together.
     """
 
     inputs: tuple[tuple[str, tuple[int, ...]], ...]
@@ -55,7 +49,7 @@ class Kept:
     """The last results of a part by its inputs, where those are small: of the timesteps that were seen."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Begin with nothing."""
         self._found: OrderedDict[bytes, NDArray[Any]] = OrderedDict()
         self._bytes = 0
 
@@ -75,7 +69,7 @@ class Kept:
 
         Args:
             key: The inputs' bytes. If there are many, nothing is kept.
-            results: All of them in one array.
+            results: All results in one array.
         """
         if len(key) > SMALL_INPUTS:
             return
@@ -87,17 +81,17 @@ class Kept:
 
 
 class Part:
-    """A compiled part that need not run at every call: see `backends.openvino_cpu.hoisting.Hoisted`.
+    """A compiled part that need not run at every call: see `hoisting.Hoisted`.
 
     Attributes:
         compiled: An ``openvino.CompiledModel``.
-        inputs: What it reads, in its order.
+        inputs: The names of what it reads, in its order.
         results: The names under which the rest reads its results, in their order.
         kept: Results of inputs that it has seen.
     """
 
     def __init__(self, compiled: Any, inputs: Sequence[str], results: Sequence[str]) -> None:
-        """See the attributes."""
+        """Take what the attributes say."""
         self.compiled, self.inputs, self.results = compiled, tuple(inputs), tuple(results)
         self.kept = Kept()
 
@@ -106,12 +100,12 @@ class Compiled:
     """A component compiled for one shape.
 
     Attributes:
-        main: An ``openvino.CompiledModel``: what runs at every call.
-        parts: What runs when its inputs have changed.
+        main: The ``openvino.CompiledModel`` that runs at every call.
+        parts: The parts that run when their inputs have changed.
     """
 
     def __init__(self, main: Any, parts: Sequence[Part]) -> None:
-        """Use `ModelFile.compiled`."""
+        """Made by `ModelFile.compiled`."""
         self.main, self.parts = main, tuple(parts)
 
 
@@ -124,7 +118,7 @@ class ModelFile:
         Args:
             ov: The module openvino.
             model: The ONNX file.
-            spec: Its inputs and outputs.
+            spec: The component's inputs and outputs.
             source: The bundle's files that the graph consists of; without them no compiled model is taken
                 from the cache, nor put there.
         """
@@ -132,7 +126,7 @@ class ModelFile:
         self._model, self._spec = model, spec
         self._source = source if source is not None and _is_small(source) else None
 
-    def compiled(self, shape: Shape) -> Compiled:
+    def compiled(self, target: CompileTarget) -> Compiled:
         """The component compiled for a shape, from the cache where it is there.
 
         Raises:
@@ -140,19 +134,19 @@ class ModelFile:
             BundleError: It is not the graph that the manifest describes.
         """
         if self._source is None:
-            return self._compile(self._model, shape)
-        place = self._place(self._source, shape)
-        if (kept := self._load(place, shape)) is not None:
+            return self._compile(self._model, target)
+        place = self._place(self._source, target)
+        if (kept := self._load(place, target)) is not None:
             return kept
         fresh: list[Compiled] = []
 
         def fill(model: Path, folder: Path) -> None:
-            fresh.append(self._compile(model, shape))
+            fresh.append(self._compile(model, target))
             _save(fresh[0], folder)
 
         place.make(fill)
         # The file itself where there is no room for a copy, and to say what is wrong with the graph.
-        return fresh[0] if fresh else self._compile(self._model, shape)
+        return fresh[0] if fresh else self._compile(self._model, target)
 
     def read(self, model: Path | None = None) -> Any:
         """The graph as an ``openvino.Model`` with dynamic sizes.
@@ -175,14 +169,14 @@ class ModelFile:
         check_tensors(inputs, outputs, self._spec, str(self._model))
         return graph
 
-    def _compile(self, model: Path, shape: Shape) -> Compiled:
+    def _compile(self, model: Path, target: CompileTarget) -> Compiled:
         graph = self.read(model)
         try:
-            graph.reshape(dict(shape.inputs))
-            hoisted = hoist(self._ov, graph, GROUPS)
-            main = self._build(graph, settings(shape))
+            graph.reshape(dict(target.inputs))
+            hoisted = hoist(self._ov, graph, [frozenset(group) for group in self._spec.recurring])
+            main = self._build(graph, settings(target))
             parts = [
-                Part(self._build(part.model, _settings_of_parts(shape)), part.inputs, part.results)
+                Part(self._build(part.model, _settings_of_parts(target)), part.inputs, part.results)
                 for part in hoisted
             ]
         except Exception as error:
@@ -194,25 +188,24 @@ class ModelFile:
     def _build(self, graph: Any, configuration: Mapping[str, Any]) -> Any:
         return self._core.compile_model(graph, "CPU", configuration)
 
-    def _place(self, source: Source, shape: Shape) -> PreparedFolder:
+    def _place(self, source: Source, target: CompileTarget) -> PreparedFolder:
         key = {
             "format": FORMAT,
             "openvino": self._ov.get_version(),
             "spec": repr(self._spec),
-            "shape": repr(shape),
-            "settings": [settings(shape), _settings_of_parts(shape)],
-            "groups": [sorted(group) for group in GROUPS],
+            "target": repr(target),
+            "settings": [settings(target), _settings_of_parts(target)],
         }
-        return PreparedFolder(BACKEND, source, key)
+        return PreparedFolder(NAME, source, key)
 
-    def _load(self, place: PreparedFolder, shape: Shape) -> Compiled | None:
+    def _load(self, place: PreparedFolder, target: CompileTarget) -> Compiled | None:
         if not place.exists():
             return None
         try:
             layout = json.loads((place.path / LAYOUT).read_text(encoding="utf-8"))
-            main = self._import(place.path / MAIN, settings(shape))
+            main = self._import(place.path / MAIN, settings(target))
             parts = [
-                Part(self._import(place.path / name, _settings_of_parts(shape)), inputs, results)
+                Part(self._import(place.path / name, _settings_of_parts(target)), inputs, results)
                 for name, inputs, results in layout
             ]
         except (OSError, ValueError, RuntimeError):  # it is compiled anew
@@ -243,21 +236,21 @@ def _save(compiled: Compiled, folder: Path) -> None:
     (folder / LAYOUT).write_text(json.dumps(layout), encoding="utf-8")
 
 
-def settings(shape: Shape) -> dict[str, Any]:
+def settings(target: CompileTarget) -> dict[str, Any]:
     """OpenVINO's properties of a compiled model."""
     return {
         # Without it a CPU with AMX or AVX-512 BF16 computes in bfloat16.
         "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": shape.threads,
-        "NUM_STREAMS": shape.streams,
+        "INFERENCE_NUM_THREADS": target.threads,
+        "NUM_STREAMS": target.streams,
         # Threads that are bound to cores wait for whatever else runs there.
         "ENABLE_CPU_PINNING": False,
     }
 
 
-def _settings_of_parts(shape: Shape) -> dict[str, Any]:
+def _settings_of_parts(target: CompileTarget) -> dict[str, Any]:
     """A part is small, and runs once for a picture: on one thread."""
-    return {**settings(shape), "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 1}
+    return {**settings(target), "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 1}
 
 
 # OpenVINO's names of the dtypes in a manifest.
@@ -268,8 +261,8 @@ def name_of(port: Any, names: Container[str]) -> str:
     """Which of the names an input or output has: it takes over those of operations that were left out.
 
     Args:
-        port: Of a model, compiled or not.
-        names: One of them is among these; otherwise any of the port's is given back.
+        port: An input or output of a model, compiled or not.
+        names: The names among which the port's is looked for; if none is, any of the port's is given back.
     """
     own: list[str] = sorted(port.get_names())
     return next((name for name in own if name in names), own[0])
@@ -284,5 +277,5 @@ def _tensor(port: Any, names: Container[str]) -> GraphTensor:
 def reason(error: Exception) -> str:
     """What OpenVINO's exception says, in one line: it begins with places in its source."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
-    return told[0] if told else first_line(error)
+    words = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return words[0] if words else first_line(error)

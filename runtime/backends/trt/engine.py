@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.backends.trt.errors import ErrorLog
+from sdrt.runtime.backends.trt.library import RTX
 from sdrt.runtime.backends.trt.runtime_cache import RuntimeCache, runtime_cache_name
-from sdrt.runtime.bundle.components import ComponentSpec, TensorSpec
 from sdrt.runtime.bundle.engine_search import Engine
+from sdrt.runtime.bundle.families.record import ComponentSpec, TensorSpec
 from sdrt.runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def invalid_because(trt: Any, runtime: Any, plan: bytes) -> list[str]:
 
     Args:
         trt: The flavour's module.
-        runtime: Its ``Runtime``.
+        runtime: The module's ``Runtime``.
         plan: The plan, or its first ``Runtime.engine_header_size`` bytes.
 
     Returns:
@@ -46,9 +47,9 @@ class LoadedEngine:
     """One engine on the GPU, shared by its bindings; its memory is given back with the last of them.
 
     Attributes:
-        engine: What was found in the bundle.
+        engine: The engine as it was found in the bundle.
         cuda_engine: TensorRT's ``ICudaEngine``.
-        outputs: Names of the tensors that it writes.
+        outputs: The names of the tensors that it writes.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class LoadedEngine:
                 free=self.free_memory(),
             )
         self._check_tensors()
-        if self.engine.manifest.key.flavour == "tensorrt-rtx":
+        if self.engine.manifest.key.flavour == RTX:
             name = runtime_cache_name(
                 self.engine.manifest.files[0].sha256, self._trt.__version__, self.device.facts.name
             )

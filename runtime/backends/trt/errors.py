@@ -20,8 +20,8 @@ class ErrorLog:
     """Collects the errors of one TensorRT runtime and of all that it makes.
 
     Attributes:
-        logger: For ``trt.Runtime``; warnings and chatter are dropped.
-        recorder: For its ``error_recorder``; with one, most errors go there and not to the logger.
+        logger: The logger for ``trt.Runtime``; warnings and chatter are dropped.
+        recorder: The recorder for its ``error_recorder``; with one, most errors go there, not to the logger.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -50,10 +50,10 @@ class ErrorLog:
         """An error of one line that says what failed and TensorRT's own reason.
 
         Args:
-            what: Such as ``the unet failed``.
-            advice: What to do about it.
-            needed: Bytes that were asked of the GPU, if that may have been the reason.
-            free: Bytes that are free there.
+            what: The thing that failed, as in ``the unet failed``.
+            advice: A sentence on what to do about it.
+            needed: The bytes that were asked of the GPU, if that may have been the reason.
+            free: The bytes that are free there.
         """
         # The first is the cause; what follows comes of it.
         reason = explain(self._texts[0]) if self._texts else "TensorRT gives no reason"

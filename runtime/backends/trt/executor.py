@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import check_buffers, first_line
-from sdrt.runtime.backends.libraries import import_tensorrt
 from sdrt.runtime.backends.trt.engine import LoadedEngine
 from sdrt.runtime.backends.trt.errors import ErrorLog
+from sdrt.runtime.backends.trt.library import import_tensorrt
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec
 from sdrt.runtime.bundle.engine_search import Engine, find_engine
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.device import Buffer
 from sdrt.runtime.errors import BackendError
 
@@ -31,7 +31,7 @@ class TensorRTExecutor:
     """One component on TensorRT or TensorRT for RTX.
 
     Attributes:
-        spec: Its inputs and outputs.
+        spec: The component's inputs and outputs.
         capturable: Whether bound calls may be recorded into a CUDA graph.
     """
 
@@ -41,8 +41,8 @@ class TensorRTExecutor:
         """Find and deserialise an engine, so that what is wrong with it is found now.
 
         Args:
-            bundle: Holds the engines.
-            component: Name of the component.
+            bundle: The bundle that holds the engines.
+            component: The component's name.
             device: The CUDA device that everything runs on.
             flavour: ``tensorrt`` or ``tensorrt-rtx``.
             verify: Compare the plan's SHA-256 with its manifest; otherwise only the size.

@@ -7,8 +7,9 @@ import hashlib
 from typing import Any, Final
 
 from sdrt.kernels.cache import read_kept, write_kept
+from sdrt.runtime.backends.trt.library import RTX
 
-KIND: Final = "tensorrt-rtx"
+KIND: Final = RTX
 _MAX_BYTES: Final = 1 << 30
 
 
@@ -36,7 +37,7 @@ class RuntimeCache:
         Args:
             trt: The module.
             cuda_engine: The deserialised engine.
-            name: Of the cache: see `runtime_cache_name`. It need not exist.
+            name: The cache's name: see `runtime_cache_name`. It need not exist.
         """
         self._name = name
         self.config = cuda_engine.create_runtime_config()

@@ -15,11 +15,14 @@ from sdrt.kernels.compile import cubin
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.launch import Launch
 from sdrt.runtime.devices.device import checked_view
-from sdrt.runtime.devices.gpu.arrays import DeviceArray, Owned, Session
+from sdrt.runtime.devices.gpu.arrays import DeviceArray
 from sdrt.runtime.devices.gpu.driver import DeviceFacts, Driver, OutOfMemoryError
-from sdrt.runtime.devices.gpu.graphs import CudaTimer, Graph, KernelModules
+from sdrt.runtime.devices.gpu.graph import Graph
+from sdrt.runtime.devices.gpu.interop import foreign_array, stream_handle
+from sdrt.runtime.devices.gpu.kernel_modules import KernelModules
 from sdrt.runtime.devices.gpu.staging import DownloadBuffer, UploadRing
-from sdrt.runtime.devices.gpu.streams import foreign_array, stream_handle
+from sdrt.runtime.devices.gpu.stream import Owned, Stream
+from sdrt.runtime.devices.gpu.timer import CudaTimer
 from sdrt.runtime.errors import BackendError, DeviceMemoryError, UsageError
 
 
@@ -29,8 +32,8 @@ class CudaDevice:
     Several threads may load executors on it at once; drawing is for one thread at a time.
 
     Attributes:
-        name: Such as ``cuda:0``.
-        facts: What is asked about the GPU once.
+        name: The device's name, such as ``cuda:0``.
+        facts: The facts that are asked about the GPU once.
         stream: The handle of the stream that everything is queued in, for executors.
     """
 
@@ -49,7 +52,7 @@ class CudaDevice:
             stream: A caller's stream (`stream_handle` says which kinds), which must outlive the device and
                 its buffers; by default a new one, which does not synchronise with the default stream. Its
                 context is used; otherwise it is the GPU's primary context, which other libraries use too.
-            driver: By default the real one.
+            driver: The driver; by default the real one.
             compiler: Gives the cubin of a kernel's module for an architecture.
 
         Raises:
@@ -59,33 +62,33 @@ class CudaDevice:
         handle = 0 if stream is None else stream_handle(stream)
         driver = driver or _open_driver(ordinal, handle)
         driver.make_current()
-        session = Session(driver, handle, keep=stream)
-        session.hold()
-        self._session: Session | None = session
+        own = Stream(driver, handle, keep=stream)
+        own.hold()
+        self._stream: Stream | None = own
         self.facts: DeviceFacts = driver.facts
         self.name = f"cuda:{self.facts.ordinal}"
-        self.stream = session.stream
-        self._kernels = KernelModules(session, compiler)
-        self._uploads = UploadRing(session)
-        self._downloads = DownloadBuffer(session)
+        self.stream = own.handle
+        self._kernels = KernelModules(own, compiler)
+        self._uploads = UploadRing(own)
+        self._downloads = DownloadBuffer(own)
         self._scratch: DeviceArray | None = None
         self._lock = threading.RLock()  # for what is made lazily or gone round in: staging, kernels, scratch
 
-    def _open(self, *, recordable: bool = False) -> Session:
-        """The session, with its context current in this thread.
+    def _open(self, *, recordable: bool = False) -> Stream:
+        """The stream, with its context current in this thread.
 
         Args:
             recordable: What follows may become part of a graph.
         """
-        session = self._session
-        if session is None:
+        stream = self._stream
+        if stream is None:
             raise BackendError(f"the device {self.name} was closed: load the pipeline again")
-        if session.capturing and not recordable:
+        if stream.capturing and not recordable:
             raise UsageError(
                 "work that is recorded may launch kernels, copy and clear on the device, and no more"
             )
-        session.driver.make_current()
-        return session
+        stream.driver.make_current()
+        return stream
 
     def make_current(self) -> None:
         """Make the GPU's context current in this thread, for libraries that need it so."""
@@ -97,23 +100,23 @@ class CudaDevice:
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceArray:
         """See `Device.zeros`."""
-        session = self._open()
+        stream = self._open()
         nbytes = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)  # the driver gives no empty memory
-        driver, stream = session.driver, session.stream
-        owner = Owned(session, self._allocate(session, nbytes), lambda address: driver.free(address, stream))
-        driver.fill_zero(owner.handle, nbytes, stream)
-        return DeviceArray(session, owner, owner.handle, shape, dtype)
+        driver, handle = stream.driver, stream.handle
+        owner = Owned(stream, self._allocate(stream, nbytes), lambda address: driver.free(address, handle))
+        driver.fill_zero(owner.handle, nbytes, handle)
+        return DeviceArray(stream, owner, owner.handle, shape, dtype)
 
-    def _allocate(self, session: Session, nbytes: int) -> int:
-        driver, stream = session.driver, session.stream
+    def _allocate(self, stream: Stream, nbytes: int) -> int:
+        driver = stream.driver
         try:
-            return driver.allocate(nbytes, stream)
+            return driver.allocate(nbytes, stream.handle)
         except OutOfMemoryError:
             # Memory whose release is queued, or that the driver keeps for reuse, may do.
-            driver.synchronize_stream(stream)
+            driver.synchronize_stream(stream.handle)
             driver.trim()
         try:
-            return driver.allocate(nbytes, stream)
+            return driver.allocate(nbytes, stream.handle)
         except OutOfMemoryError as error:
             raise self._memory_error(driver, f"{_mib(nbytes)} more are needed") from error
 
@@ -151,19 +154,19 @@ class CudaDevice:
 
     def clear(self, buffer: DeviceArray) -> None:
         """See `Device.clear`."""
-        session = self._open(recordable=True)
+        stream = self._open(recordable=True)
         if _device_array(buffer).nbytes:
-            session.driver.fill_zero(buffer.address, buffer.nbytes, session.stream)
+            stream.driver.fill_zero(buffer.address, buffer.nbytes, stream.handle)
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
         """See `Device.copy`."""
-        session = self._open(recordable=True)
+        stream = self._open(recordable=True)
         if _device_array(source).shape != _device_array(target).shape or source.dtype != target.dtype:
             raise UsageError(
                 f"{source!r} was given to copy into {target!r}: shape and dtype must be the same"
             )
         if source.nbytes:
-            session.driver.copy_on_device(target.address, source.address, source.nbytes, session.stream)
+            stream.driver.copy_on_device(target.address, source.address, source.nbytes, stream.handle)
 
     def from_cuda_array(self, array: Any) -> DeviceArray:
         """See `Device.from_cuda_array`."""
@@ -206,24 +209,24 @@ class CudaDevice:
         self._launch(image_to_uint8.launch(image, pixels))
 
     def _launch(self, launch: Launch) -> None:
-        session = self._open(recordable=True)
+        stream = self._open(recordable=True)
         with self._lock:
             function = self._kernels.function(launch.module, launch.entry)
-        session.driver.launch(function, launch, session.stream)
+        stream.driver.launch(function, launch, stream.handle)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """See `Device.capture`.
 
         Raises:
             BackendError: Something in ``work`` cannot be captured; the device stays usable.
-            DeviceMemoryError: There is no room for the graph; likewise.
+            DeviceMemoryError: There is no room for the graph; the device stays usable.
         """
-        session = self._open(recordable=True)
+        stream = self._open(recordable=True)
         try:
-            return Graph(session, work, check=self._open)
+            return Graph(stream, work, check=self._open)
         except OutOfMemoryError as error:
             needed = "a graph was recorded for which there is no room"
-            raise self._memory_error(session.driver, needed) from error
+            raise self._memory_error(stream.driver, needed) from error
 
     def timer(self) -> CudaTimer:
         """See `Device.timer`."""
@@ -231,8 +234,8 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
-        session = self._open()
-        session.driver.synchronize_stream(session.stream)
+        stream = self._open()
+        stream.driver.synchronize_stream(stream.handle)
 
     def close(self) -> None:
         """Wait for the stream and give back what the device itself holds.
@@ -240,16 +243,16 @@ class CudaDevice:
         Buffers that are still referred to are freed with their last reference, and the stream and the context
         with the last of those.
         """
-        session, self._session = self._session, None
-        if session is None:
+        stream, self._stream = self._stream, None
+        if stream is None:
             return
-        session.driver.make_current()
+        stream.driver.make_current()
         try:
-            session.driver.synchronize_stream(session.stream)
+            stream.driver.synchronize_stream(stream.handle)
         finally:
             del self._kernels, self._uploads, self._downloads
             self._scratch = None
-            session.release()
+            stream.release()
 
     def __enter__(self) -> CudaDevice:
         """The device itself; closed at the end of the block."""
@@ -260,10 +263,10 @@ class CudaDevice:
         self.close()
 
     def __del__(self) -> None:
-        """Let go of the session; nobody is told of errors here."""
-        session = getattr(self, "_session", None)
-        if session is not None:
-            session.give_back(session.release)
+        """Let go of the stream; nobody is told of errors here."""
+        stream = getattr(self, "_stream", None)
+        if stream is not None:
+            stream.give_back(stream.release)
 
 
 def _open_driver(ordinal: int | None, stream: int) -> Driver:

@@ -87,10 +87,10 @@ def export_capsule(
     """A capsule of C-contiguous memory.
 
     Args:
-        owner: Kept until the reader is done, or until the capsule dies unread.
-        address: Of the first element.
-        shape: Elements along each axis.
-        dtype: Signed, unsigned or floating.
+        owner: The object that is kept until the reader is done, or until the capsule dies unread.
+        address: The address of the first element.
+        shape: The number of elements along each axis.
+        dtype: A signed, unsigned or floating dtype.
         device: DLPack's device type and id.
 
     Raises:

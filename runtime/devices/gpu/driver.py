@@ -53,8 +53,8 @@ class DeviceFacts:
 
     Attributes:
         ordinal: Its number among the visible ones.
-        name: Such as ``NVIDIA H100 80GB HBM3``.
-        compute_capability: Such as (9, 0).
+        name: Its name, such as ``NVIDIA H100 80GB HBM3``.
+        compute_capability: Its major and minor number, such as (9, 0).
         memory_pools: Whether memory can be allocated and freed in stream order.
     """
 
@@ -107,15 +107,15 @@ class Driver(Protocol):
         ...
 
     def copy_to_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """From page-locked host memory."""
+        """Copy from page-locked host memory."""
         ...
 
     def copy_to_host(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """To page-locked host memory."""
+        """Copy to page-locked host memory."""
         ...
 
     def copy_on_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """From device memory to device memory."""
+        """Copy from device memory to device memory."""
         ...
 
     def create_stream(self) -> int:

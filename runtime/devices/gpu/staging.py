@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.runtime.devices.gpu.arrays import DeviceArray, Owned, Session
+from sdrt.runtime.devices.gpu.arrays import DeviceArray
+from sdrt.runtime.devices.gpu.stream import Owned, Stream, new_event
 
 RING_BYTES: Final = 8 << 20  # everything that one picture uploads, several times over
 PIECE_BYTES: Final = RING_BYTES // 4  # of an array that is larger; converting and copying then overlap
@@ -32,9 +33,9 @@ class _Region(NamedTuple):
 class UploadRing:
     """Page-locked memory that uploads go round in; made at the first one."""
 
-    def __init__(self, session: Session) -> None:
-        """Copies go into the session's stream."""
-        self._session = session
+    def __init__(self, stream: Stream) -> None:
+        """Copies go into the stream."""
+        self._stream = stream
         self._memory: Owned | None = None
         self._bytes: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._head = 0
@@ -57,26 +58,26 @@ class UploadRing:
             self._copy_piece(piece, target.address + first * target.dtype.itemsize, target.dtype)
 
     def _copy_piece(self, piece: NDArray[Any], address: int, dtype: np.dtype[Any]) -> None:
-        session = self._session
+        stream = self._stream
         nbytes = piece.size * dtype.itemsize
         start = self._reserve(nbytes)
         np.copyto(self._bytes[start : start + nbytes].view(dtype), piece, casting="same_kind")
-        session.driver.copy_to_device(address, self._address + start, nbytes, session.stream)
-        event = self._events.pop() if self._events else new_event(session, timing=False)
-        session.driver.record_event(event.handle, session.stream)
+        stream.driver.copy_to_device(address, self._address + start, nbytes, stream.handle)
+        event = self._events.pop() if self._events else new_event(stream, timing=False)
+        stream.driver.record_event(event.handle, stream.handle)
         self._head = start + -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         self._running.append(_Region(start, self._head, event))
 
     @property
     def _address(self) -> int:
         if self._memory is None:
-            self._memory, self._bytes = pinned_memory(self._session, RING_BYTES)
+            self._memory, self._bytes = pinned_memory(self._stream, RING_BYTES)
         return self._memory.handle
 
     def _reserve(self, nbytes: int) -> int:
         """Where ``nbytes`` fit, once the copies that are in the way have run."""
         assert self._address
-        driver = self._session.driver
+        driver = self._stream.driver
         while self._running and driver.event_done(self._running[0].done.handle):
             self._events.append(self._running.popleft().done)
         while (start := self._room_for(nbytes)) is None:
@@ -98,9 +99,9 @@ class UploadRing:
 class DownloadBuffer:
     """Page-locked memory that downloads pass through; made at the first one, as large as was needed."""
 
-    def __init__(self, session: Session) -> None:
-        """Copies go into the session's stream."""
-        self._session = session
+    def __init__(self, stream: Stream) -> None:
+        """Copies go into the stream."""
+        self._stream = stream
         self._memory: Owned | None = None
         self._bytes: NDArray[np.uint8] = np.empty(0, np.uint8)
 
@@ -108,12 +109,12 @@ class DownloadBuffer:
         """A NumPy copy; waits for everything queued before."""
         result = np.empty(source.shape, source.dtype)
         target = result.reshape(-1).view(np.uint8)
-        session, driver = self._session, self._session.driver
+        stream, driver = self._stream, self._stream.driver
         address = self._room(min(source.nbytes, DOWNLOAD_BYTES))
         for start in range(0, source.nbytes, DOWNLOAD_BYTES):
             nbytes = min(DOWNLOAD_BYTES, source.nbytes - start)
-            driver.copy_to_host(address, source.address + start, nbytes, session.stream)
-            driver.synchronize_stream(session.stream)
+            driver.copy_to_host(address, source.address + start, nbytes, stream.handle)
+            driver.synchronize_stream(stream.handle)
             target[start : start + nbytes] = self._bytes[:nbytes]
         return result
 
@@ -121,19 +122,14 @@ class DownloadBuffer:
         if self._memory is None or self._bytes.size < nbytes:
             self._memory = None
             size = 1 << max(nbytes - 1, 4095).bit_length()
-            self._memory, self._bytes = pinned_memory(self._session, size)
+            self._memory, self._bytes = pinned_memory(self._stream, size)
         return self._memory.handle
 
 
-def pinned_memory(session: Session, nbytes: int) -> tuple[Owned, NDArray[np.uint8]]:
+def pinned_memory(stream: Stream, nbytes: int) -> tuple[Owned, NDArray[np.uint8]]:
     """Page-locked host memory and the NumPy array of its bytes, which does not keep it."""
-    driver, stream = session.driver, session.stream
+    driver, handle = stream.driver, stream.handle
     address = driver.allocate_pinned(nbytes)
-    owned = Owned(session, address, lambda at: driver.free_pinned(at, stream))
+    owned = Owned(stream, address, lambda at: driver.free_pinned(at, handle))
     memory = memoryview((ctypes.c_uint8 * nbytes).from_address(address)).cast("B")
     return owned, np.frombuffer(memory, np.uint8)
-
-
-def new_event(session: Session, *, timing: bool) -> Owned:
-    """An event of the driver."""
-    return Owned(session, session.driver.create_event(timing=timing), session.driver.destroy_event)

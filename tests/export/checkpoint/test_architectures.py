@@ -18,7 +18,7 @@ from sdrt.export.checkpoint.random_weights import SCHEME, fill_with_random_weigh
 from sdrt.export.checkpoint.weights import load_module, meta_module
 from sdrt.export.graphs.networks import example_inputs, wrapped
 from sdrt.export.parity.components import is_large
-from sdrt.runtime.bundle.components import components_of
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.errors import UsageError
 
 CLIP_L, BIG_G, VAE = 123_060_480, 694_659_840, 83_653_863
@@ -139,7 +139,7 @@ def activations(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> di
 QUIET = 0.05
 
 
-@pytest.mark.parametrize("component", components_of("sd"))
+@pytest.mark.parametrize("component", FAMILIES["sd"].components)
 def test_activations_stay_near_one_in_the_published_widths(component: str) -> None:
     """At the smallest picture, of the real networks but for the U-Net, whose real depth is kept."""
     opened = open_architecture("sd15")

@@ -32,7 +32,8 @@ from support.checkpoints.checkpoint_damage import (
     write,
 )
 
-from sdrt.export.checkpoint.checkpoint import SUBFOLDERS, open_checkpoint
+from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import check_architectures, load_module, release_weights
 from sdrt.export.cli import main as cli
 from sdrt.runtime.errors import CheckpointError
@@ -102,7 +103,7 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
     "beta": (configure(SCHEDULER, beta_end="0.012"), ("beta_end is '0.012'",)),
     **{
         f"{component} {what}": (change_tensors(component, change), (f"/{component}: ", *words))
-        for component in SUBFOLDERS
+        for component in CHECKPOINT_FAMILIES["sd"].folders
         for what, change, words in (
             ("wrong shape", shorten_a_matrix, ("has the shape [", "by config.json it is [")),
             ("tensor too many", add_one, ("the tensor ", "has no place in the network")),
@@ -229,7 +230,7 @@ def test_the_untouched_checkpoint_is_accepted(tiny_checkpoint: Path) -> None:
         "unet_channels": 4,
         "latent_channels": 4,
     }
-    for name in SUBFOLDERS:
+    for name in CHECKPOINT_FAMILIES["sd"].folders:
         module = load_module(checkpoint, name)
         assert not module.training
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}

@@ -28,10 +28,10 @@ from support.checkpoints.checkpoint_damage import (
 )
 from support.checkpoints.strange_files import make_device, make_pipe
 
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
-from sdrt.export.checkpoint.classes import PIPELINES
+from sdrt.export.checkpoint.families import PIPELINES
 from sdrt.export.checkpoint.fields import FIELDS, SCALING_FACTOR
 from sdrt.export.checkpoint.fit import OTHER_INPUTS
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import check_architectures, load_module
 from sdrt.export.cli import main as cli
 from sdrt.runtime.errors import CheckpointError

@@ -11,9 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
 from sdrt.export.checkpoint.files import HUB_PATTERNS, weight_files
 from sdrt.export.checkpoint.fingerprint import fingerprint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.runtime.errors import CheckpointError
 

@@ -23,10 +23,10 @@ from support.checkpoints.checkpoint_damage import (
 )
 from support.checkpoints.tiny_variants import CROSS_WIDTH, ENCODER_SIZE, GUIDANCE_WIDTH, MEAN, STD
 
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
 from sdrt.export.checkpoint.files import IMAGE_PROCESSOR
 from sdrt.export.checkpoint.fingerprint import fingerprint
 from sdrt.export.checkpoint.image_processor import CLIP_MEAN, CLIP_SIZE, CLIP_STD, image_processor_from_config
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.manifest import default_guidance, default_steps
 from sdrt.runtime.bundle.manifest import ImageProcessorFacts
 from sdrt.runtime.errors import CheckpointError

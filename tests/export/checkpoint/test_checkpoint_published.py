@@ -8,7 +8,7 @@ import pytest
 from support.checkpoints.published import CONFIGS, write_published_checkpoint
 from support.runs.reading import compare_reading, is_equal
 
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import check_architectures
 
 # The side in pixels that each draws by default.

@@ -26,13 +26,14 @@ from support.references.solver_reference import (
 )
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
-from sdrt.export.checkpoint.scheduler import CORRECTIONS, CheckpointScheduler, read_scheduler
+from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
+from sdrt.export.checkpoint.reader import open_checkpoint
+from sdrt.export.checkpoint.scheduler import CheckpointScheduler, read_scheduler
 from sdrt.export.checkpoint.scheduler_classes import CLASSES, Only, Use
 from sdrt.runtime.errors import CheckpointError, UsageError
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerOptions, make_table, run_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import NoiseSchedule
-from sdrt.runtime.samplers.table import CHECKPOINT_OPTIONS, NO_OPTIONS
+from sdrt.runtime.samplers.table import CHECKPOINT_OPTIONS, NO_OPTIONS, SamplerOptions, run_table
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of the corrections that the pipelines make
@@ -185,7 +186,7 @@ def test_samplers_have_the_defaults_of_their_classes(name: str) -> None:
 def test_corrections_are_those_of_diffusers_pipelines(family: str, inpainting: bool, pipeline: str) -> None:
     outdated = of("PNDM", skip_prk_steps=False, steps_offset=0)
     corrected = as_diffusers_reads(outdated, pipeline).config
-    ours = CORRECTIONS[family, inpainting]
+    ours = CHECKPOINT_FAMILIES[family].corrections[inpainting]
     assert corrected["steps_offset"] == ours["steps_offset"] == 1
     assert corrected["skip_prk_steps"] == ours.get("skip_prk_steps", False)
     clips = as_diffusers_reads(of("DDIM"), pipeline).config["clip_sample"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints.checkpoint_damage import WEIGHTS, early_message
 
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 
 
 def tensors(*names: str) -> Callable[[Path], None]:

@@ -25,7 +25,7 @@ from sdrt.export.cli import main as cli
 from sdrt.export.manifest import TOOLS
 from sdrt.runtime.admission import records as admission
 from sdrt.runtime.bundle.bundle import Bundle, sha256
-from sdrt.runtime.bundle.components import COMPONENTS
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import FORMAT_VERSION
 from sdrt.runtime.pipeline import Pipeline
 
@@ -98,7 +98,7 @@ def test_the_manifest_describes_the_checkpoint(tiny_bundle: Path) -> None:
     assert manifest["format"] == "sdrt-bundle"
     assert manifest["format_version"] == FORMAT_VERSION
     assert manifest["family"] == "sd"
-    assert list(manifest["components"]) == list(COMPONENTS)
+    assert list(manifest["components"]) == list(FAMILIES["sd"].components)
     assert manifest["latents"] == {"channels": 4, "factor": 2}
     assert manifest["schedule"] == {
         "beta_start": 0.00085,
@@ -181,7 +181,9 @@ def test_source_and_licence_follow_the_checkpoint(
     printed = capsys.readouterr()
     assert complaints(printed.err) == []
     stages = re.findall(r"\[ *\d+\.\d s\] (.*)", printed.out)
-    works = [f"{name}: {work}" for name in COMPONENTS for work in ("load", "export", "compare")]
+    works = [
+        f"{name}: {work}" for name in FAMILIES["sd"].components for work in ("load", "export", "compare")
+    ]
     works.insert(works.index("unet: compare") + 1, "unet: compare with diffusers' own pipeline")
     assert stages == [*works, "sampling run"]
     # The table shows every figure in full, also in the 80 columns of a pipe.

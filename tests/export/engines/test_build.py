@@ -27,10 +27,10 @@ from sdrt.export.engines.options import EngineOptions, Extent
 from sdrt.export.engines.process import run_build
 from sdrt.export.engines.writer import LAYERS_NAME, add_engines, build_job, engine_key
 from sdrt.export.parity.components import compare
-from sdrt.runtime.backends.registry import find_gpu
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
 from sdrt.runtime.bundle.engine_search import find_engine, list_engines
 from sdrt.runtime.bundle.engines import EngineManifest
+from sdrt.runtime.devices.gpu.discovery import find_gpu
 from sdrt.runtime.errors import BackendError
 
 RTX = "tensorrt-rtx"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from sdrt.export.engines import flavours as engine_flavours
 from sdrt.export.engines.options import EngineOptions, Extent
 from sdrt.export.engines.report import report_lines
 from sdrt.export.engines.writer import EngineReport, add_engines, engine_key, islands_of, timing_cache
-from sdrt.export.graphs.from_module import AxisRange
 from sdrt.export.manifest import check_manifest, default_size
+from sdrt.export.options import AxisRange
 from sdrt.runtime.admission.records import accept
-from sdrt.runtime.backends.registry import Gpu
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
 from sdrt.runtime.bundle.engine_search import list_engines
 from sdrt.runtime.bundle.engines import ENGINE_NAME, EngineManifest
 from sdrt.runtime.bundle.manifest import FileEntry
+from sdrt.runtime.devices.gpu.discovery import Gpu
 from sdrt.runtime.errors import BackendError, OutputError, UsageError
 
 BUNDLE = str(EMBEDDED)
@@ -206,10 +207,9 @@ def test_an_engines_manifest_that_is_a_pipe_is_no_engine(
 def test_a_flavour_that_is_not_installed_says_what_to_install(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(name: str) -> Any:
-        raise ModuleNotFoundError(f"No module named '{name}'")
-
-    monkeypatch.setattr("sdrt.export.engines.flavours.importlib.import_module", missing)
+    for module in ("tensorrt", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
     for flavour, hint in ((RTX, "pip install 'sdrt[rtx]'"), ("tensorrt", "from NVIDIA")):
         assert cli.main([str(bundle), "--engine", flavour]) == 7
         message = capsys.readouterr().err

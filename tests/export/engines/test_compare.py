@@ -13,11 +13,13 @@ from sdrt.export.engines.compare import NO_GPU, compare_engine, random_inputs, t
 from sdrt.export.engines.options import EngineOptions
 from sdrt.export.engines.writer import engine_key
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.registry import Gpu, load_executor
+from sdrt.runtime.backends.registry import load_executor
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
 from sdrt.runtime.bundle.engines import ENGINE_NAME, EngineManifest, engine_to_json
 from sdrt.runtime.bundle.manifest import FileEntry
-from sdrt.runtime.devices.device import Device, HostDevice
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.gpu.discovery import Gpu
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import BackendError, ParityError
 
 FLAVOUR = "tensorrt-rtx"

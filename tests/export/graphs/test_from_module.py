@@ -18,14 +18,16 @@ from support.runs.onnx_runs import text_inputs
 from torch import Tensor, nn
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
-from sdrt.export.graphs.from_module import AxisRange, onnx_from_module, save_graph
-from sdrt.export.graphs.networks import WRAPPERS, wrapped
+from sdrt.export.graphs.from_module import onnx_from_module, save_graph
+from sdrt.export.graphs.networks import wrapped
+from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import compare
 from sdrt.export.passes.nodes import LAYER
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import COMPONENTS, DYNAMIC_AXES, ComponentSpec, TensorSpec
+from sdrt.runtime.bundle.families.record import DYNAMIC_AXES, ComponentSpec, TensorSpec
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.errors import SdrtError
 
 Array = NDArray[Any]
@@ -72,12 +74,14 @@ def without_about(entries: tuple[TensorSpec, ...]) -> list[TensorSpec]:
     return [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries]
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", FAMILIES["sd"].components)
 def test_names_dtypes_and_axes_are_those_of_the_table_and_the_manifest(
     tiny_bundle: Path, tiny_checkpoint: Path, component: str
 ) -> None:
     inputs, outputs = tensors_of(graph_of(tiny_bundle, component))
-    table = COMPONENTS[component].resolve(open_checkpoint(str(tiny_checkpoint)).sizes(), "fp32")
+    table = (
+        FAMILIES["sd"].components[component].resolve(open_checkpoint(str(tiny_checkpoint)).sizes(), "fp32")
+    )
     manifest = Bundle.open(tiny_bundle).manifest.components[component]
     assert manifest.precision == "fp32"
     for spec in (table, manifest.spec):
@@ -87,7 +91,7 @@ def test_names_dtypes_and_axes_are_those_of_the_table_and_the_manifest(
 
 def test_every_dynamic_axis_of_the_table_is_symbolic_in_some_graph(tiny_bundle: Path) -> None:
     symbols = set()
-    for component in COMPONENTS:
+    for component in FAMILIES["sd"].components:
         for entries in tensors_of(graph_of(tiny_bundle, component)):
             symbols |= {axis for entry in entries for axis in entry.shape if isinstance(axis, str)}
     assert symbols == DYNAMIC_AXES
@@ -134,7 +138,7 @@ def test_the_graph_knows_nothing_of_the_machine_that_made_it(
             assert [needle for needle in needles if needle.encode() in data] == [], file
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", FAMILIES["sd"].components)
 def test_of_metadata_the_graph_has_layers_alone_and_it_passes_the_checker(
     tiny_bundle: Path, tiny_checkpoint: Path, component: str
 ) -> None:
@@ -174,8 +178,8 @@ def test_a_lower_opset_writes_attention_out_and_computes_the_same(
     tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
-    spec = COMPONENTS["text_encoder"].resolve(checkpoint.sizes(), "fp32")
-    module = WRAPPERS["text_encoder"][1](load_module(checkpoint, "text_encoder")).eval()
+    spec = FAMILIES["sd"].components["text_encoder"].resolve(checkpoint.sizes(), "fp32")
+    module = wrapped(checkpoint, "text_encoder")
     inputs = text_inputs(np.arange(2 * 77).reshape(2, 77), 16)
     example = tuple(map(torch.from_numpy, inputs.values()))
     model = onnx_from_module(module, example, spec, {"batch": AxisRange(1, 2)}, 18)

@@ -17,15 +17,15 @@ from support.runs.onnx_runs import run
 
 import tolerances
 from sdrt.export import writer as bundle_writer
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
-from sdrt.export.checkpoint.weights import load_module
+from sdrt.export.checkpoint.reader import open_checkpoint
+from sdrt.export.checkpoint.weights import HalfOverflowError, load_module
 from sdrt.export.cli import main as cli
 from sdrt.export.engines.writer import islands_of
-from sdrt.export.graphs.from_module import AxisRange, onnx_from_module
-from sdrt.export.graphs.half_precision import HalfOverflowError, planned_precision, why_planned
+from sdrt.export.graphs.from_module import onnx_from_module
+from sdrt.export.graphs.half_precision import planned_precision, why_planned
 from sdrt.export.graphs.range_audit import FP16_LARGEST, audit_ranges
 from sdrt.export.manifest import check_manifest
-from sdrt.export.options import ExportOptions
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import compare
 from sdrt.export.parity.reference import reference_pipeline
 from sdrt.export.passes.pipeline import prepare_for_onnxruntime_cuda, prepare_for_tensorrt

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.graphs import preview
-from sdrt.export.graphs.networks import WRAPPERS, VaeDecoder
+from sdrt.export.graphs.networks import VaeDecoder
 from sdrt.export.graphs.preview import fit_preview, sample_pictures, small_picture
 from sdrt.runtime.bundle.bundle import EMBEDDED
 from sdrt.runtime.bundle.manifest import Preview
@@ -72,7 +73,7 @@ def test_no_affine_map_is_nearer_on_its_own_pictures(
             )
             return image.repeat_interleave(emoji.factor, -1).repeat_interleave(emoji.factor, -2)
 
-    monkeypatch.setitem(WRAPPERS, "vae_decoder", ("vae", Affine))
+    monkeypatch.setattr("sdrt.export.graphs.networks.VaeDecoder", Affine)
     fitted = fit_preview(emoji)
     expected = [[1, 0, 0], [0, 0, 1], [0, 0, 1], [0, 2, 0]]
     np.testing.assert_allclose(fitted.weights, expected, atol=2.0**-20)  # float32 pictures, averaged
@@ -84,7 +85,7 @@ def test_a_vae_that_gives_nan_is_named(emoji: Checkpoint, monkeypatch: pytest.Mo
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
             return torch.full((1, 3, 64, 64), math.nan)
 
-    monkeypatch.setitem(WRAPPERS, "vae_decoder", ("vae", Faulty))
+    monkeypatch.setattr("sdrt.export.graphs.networks.VaeDecoder", Faulty)
     with pytest.raises(NumericsError, match="the VAE gives NaN or infinity"):
         fit_preview(emoji)
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from sdrt.export import writer as bundle_writer
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.cli import main as cli
-from sdrt.export.graphs.from_module import AxisRange, save_graph
+from sdrt.export.graphs.from_module import save_graph
 from sdrt.export.graphs.networks import wrapped
+from sdrt.export.options import AxisRange
 from sdrt.export.parity import components as parity
 from sdrt.export.parity import sampling as parity_sampling
 from sdrt.export.parity.components import (
@@ -35,7 +36,7 @@ from sdrt.export.parity.sampling import (
     reference_embeddings,
     sampling_probe,
 )
-from sdrt.runtime.bundle.components import COMPONENTS
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.errors import NumericsError, ParityError
 
 AXES = {
@@ -159,7 +160,9 @@ def test_the_manifest_has_a_figure_of_every_output_at_two_sizes_and_of_a_samplin
         assert len(by_output.pop(("pipeline", output))) == 1
     unet = max(entry["tolerance"] for entry in figures if entry["component"] == "unet")
     assert sampling["tolerance"] == unet * SAMPLING_FACTOR
-    assert set(by_output) == {(spec.name, out.name) for spec in COMPONENTS.values() for out in spec.outputs}
+    assert set(by_output) == {
+        (spec.name, out.name) for spec in FAMILIES["sd"].components.values() for out in spec.outputs
+    }
     for entries in by_output.values():
         assert len({entry["inputs"] for entry in entries}) == 2
         # Of a network of 16 and 32 channels: sums of at most 9 · 64 products, in less than 100 layers.

@@ -16,16 +16,19 @@ from support.checkpoints.checkpoint_damage import UNET_CONFIG, VAE_CONFIG, confi
 from support.runs.reading import compare_reading, is_equal
 
 import tolerances
-from sdrt.export.checkpoint import checkpoint as reader
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint import checkpoint as checkpoints
+from sdrt.export.checkpoint import reader
+from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fields import LatentScaling
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.cli import main as cli
-from sdrt.export.graphs.from_module import AxisRange, onnx_from_module, save_graph
+from sdrt.export.graphs.from_module import onnx_from_module, save_graph
 from sdrt.export.graphs.networks import wrapped
+from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import ParityReport, check_component, compare, reference_probes
 from sdrt.export.parity.pipeline import check_reading
-from sdrt.runtime.bundle.components import components_of
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.errors import ParityError
 
 KINDS = {
@@ -142,7 +145,7 @@ def test_latents_mean_and_std_are_read_and_their_loss_is_seen(
     folder = copy_of("sdxl_checkpoint")
     configure(VAE_CONFIG, **PLAYGROUND)(folder)
     assert is_equal(compare_reading(folder))
-    monkeypatch.setattr(reader, "latent_scaling", lambda *_: LatentScaling(0.5))
+    monkeypatch.setattr(checkpoints, "latent_scaling", lambda *_: LatentScaling(0.5))
     with pytest.raises(ParityError, match="the image differ"):
         compare_reading(folder)
 
@@ -198,7 +201,7 @@ def test_the_graph_of_a_decoder_holds_mean_and_deviation(
     folder = copy_of("sdxl_checkpoint")
     configure(VAE_CONFIG, **PLAYGROUND)(folder)
     checkpoint, report = open_checkpoint(str(folder)), ParityReport()
-    module, spec = wrapped(checkpoint, "vae_decoder"), components_of("sdxl")["vae_decoder"]
+    module, spec = wrapped(checkpoint, "vae_decoder"), FAMILIES["sdxl"].components["vae_decoder"]
     spec = spec.resolve(checkpoint.sizes(), "fp32")
     sizes = {"batch": 1, "latent_height": 8, "latent_width": 8, "height": 16, "width": 16}
     axes = {axis: AxisRange(size, size) for axis, size in sizes.items()}

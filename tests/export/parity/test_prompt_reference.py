@@ -13,10 +13,10 @@ from support.references.text_reference import Encoded, Reference, Weighted
 
 import tolerances
 from sdrt.export.parity.components import compare
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.bundle.families.record import ComponentSpec
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder
 from sdrt.runtime.drawing.text_encoders import open_tokenizers, text_encoders
@@ -74,6 +74,7 @@ class Scene:
             (2, 2),
             guided=False,
             context=chunks * self.bundle.manifest.tokens,
+            encoders=len(self.bundle.manifest.record.encoders),
         )
         self.encoder.write(prompts, loop, chunks)
         assert not loop.faults().texts.any()

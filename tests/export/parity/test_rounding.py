@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.graphs.networks import wrapped
 from sdrt.export.parity.components import compare
 from sdrt.export.parity.rounding import CountSums, Sums, norm_error, rounding_tolerance

@@ -15,7 +15,7 @@ import torch
 from support.checkpoints.scheduler_cases import EQUAL, PUBLISHED, Config
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.cli import main as cli
 from sdrt.runtime.bundle.manifest_json import from_json, to_json
 from sdrt.runtime.pipeline import Pipeline

@@ -16,11 +16,11 @@ from support.checkpoints.tiny_sdxl import PROJECTION, SIZE, TIME_WIDTH, WIDTHS
 from transformers import CLIPTokenizer
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.parity.components import MAX_OVER_L2, compare
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import components_of
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.errors import CheckpointError
 from sdrt.runtime.text.tokenizer import Tokenizer
 
@@ -133,7 +133,7 @@ def test_every_output_and_a_sampling_run_were_compared(sdxl_bundle: Path) -> Non
     parity = json.loads((sdxl_bundle / "manifest.json").read_text())["parity"]
     assert parity["left_out"] == []
     compared = {(entry["component"], entry["output"]) for entry in parity["figures"]}
-    table = components_of("sdxl")
+    table = FAMILIES["sdxl"].components
     assert compared == {(name, out.name) for name, spec in table.items() for out in spec.outputs} | {
         ("sampling", "latents"),
         ("pipeline", "latents"),

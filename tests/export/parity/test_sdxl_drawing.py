@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from support.fakes.recording import RecordedExecutor, RecordingDriver, recording_device
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.parity.reference import reference_pipeline
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.pipeline import Pipeline

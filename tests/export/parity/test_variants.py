@@ -16,7 +16,8 @@ from support.checkpoints.checkpoint_damage import UNET_CONFIG, configure
 from support.checkpoints.tiny_variants import CROSS_WIDTH, ENCODER_SIZE, GUIDANCE_WIDTH
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.export.cli import main as cli
 from sdrt.export.graphs.networks import example_inputs, wrapped
@@ -30,7 +31,7 @@ from sdrt.export.parity.sampling import (
     unet_latents,
 )
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import TensorSpec
+from sdrt.runtime.bundle.families.record import TensorSpec
 from sdrt.runtime.bundle.manifest import Manifest
 
 SIZE = (16, 16)
@@ -210,7 +211,7 @@ def test_an_image_variations_bundle_has_an_image_encoder(
 ) -> None:
     manifest = manifest_of(variations_bundle)
     assert manifest.family == "image-variations"
-    assert manifest.required_components == ("image_encoder", "unet", "vae_decoder")
+    assert manifest.record.required == ("image_encoder", "unet", "vae_decoder")
     assert manifest.tokens == manifest.limits.max_chunks == 1
     assert manifest.image_processor is not None
     assert manifest.image_processor.size == ENCODER_SIZE

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from support.runs.onnx_runs import text_inputs
 
 import tolerances
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
-from sdrt.export.graphs.from_module import AxisRange, onnx_from_module, save_graph
-from sdrt.export.graphs.networks import WRAPPERS, UNet
+from sdrt.export.graphs.from_module import onnx_from_module, save_graph
+from sdrt.export.graphs.networks import UNet, wrapped
+from sdrt.export.options import AxisRange
 from sdrt.export.parity.components import compare
 from sdrt.export.passes.weight_storage import MIN_ELEMENTS, store_weights_in_fp16
 from sdrt.export.passes.widen import widen_bfloat16
-from sdrt.runtime.bundle.components import COMPONENTS
+from sdrt.runtime.bundle.families.registry import FAMILIES
 
 Array = NDArray[Any]
 
@@ -62,8 +63,8 @@ def half_precision_weight(seed: int = 0) -> NDArray[np.float32]:
 
 def test_stored_weights_give_the_same_bits_from_half_the_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
-    spec = COMPONENTS["text_encoder"].resolve(checkpoint.sizes(), "fp32")
-    module = WRAPPERS["text_encoder"][1](load_module(checkpoint, "text_encoder")).eval()
+    spec = FAMILIES["sd"].components["text_encoder"].resolve(checkpoint.sizes(), "fp32")
+    module = wrapped(checkpoint, "text_encoder")
     inputs = text_inputs(np.arange(2 * 77).reshape(2, 77), 16)
     model = onnx_from_module(module, tuple(map(torch.from_numpy, inputs.values())), spec, AXES, 23)
     large = sum(
@@ -116,7 +117,7 @@ def test_a_widened_bfloat16_graph_computes_with_the_rounded_weights(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint))
-    spec = COMPONENTS["unet"].resolve(checkpoint.sizes(), "bf16")
+    spec = FAMILIES["sd"].components["unet"].resolve(checkpoint.sizes(), "bf16")
     module = load_module(checkpoint, "unet").bfloat16()
     generator = torch.Generator().manual_seed(5)
     sample, states = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 77, 16)))

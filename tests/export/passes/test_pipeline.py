@@ -16,7 +16,7 @@ import tolerances
 from sdrt.export.parity.components import compare
 from sdrt.export.passes.attention import attentions, write_out
 from sdrt.export.passes.pipeline import prepare_for_onnxruntime_cuda, prepare_for_tensorrt
-from sdrt.runtime.bundle.components import COMPONENTS
+from sdrt.runtime.bundle.families.registry import FAMILIES
 
 Array = NDArray[Any]
 
@@ -44,7 +44,7 @@ def inputs_of(model: ir.Model) -> dict[str, Array]:
     return feeds
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", FAMILIES["sd"].components)
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "fp16_bundle"])
 def test_outputs_stay_the_same(
     component: str, bundle: str, tmp_path: Path, request: pytest.FixtureRequest

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from sdrt.runtime.backends.cpu_backends import CpuExecutor
 from sdrt.runtime.backends.executor import usable_cores
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.backends.openvino_cpu.executor import OpenVinoExecutor
-from sdrt.runtime.backends.registry import CpuExecutor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import BundleError
 

@@ -12,9 +12,9 @@ from support.runs.repeats import assert_repeats
 
 from sdrt.export.engines.compare import random_inputs, tolerance
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.backends.libraries import import_tensorrt
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.backends.registry import choose_backend, load_executor, open_device
+from sdrt.runtime.backends.trt.library import import_tensorrt
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu.device import CudaDevice
 

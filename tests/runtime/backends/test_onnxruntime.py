@@ -24,11 +24,12 @@ from support.fakes.fake_onnxruntime_cuda import fake_onnxruntime
 from support.fakes.recording import RecordingDriver, recording_device
 
 from sdrt.runtime.backends.executor import check_buffer, check_buffers
-from sdrt.runtime.backends.graph_nodes import read_nodes, shape_nodes
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
-from sdrt.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaExecutor, import_with_cuda
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cuda.executor import OnnxRuntimeCudaExecutor
+from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import read_nodes, shape_nodes
+from sdrt.runtime.backends.onnxruntime_cuda.library import import_with_cuda
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import Precision, TensorSpec
+from sdrt.runtime.bundle.families.record import Precision, TensorSpec
 from sdrt.runtime.devices.gpu.device import CudaDevice
 from sdrt.runtime.errors import BackendError, BundleError, DeviceMemoryError, UsageError
 

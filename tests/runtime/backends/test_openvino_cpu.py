@@ -16,9 +16,9 @@ import pytest
 from support.runs.cache_runs import flip_byte, source_of
 from support.runs.openvino_runs import assert_close, buffers, expected, openvino
 
-from sdrt.runtime.backends.libraries import import_openvino
 from sdrt.runtime.backends.openvino_cpu import models as openvino_models
 from sdrt.runtime.backends.openvino_cpu.executor import OpenVinoExecutor
+from sdrt.runtime.backends.openvino_cpu.library import import_openvino
 from sdrt.runtime.backends.openvino_cpu.models import Kept
 from sdrt.runtime.bundle import verified_files
 from sdrt.runtime.bundle.bundle import Bundle
@@ -161,10 +161,10 @@ def test_what_is_computed_once(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_most_of_a_unet_runs_at_every_call(tiny: Bundle) -> None:
     """Of what is cut out no result is larger than what it saves, nor is anything a mere copy of an input."""
-    ov = import_openvino(openvino_models.BACKEND, "openvino")
+    ov = import_openvino()
     file = openvino_models.ModelFile(ov, *_unet_file(tiny), None)
     sizes = tuple((name, array.shape) for name, array in buffers(tiny, rows=1)[0].items())
-    compiled = file.compiled(openvino_models.Shape(sizes, 1, 1))
+    compiled = file.compiled(openvino_models.CompileTarget(sizes, 1, 1))
     context, time_ = compiled.parts
     assert (context.inputs, time_.inputs) == (("encoder_hidden_states",), ("timestep",))
     attentions = 8  # of the tiny U-Net: four blocks, two of them with attention, some with two layers
@@ -223,14 +223,14 @@ def test_a_place_for_all_that_decides_what_is_compiled(
     cache: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_of(tiny)
-    ov = import_openvino(openvino_models.BACKEND, "openvino")
+    ov = import_openvino()
 
     other_weights = replace(source, files=(*source.files[:-1], replace(source.files[-1], sha256="0" * 64)))
 
     def place(threads: int = 2, rows: int = 1, source: Source = source) -> Path:
         file = openvino_models.ModelFile(ov, *_unet_file(tiny), source)
         sizes = tuple((name, array.shape) for name, array in buffers(tiny, rows=rows)[0].items())
-        return file._place(source, openvino_models.Shape(sizes, 1, threads)).path
+        return file._place(source, openvino_models.CompileTarget(sizes, 1, threads)).path
 
     places = [
         place(),
@@ -404,10 +404,10 @@ def test_signals_are_handled_where_they_were(tiny: Bundle) -> None:
     """OpenVINO gives the thread that compiles a signal stack, and frees it with the model."""
     before = signal_stack()
     for rows in (1, 2):
-        ov = import_openvino(openvino_models.BACKEND, "openvino")
+        ov = import_openvino()
         file = openvino_models.ModelFile(ov, *_unet_file(tiny), None)
         sizes = tuple((name, array.shape) for name, array in buffers(tiny, rows=rows)[0].items())
-        compiled = file.compiled(openvino_models.Shape(sizes, 1, 1))
+        compiled = file.compiled(openvino_models.CompileTarget(sizes, 1, 1))
         del file, compiled
         gc.collect()
         after = signal_stack()

@@ -20,8 +20,8 @@ import pytest
 from support.runs.cache_runs import source_of
 
 from sdrt.kernels.cache import UNUSED_SECONDS
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
-from sdrt.runtime.backends.prepared_graphs import GRAPH_NAME, WEIGHTS_NAME, PreparedGraph
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.prepared_graphs import GRAPH_NAME, WEIGHTS_NAME, PreparedGraph
 from sdrt.runtime.bundle import prepared_folder, verified_files
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.prepared_folder import RECORD_NAME

@@ -25,10 +25,10 @@ from support.runs.cache_runs import flip_byte
 
 from sdrt.kernels.cache import read_kept
 from sdrt.runtime.backends.executor import replayable
-from sdrt.runtime.backends.libraries import import_tensorrt
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.backends.trt.errors import explain
 from sdrt.runtime.backends.trt.executor import TensorRTExecutor
+from sdrt.runtime.backends.trt.library import import_tensorrt
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu.device import CudaDevice
 from sdrt.runtime.errors import BackendError, BundleError, DeviceMemoryError, UsageError

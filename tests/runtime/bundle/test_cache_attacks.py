@@ -25,7 +25,7 @@ from support.checkpoints.strange_files import make_device, make_nested, make_pip
 from support.runs.cache_fuzz import KINDS, fuzz
 from support.runs.cache_runs import replace_bytes, source_of
 
-from sdrt.runtime.backends.prepared_graphs import PreparedGraph
+from sdrt.runtime.backends.onnxruntime_cpu.prepared_graphs import PreparedGraph
 from sdrt.runtime.bundle import prepared_folder, verified_files
 from sdrt.runtime.bundle.bundle import ALWAYS, EMBEDDED, Bundle, Verify
 from sdrt.runtime.bundle.manifest import FileEntry

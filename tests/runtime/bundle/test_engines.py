@@ -11,7 +11,6 @@ import pytest
 from support.checkpoints.json_paths import KeyPath, key_paths, removed, replaced
 
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import COMPONENTS
 from sdrt.runtime.bundle.engines import (
     AxisProfile,
     EngineKey,
@@ -21,6 +20,7 @@ from sdrt.runtime.bundle.engines import (
     engine_from_json,
     engine_to_json,
 )
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import Component, FileEntry
 from sdrt.runtime.errors import BundleError
 
@@ -185,7 +185,7 @@ def test_key_hash_does_not_depend_on_the_order_of_options() -> None:
 
 def test_component_hash_covers_every_file_and_no_order() -> None:
     files = (FileEntry("unet/model.onnx", 1, "a" * 64), FileEntry("unet/model.onnx.data", 2, "b" * 64))
-    part = Component("unet/model.onnx", files, "fp16", COMPONENTS["unet"])
+    part = Component("unet/model.onnx", files, "fp16", FAMILIES["sd"].components["unet"])
     here = component_sha256(part)
     assert here == component_sha256(replace(part, files=files[::-1]))
     for other in (
@@ -199,7 +199,7 @@ def test_component_hash_covers_every_file_and_no_order() -> None:
 def test_component_hash_is_what_it_is() -> None:
     """The hash is in every engine's key: another way to compute it would orphan all of them."""
     files = (FileEntry("unet/model.onnx", 1, "a" * 64),)
-    part = Component("unet/model.onnx", files, "fp16", COMPONENTS["unet"])
+    part = Component("unet/model.onnx", files, "fp16", FAMILIES["sd"].components["unet"])
     # printf 'unet/model.onnx aa…a\n' | sha256sum
     assert component_sha256(part) == "e3d969a06d12890388506e0dfa8183ef5ae4cf6e616cc713a5e7d16fd8e180b8"
 

@@ -27,12 +27,8 @@ from support.checkpoints.manifests import (
 )
 
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import (
-    COMPONENTS,
-    DYNAMIC_AXES,
-    PRECISIONS,
-    Precision,
-)
+from sdrt.runtime.bundle.families.record import DYNAMIC_AXES, PRECISIONS, Precision
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import (
     FORMAT_VERSION,
     Defaults,
@@ -66,7 +62,6 @@ CHECKPOINT_OPTIONS_GIVEN = SamplerOptions(
             schedule=NoiseSchedule(edm=EdmScaling(sigma_max=120.0, sigma_schedule="exponential")),
             defaults=Defaults(64, 64, 20, 3.0, "dpmpp_2m", CHECKPOINT_OPTIONS_GIVEN),
         ),
-        example(text_output="penultimate_hidden_state"),
         example(ranges={"unet": {"largest": 7.0}}),
         example(preview=None),
         example(components=components("sd", INPAINTING_SIZES)),
@@ -151,7 +146,7 @@ def test_what_a_scheduler_cannot_be_is_refused(document: dict[str, Any], words: 
 
 def test_files_are_all_of_them_once() -> None:
     paths = [file.path for file in example().files()]
-    assert paths == [f"{name}/model.onnx" for name in COMPONENTS] + ["tokenizer.json"]
+    assert paths == [f"{name}/model.onnx" for name in FAMILIES["sd"].components] + ["tokenizer.json"]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +252,7 @@ def nested(depth: int) -> dict[str, Any]:
         (("schedule",), None, "schedule is 'None', not an object"),
         (("tokenizer", "max_length"), 0, "max_length is 2 to 4096"),
         (("tokenizer", "bos"), None, "tokenizer.bos is 'None'"),
-        (("text_output",), "pooled", "text_output is an output of the text encoder"),
+        (("text_output",), "penultimate_hidden_state", "text_output is what the unet reads"),
         (("text_output",), ["last_hidden_state"], "not a text"),
         (("defaults", "guidance_scale"), "strong", "not a finite number"),
         (("defaults", "guidance_scale"), float("nan"), "NaN is no finite number"),

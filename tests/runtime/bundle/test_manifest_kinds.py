@@ -24,7 +24,7 @@ from support.checkpoints.manifests import (
 )
 
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
-from sdrt.runtime.bundle.components import COMPONENTS, components_of, required_components
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.bundle.manifest_json import from_json, to_json
 
@@ -83,7 +83,7 @@ def test_an_older_bundle_has_no_longer_prompts_and_skips_no_layers(limit: str, w
 
 def test_optional_inputs_are_those_of_the_checkpoint() -> None:
     def inputs(sizes: dict[str, int], name: str) -> list[str]:
-        return [spec.name for spec in COMPONENTS[name].resolve(sizes, "fp32").inputs]
+        return [spec.name for spec in FAMILIES["sd"].components[name].resolve(sizes, "fp32").inputs]
 
     plain = ["sample", "timestep", "encoder_hidden_states"]
     assert inputs(SIZES, "unet") == plain
@@ -94,12 +94,12 @@ def test_optional_inputs_are_those_of_the_checkpoint() -> None:
 
 def test_image_variations_have_an_image_encoder_and_no_tokenizer() -> None:
     manifest = from_json(json.dumps(VARIATIONS))
-    assert manifest.required_components == ("image_encoder", "unet", "vae_decoder")
+    assert manifest.record.required == ("image_encoder", "unet", "vae_decoder")
     assert manifest.tokenizers == ()
     assert "tokenizer" not in VARIATIONS
     assert "text_output" not in VARIATIONS
     assert [file.path for file in manifest.files()] == [
-        f"{name}/model.onnx" for name in components_of("image-variations")
+        f"{name}/model.onnx" for name in FAMILIES["image-variations"].components
     ]
 
 
@@ -148,13 +148,13 @@ def test_wrong_value_in_an_inpainting_unet(path: KeyPath, value: Any, words: str
 def test_sdxl_has_two_text_encoders_and_tokenizers() -> None:
     manifest = from_json(json.dumps(SDXL))
     assert (
-        manifest.required_components
-        == required_components("sdxl")
-        == tuple(name for name in components_of("sdxl") if name != "vae_encoder")
+        manifest.record.required
+        == FAMILIES["sdxl"].required
+        == tuple(name for name in FAMILIES["sdxl"].components if name != "vae_encoder")
     )
     assert [facts.pad for facts in manifest.tokenizers] == [2, 0]
     assert [file.path for file in manifest.files()][-2:] == ["tokenizer.json", "tokenizer_2.json"]
-    assert example().required_components == ("text_encoder", "unet", "vae_decoder")
+    assert example().record.required == ("text_encoder", "unet", "vae_decoder")
     assert len(example().tokenizers) == 1
 
 
@@ -172,7 +172,7 @@ def test_sdxl_without_its_second_encoder(path: KeyPath) -> None:
         (("components", "text_encoder_2", "outputs", 0, "shape", 2), 16, "output fits the unet"),
         (("components", "text_encoder_2", "outputs", 1, "shape", 1), 16, "text_embeds fit the unet"),
         (("components", "unet", "inputs", 4, "shape", 1), 5, "time_ids is float16['rows', 5]"),
-        (("text_output",), "text_embeds", "text_output is an output of the text encoder"),
+        (("text_output",), "text_embeds", "text_output is what the unet reads"),
     ],
     ids=str,
 )

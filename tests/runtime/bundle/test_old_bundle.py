@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from support.checkpoints.old_bundle import make_old
 
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder, PromptTruncatedWarning
 from sdrt.runtime.drawing.text_encoders import open_tokenizers, text_encoders
 from sdrt.runtime.errors import UsageError

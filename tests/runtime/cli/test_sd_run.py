@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 from support.runs.sd_run_terminal import A_STEP, SD_RUN, OnTerminal
 
-from sdrt.runtime.backends import registry as backends
 from sdrt.runtime.cli import saving
 from sdrt.runtime.cli.main import main
+from sdrt.runtime.devices.gpu import discovery
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.pipeline import Pipeline
 
@@ -388,18 +388,18 @@ def test_defaults_are_the_bundles(run: Run, work: Path) -> None:
 def test_backend_that_auto_took_and_why(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU is nothing to be told about each time; a GPU that is not used is."""
 
-    def not_there(_number: int = 0) -> backends.Gpu:
-        raise BackendError(f"{backends.NO_DRIVER}: libcuda.so.1: cannot open; install the driver")
+    def not_there(_number: int = 0) -> discovery.Gpu:
+        raise BackendError(f"{discovery.NO_DRIVER}: libcuda.so.1: cannot open; install the driver")
 
-    def unusable(_number: int = 0) -> backends.Gpu:
+    def unusable(_number: int = 0) -> discovery.Gpu:
         raise BackendError("no NVIDIA GPU number 0 can be used: cuDeviceGet says no")
 
     why = r"sd-run: backend ([a-z-]+) \(tensorrt.*{}.*\1: .*\)\n"
-    monkeypatch.setattr(backends, "find_gpu", not_there)
+    monkeypatch.setattr(discovery, "find_gpu", not_there)
     assert re.fullmatch(r"sd-run: backend [a-z-]+\n", run("x", "--backend", "auto")[1])
     assert re.fullmatch(why.format("libcuda.so.1"), run("x", "--backend", "auto", "--verbose")[1])
     assert run("x", "--backend", "auto", "--quiet")[1] == ""
-    monkeypatch.setattr(backends, "find_gpu", unusable)
+    monkeypatch.setattr(discovery, "find_gpu", unusable)
     assert re.fullmatch(why.format("cuDeviceGet says no"), run("x", "--backend", "auto")[1])
 
 

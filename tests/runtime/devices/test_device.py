@@ -7,8 +7,9 @@ import pytest
 
 from sdrt.kernels.philox import philox_normal
 from sdrt.kernels.philox_normal import NO_DRAW
-from sdrt.runtime.devices.device import Device, HostDevice
+from sdrt.runtime.devices.device import Device
 from sdrt.runtime.devices.gpu.device import CudaDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import UsageError
 
 
@@ -128,7 +129,7 @@ def test_work_of_the_host_is_its_own_graph() -> None:
 
 def test_the_hosts_timer_adds_up_stages_of_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr("sdrt.runtime.devices.device.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("sdrt.runtime.devices.host.time.perf_counter", lambda: next(clock))
     timer = HostDevice().timer()
     timer.mark("step")
     timer.mark("decode")

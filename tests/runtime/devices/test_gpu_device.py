@@ -15,7 +15,7 @@ from sdrt.kernels.compile import KernelError
 from sdrt.runtime.devices.gpu.arrays import DeviceArray
 from sdrt.runtime.devices.gpu.device import CudaDevice
 from sdrt.runtime.devices.gpu.driver import CudaError, OutOfMemoryError
-from sdrt.runtime.devices.gpu.graphs import architecture
+from sdrt.runtime.devices.gpu.kernel_modules import architecture
 from sdrt.runtime.devices.gpu.staging import RING_BYTES
 from sdrt.runtime.errors import BackendError, DeviceMemoryError
 
@@ -308,7 +308,7 @@ def test_a_capture_that_cannot_begin_leaves_the_device_usable(
 
 def test_memory_that_was_freed_is_not_read_in_silence(device: CudaDevice) -> None:
     buffer, target = device.zeros((4,), "float32"), device.zeros((4,), "float32")
-    view = DeviceArray(device._session, None, buffer.address, (4,), "float32")  # type: ignore[arg-type]
+    view = DeviceArray(device._stream, None, buffer.address, (4,), "float32")  # type: ignore[arg-type]
     del buffer
     gc.collect()
     device.copy(view, target)

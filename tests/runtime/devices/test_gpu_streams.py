@@ -13,10 +13,10 @@ import torch
 import torch.utils.dlpack
 from support.fakes.recording import RecordingDriver, as_numpy, recording_device
 
-from sdrt.runtime.devices.device import HostDevice
 from sdrt.runtime.devices.gpu.device import CudaDevice
 from sdrt.runtime.devices.gpu.driver import LEGACY_STREAM
-from sdrt.runtime.devices.gpu.streams import stream_handle
+from sdrt.runtime.devices.gpu.interop import stream_handle
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import UsageError
 
 HANDLE = 0x55AA1230

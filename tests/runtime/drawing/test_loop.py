@@ -23,8 +23,9 @@ from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.drawing.loop import StepKind
 from sdrt.runtime.errors import NumericsError, UsageError
 from sdrt.runtime.samplers.noise import noise_source
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerTable, make_table, run_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerTable, run_table
 
 PLAIN, GUIDED = StepKind(guided=False), StepKind(guided=True)
 NOISY = StepKind(guided=False, draws_noise=True)

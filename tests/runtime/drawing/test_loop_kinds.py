@@ -33,12 +33,13 @@ from support.runs.loop_runs import (
 
 import tolerances
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.bundle.components import TensorSpec
-from sdrt.runtime.devices.device import HostDevice
+from sdrt.runtime.bundle.families.record import TensorSpec
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerTable, make_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerTable
 
 STEPS = 8
 PLAIN, GUIDED = StepKind(guided=False), StepKind(guided=True)

@@ -17,8 +17,9 @@ from support.runs.loop_runs import EVEN_SIZE, IMAGES, MORE_SIZES, SIZE, TOKENS, 
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.devices.arena import ALIGNMENT
-from sdrt.runtime.devices.device import Device, HostDevice
+from sdrt.runtime.devices.device import Device
 from sdrt.runtime.devices.gpu.device import CudaDevice
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
 from sdrt.runtime.errors import BackendError
 from sdrt.runtime.samplers.registry import make_table

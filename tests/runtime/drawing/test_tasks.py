@@ -15,18 +15,18 @@ from support.runs.task_calls import MASK, PICTURE, SHORT
 
 import tolerances
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.backends import registry as backends
-from sdrt.runtime.backends.registry import RequestShape
+from sdrt.runtime.backends.backend import RequestShape
+from sdrt.runtime.backends.cuda_backends import needed_components
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.drawing import loading
 from sdrt.runtime.drawing.loading import longest_prompt
-from sdrt.runtime.drawing.starting_point import slerp
 from sdrt.runtime.drawing.text_encoders import open_tokenizers
 from sdrt.runtime.errors import CancelledError, UsageError
 from sdrt.runtime.pictures.preview import rgb_from_latents
-from sdrt.runtime.pipeline import Pipeline, PipelineOutput
-from sdrt.runtime.request.interpolation import interpolated_request
-from sdrt.runtime.request.request import build_request
+from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.request.build import build_interpolation, build_request
+from sdrt.runtime.request.output import PipelineOutput
+from sdrt.runtime.samplers.noise import slerp
 from sdrt.runtime.samplers.registry import make_table
 from sdrt.runtime.text.tokenizer import Tokenizer
 
@@ -349,7 +349,7 @@ def test_the_longest_prompt_is_known_before_anything_is_loaded(
     for options, chunks in (({}, 1), ({"negative_prompt": long}, 2), ({"negative_prompt": "a BREAK b"}, 2)):
         assert longest_prompt(bundle, [build_request(manifest, "a", options)]) == chunks
     many = [build_request(manifest, text, {}) for text in ("a", *(long + word for word in ("b", "c", "d")))]
-    many.append(interpolated_request(manifest, "a", "a " * 200, 3, None, {}))
+    many.append(build_interpolation(manifest, "a", "a " * 200, 3, None, {}))
     opened.clear()
     assert longest_prompt(bundle, many[:1]) == 1
     assert opened == []
@@ -360,7 +360,6 @@ def test_the_longest_prompt_is_known_before_anything_is_loaded(
 
 def test_a_picture_wants_the_vae_encoder_of_a_backend(pipeline: Pipeline) -> None:
     plain, with_picture = RequestShape(3, 16, 16), RequestShape(3, 16, 16, picture=True)
-    assert "vae_encoder" not in backends._needed(pipeline.bundle, plain)
-    assert "vae_encoder" in backends._needed(pipeline.bundle, with_picture)
-    axes = backends._axes_of("vae_encoder", with_picture.axes(2, 77))
+    assert "vae_encoder" not in needed_components(pipeline.bundle, plain)
+    axes = needed_components(pipeline.bundle, with_picture)["vae_encoder"]
     assert (axes["height"], "batch" in axes) == (16, False)  # one picture, whatever is drawn from it

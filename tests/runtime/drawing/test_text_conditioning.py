@@ -13,8 +13,9 @@ from support.fakes.recording import RecordedExecutor, RecordingDriver, as_numpy,
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import components_of
-from sdrt.runtime.devices.device import Device, HostDevice
+from sdrt.runtime.bundle.families.registry import FAMILIES
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder, PromptTruncatedWarning
 from sdrt.runtime.drawing.text_encoders import TextEncoder, weighted
@@ -39,7 +40,7 @@ class FakeText:
     capturable = True
 
     def __init__(self, name: str) -> None:
-        self.spec = components_of("sdxl")[name].resolve(SIZES, "fp32")
+        self.spec = FAMILIES["sdxl"].components[name].resolve(SIZES, "fp32")
         self.evaluations = 0
         self.nan_in: str | None = None
         self.skipped = 0
@@ -73,7 +74,7 @@ class FakeUNet:
     capturable = True
 
     def __init__(self) -> None:
-        self.spec = components_of("sdxl")["unet"].resolve(SIZES, "fp32")
+        self.spec = FAMILIES["sdxl"].components["unet"].resolve(SIZES, "fp32")
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         assert set(inputs) == {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}
@@ -90,13 +91,14 @@ class Scene:
         self.device = device
         self.tokenizers = tokenizers
         self.texts = [FakeText("text_encoder"), FakeText("text_encoder_2")]
-        hidden = "penultimate_hidden_state"
         encoders = [
-            TextEncoder(tokenizers[0], wrap(self.texts[0]), hidden),
-            TextEncoder(tokenizers[1], wrap(self.texts[1]), hidden, "text_embeds"),
+            TextEncoder(tokenizer, wrap(text), encoder.gives)
+            for tokenizer, text, encoder in zip(
+                tokenizers, self.texts, FAMILIES["sdxl"].encoders, strict=True
+            )
         ]
         self.encoder = PromptEncoder(encoders, device, batch=2, most_texts=4)
-        self.loop = DenoiseLoop(device, wrap(FakeUNet()), 2, (2, 3), guided=True)
+        self.loop = DenoiseLoop(device, wrap(FakeUNet()), 2, (2, 3), guided=True, encoders=2)
         self.loop.prepare([StepKind(guided=True)])
         device.synchronize()
         for text in self.texts:
@@ -229,7 +231,7 @@ class Long(Scene):
         super().__init__(tokenizers, device, wrap)
         encoders = self.encoder._encoders
         self.encoder = PromptEncoder(encoders, device, batch=2, most_texts=4, max_chunks=2, max_clip_skip=1)
-        self.loop = DenoiseLoop(device, wrap(FakeUNet()), 2, (2, 3), guided=True, context=2 * 77)
+        self.loop = DenoiseLoop(device, wrap(FakeUNet()), 2, (2, 3), guided=True, context=2 * 77, encoders=2)
         device.synchronize()
         for text in self.texts:
             text.evaluations = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +167,14 @@ def test_orientation(kind: str, orientation: int) -> None:
     assert np.abs(read.astype(int) - picture).max() <= (JPEG_FLAT if kind == "JPEG" else 0)
     mask = read_mask(data)[8::16, 8::16]
     assert np.array_equal(np.rint(mask * 255), np.asarray(Image.fromarray(read).convert("L")))
+
+
+def test_orientation_beside_an_entry_that_cannot_be_written() -> None:
+    """Width as text, as a careless program has it: Pillow reads it, and cannot write it again."""
+    entries = struct.pack("<HHIHH", ORIENTATION, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x0100, 2, 4, b"abc")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    turned = read_image(encoded(Image.fromarray(colours()), exif=exif))
+    assert np.array_equal(turned, np.rot90(colours(), -1))
 
 
 def test_orientation_of_a_pillow_image_and_an_unknown_one() -> None:

@@ -20,8 +20,7 @@ from sdrt.runtime.pictures.metadata import parameters_text, read_recipe
 from sdrt.runtime.pictures.writing import save_image
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.request.recipes import RecipeWarning
-from sdrt.runtime.samplers.names import find_sampler
-from sdrt.runtime.samplers.registry import SAMPLERS
+from sdrt.runtime.samplers.registry import SAMPLERS, find_sampler
 
 SHORT: dict[str, Any] = {"num_inference_steps": 6, "guidance_scale": 3.0}
 FREE: dict[str, Any] = {"num_inference_steps": None}

@@ -11,8 +11,9 @@ from support.checkpoints.manifests import example
 
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.request.sampling import Sampling, build_sampling
-from sdrt.runtime.samplers.registry import SamplerOptions, make_table
+from sdrt.runtime.samplers.registry import make_table
 from sdrt.runtime.samplers.schedule import NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerOptions
 
 # What a checkpoint with DPM-Solver++ of third order, Karras sigmas and a last noise would say.
 SAID = SamplerOptions(

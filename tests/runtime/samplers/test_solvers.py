@@ -23,16 +23,10 @@ from support.references.solver_reference import (
 
 import tolerances
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.samplers.registry import (
-    SAMPLERS,
-    SamplerOptions,
-    SamplerTable,
-    first_step,
-    make_table,
-    run_table,
-)
+from sdrt.runtime.samplers.registry import SAMPLERS, first_step, make_table
 from sdrt.runtime.samplers.schedule import PREDICTION_TYPES, TIMESTEP_SPACINGS, FloatArray, NoiseSchedule
 from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES
+from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, run_table
 
 STEPS = (1, 2, 5, 20, 50)
 TWO_ROWS = ("heun", "dpm2", "dpm2_a", "dpmpp_sde")

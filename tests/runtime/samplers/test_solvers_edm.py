@@ -12,16 +12,11 @@ import tolerances
 from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.edm import EDM_PREDICTION_TYPES, EdmScaling
-from sdrt.runtime.samplers.registry import (
-    SAMPLERS,
-    SamplerOptions,
-    SamplerTable,
-    inversion_table,
-    make_table,
-    run_table,
-)
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule, sigma_from_timestep, timestep_from_sigma
 from sdrt.runtime.samplers.sigmas import edm_sigmas, exponential_sigmas, karras_sigmas
+from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, run_table
+from sdrt.runtime.samplers.timestep import inversion_table
 
 EDM = EdmScaling(sigma_min=0.1, sigma_max=10.0, sigma_data=0.7)
 ABLE = [name for name in SAMPLERS if "sigmas" in SAMPLERS[name].options]

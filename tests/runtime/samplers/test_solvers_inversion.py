@@ -13,8 +13,10 @@ from support.references.solver_reference import SHAPE, fake_model, normal, relat
 import tolerances
 from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import SAMPLERS, inversion_table, make_table, run_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import PREDICTION_TYPES, TIMESTEP_SPACINGS, FloatArray, NoiseSchedule
+from sdrt.runtime.samplers.table import run_table
+from sdrt.runtime.samplers.timestep import inversion_table
 
 MEAN, STD = 0.5, 0.7
 

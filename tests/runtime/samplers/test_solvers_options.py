@@ -14,15 +14,9 @@ from support.references.solver_reference import fake_model, normal
 
 from sdrt.kernels.sampler_row import COLUMNS, Column
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.samplers.registry import (
-    SAMPLERS,
-    SamplerOptions,
-    SamplerTable,
-    first_step,
-    make_table,
-    run_table,
-)
+from sdrt.runtime.samplers.registry import SAMPLERS, first_step, make_table
 from sdrt.runtime.samplers.schedule import TIMESTEP_SPACINGS, NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, run_table
 
 SCHEDULE = NoiseSchedule()
 TWO_ROWS = ("heun", "dpm2", "dpm2_a", "dpmpp_sde")
@@ -117,7 +111,7 @@ def test_rows_know_their_step(name: str, start: int) -> None:
 @pytest.mark.parametrize("steps", [[1, 2], [0, 2], [0, -1], [0], [0, 0, 1]])
 def test_steps_that_do_not_fit_the_rows_are_refused(steps: list[int]) -> None:
     with pytest.raises(UsageError, match="allowed are 2 that rise from 0"):
-        SamplerTable("x", np.array([2.0, 1.0]), np.zeros((2, COLUMNS)), 1.0, np.array(steps))
+        SamplerTable(np.array([2.0, 1.0]), np.zeros((2, COLUMNS)), 1.0, np.array(steps))
 
 
 @pytest.mark.parametrize("num_inference_steps", [1, 2, 7, 20, 50, 999])

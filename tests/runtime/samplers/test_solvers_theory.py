@@ -14,9 +14,10 @@ from support.references.solver_reference import SHAPE, fake_model, normal, relat
 
 import tolerances
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerOptions, SamplerTable, make_table, run_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import PREDICTION_TYPES, FloatArray, NoiseSchedule
 from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES
+from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, run_table
 
 # Smooth in the steps, so that four times as many divide each by four: whole timesteps 1000 / n apart
 # (these samplers round), or Karras sigmas.
@@ -338,7 +339,7 @@ def test_recurrence_reads_history_saved_and_noise() -> None:
     rng = np.random.default_rng(6)
     rows = rng.uniform(-1, 1, (4, COLUMNS))
     rows[:, Column.SAVE] = [0, 1, 0, 0]
-    table = SamplerTable("made up", np.array([30.0, 20.0, 10.0, 0.5]), rows, 1.0)
+    table = SamplerTable(np.array([30.0, 20.0, 10.0, 0.5]), rows, 1.0)
     noise, x = rng.standard_normal((4, 3)), rng.standard_normal(3)
     assert (len(table), table.num_history, table.uses_noise) == (4, HISTORY - 1, True)
 

@@ -12,6 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from sdrt.runtime.bundle.families.sdxl import SDXL
+from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION as SD
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.text.textual_inversion import MAX_BYTES, read_embedding
 
@@ -32,16 +34,16 @@ def saved(folder: Path, tensors: Tensors, name: str = "toy.safetensors") -> Path
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_one_tensor(tmp_path: Path, tensor: str, dtype: str) -> None:
     file = saved(tmp_path, {tensor: vectors(dtype=dtype)})
-    name, (found,) = read_embedding(file, widths=[WIDTH])
+    name, (found,) = read_embedding(file, family=SD, widths=[WIDTH])
     assert name == "toy"
     assert found.dtype == np.float32
     assert np.array_equal(found, vectors(dtype=dtype).astype(np.float32))
-    assert read_embedding(str(file), " <cat toy> ", widths=[WIDTH]).name == "<cat toy>"
+    assert read_embedding(str(file), " <cat toy> ", family=SD, widths=[WIDTH]).name == "<cat toy>"
 
 
 def test_one_vector_without_an_axis_for_their_number(tmp_path: Path) -> None:
     file = saved(tmp_path, {"<toy>": vectors(1)[0]})
-    assert np.array_equal(read_embedding(file, widths=[WIDTH]).vectors[0], vectors(1))
+    assert np.array_equal(read_embedding(file, family=SD, widths=[WIDTH]).vectors[0], vectors(1))
 
 
 def test_bfloat16(tmp_path: Path) -> None:
@@ -50,13 +52,13 @@ def test_bfloat16(tmp_path: Path) -> None:
 
     tensor = torch.from_numpy(vectors()).bfloat16()
     save_torch({"emb_params": tensor}, tmp_path / "toy.safetensors")
-    (found,) = read_embedding(tmp_path / "toy.safetensors", widths=[WIDTH]).vectors
+    (found,) = read_embedding(tmp_path / "toy.safetensors", family=SD, widths=[WIDTH]).vectors
     assert np.array_equal(found, tensor.float().numpy())
 
 
 def test_both_encoders_of_sdxl(tmp_path: Path) -> None:
     given = {"clip_g": vectors(3, WIDTH_2), "clip_l": vectors(3)}
-    found = read_embedding(saved(tmp_path, given), widths=[WIDTH, WIDTH_2]).vectors
+    found = read_embedding(saved(tmp_path, given), family=SDXL, widths=[WIDTH, WIDTH_2]).vectors
     assert np.array_equal(found[0], given["clip_l"])
     assert np.array_equal(found[1], given["clip_g"])
 
@@ -119,7 +121,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_what_is_refused(tmp_path: Path, case: str) -> None:
     make, words = REFUSED[case]
     with pytest.raises(UsageError, match=words) as caught:
-        read_embedding(make(tmp_path), widths=[WIDTH])
+        read_embedding(make(tmp_path), family=SD, widths=[WIDTH])
     assert "\n" not in str(caught.value)
 
 
@@ -141,10 +143,10 @@ SDXL_REFUSED: dict[str, tuple[Tensors, str]] = {
 def test_what_sdxl_refuses(tmp_path: Path, case: str) -> None:
     given, words = SDXL_REFUSED[case]
     with pytest.raises(UsageError, match=words):
-        read_embedding(saved(tmp_path, given), widths=[WIDTH, WIDTH_2])
+        read_embedding(saved(tmp_path, given), family=SDXL, widths=[WIDTH, WIDTH_2])
 
 
 @pytest.mark.parametrize("token", ["", "  ", "BREAK", "a\nb", "x" * 101, 7])
 def test_tokens_that_no_prompt_can_have(tmp_path: Path, token: Any) -> None:
     with pytest.raises(UsageError, match=r"the token of an embedding is .*: 1 to 100 printable characters"):
-        read_embedding(saved(tmp_path, {"emb_params": vectors()}), token, widths=[WIDTH])
+        read_embedding(saved(tmp_path, {"emb_params": vectors()}), token, family=SD, widths=[WIDTH])

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from support.checkpoints.json_paths import KeyPath, removed, replaced
 
-from sdrt.runtime.bundle.components import Precision, components_of
+from sdrt.runtime.bundle.families.record import Precision
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import (
     Component,
     Defaults,
@@ -51,7 +52,7 @@ def components(family: str, sizes: dict[str, int], precision: Precision = "fp32"
         name: Component(
             f"{name}/model.onnx", (entry(f"{name}/model.onnx"),), precision, spec.resolve(sizes, precision)
         )
-        for name, spec in components_of(family).items()
+        for name, spec in FAMILIES[family].components.items()
     }
 
 
@@ -61,7 +62,7 @@ def example(**changes: Any) -> Manifest:
         components=components("sd", SIZES),
         latents=LatentGeometry(4, 8),
         schedule=NoiseSchedule(),
-        tokenizer=TokenizerFacts(entry("tokenizer.json"), 77, 1, 2, 2),
+        tokenizers=(TokenizerFacts(entry("tokenizer.json"), 77, 1, 2, 2),),
         text_output="last_hidden_state",
         defaults=Defaults(64, 64, 20, 7.5, "dpmpp_2m"),
         limits=Limits(1, 4, SizeLimit(64, 128, 8), SizeLimit(64, 64, 1), max_chunks=3, max_clip_skip=2),
@@ -78,7 +79,10 @@ def sdxl(**changes: Any) -> Manifest:
         family="sdxl",
         components=components("sdxl", SDXL_SIZES, "fp16"),
         text_output="penultimate_hidden_state",
-        tokenizer_2=TokenizerFacts(entry("tokenizer_2.json"), 77, 1, 2, 0),
+        tokenizers=(
+            TokenizerFacts(entry("tokenizer.json"), 77, 1, 2, 2),
+            TokenizerFacts(entry("tokenizer_2.json"), 77, 1, 2, 0),
+        ),
         force_zeros_for_empty_prompt=True,
         ranges={"vae_decoder": {"largest": 1e5}},
     )
@@ -90,7 +94,7 @@ def image_variations(**changes: Any) -> Manifest:
     manifest = example(
         family="image-variations",
         components=components("image-variations", IMAGE_SIZES),
-        tokenizer=None,
+        tokenizers=(),
         text_output="",
         image_processor=ImageProcessorFacts(32, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)),
         limits=Limits(1, 4, SizeLimit(64, 128, 8), SizeLimit(64, 64, 1)),

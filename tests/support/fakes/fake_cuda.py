@@ -38,7 +38,7 @@ def build(folder: Path) -> Path:
     from cuda.pathfinder import find_nvidia_header_directory
 
     headers = find_nvidia_header_directory("cudart")
-    assert headers, "cuda.h comes with cuda-core[cu13]"
+    assert headers, "cuda.h comes with nvidia-cuda-runtime"
     target = folder / NAME
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
     subprocess.run([*command, f"-I{headers}", str(SOURCE), "-o", str(target)], check=True)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from support.fakes.recording import RecordingDriver
 
 from sdrt.runtime.backends.executor import usable_cores
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 
 VERSION = "1.7.1.116"
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from support.fakes.recording_driver import COUNTED, RecordingDriver
 
 from sdrt.runtime.backends.executor import Executor
-from sdrt.runtime.bundle.components import ComponentSpec
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.gpu.arrays import DeviceArray
 from sdrt.runtime.devices.gpu.device import CudaDevice
 

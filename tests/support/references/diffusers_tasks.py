@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from support.references.solver_reference import diffusers_scheduler
 from support.runs.pipeline_spies import OpenPipeline
 
-from sdrt.export.checkpoint.checkpoint import open_checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.parity.reference import reference_pipeline
 from sdrt.runtime.pipeline import Pipeline
 

@@ -18,8 +18,8 @@ import diffusers.schedulers  # before torchsde is put in its place: it looks for
 import numpy as np
 import torch
 
-from sdrt.runtime.samplers.registry import SamplerOptions
 from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerOptions
 
 Model = Callable[[FloatArray, float], FloatArray]
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from support.runs.device_steps import assert_same, host_buffers, on_device
 
 from sdrt.kernels.philox_normal import NO_DRAW
-from sdrt.runtime.devices.device import HostDevice
 from sdrt.runtime.devices.gpu.arrays import DeviceArray
 from sdrt.runtime.devices.gpu.device import CudaDevice
 from sdrt.runtime.devices.gpu.staging import DOWNLOAD_BYTES, RING_BYTES
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import BackendError, DeviceMemoryError, UsageError
 from tolerances import PHILOX_ON_GPU
 

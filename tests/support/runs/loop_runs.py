@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import HISTORY, Column
 from sdrt.runtime.backends.executor import check_buffers
-from sdrt.runtime.bundle.components import components_of
-from sdrt.runtime.devices.device import Device, HostDevice
+from sdrt.runtime.bundle.families.registry import FAMILIES
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.drawing.loop import DenoiseLoop, StepKind
-from sdrt.runtime.samplers.registry import SamplerTable
 from sdrt.runtime.samplers.schedule import FloatArray
+from sdrt.runtime.samplers.table import SamplerTable
 
 TOKENS, WIDTH = 5, 6
 SIZES = {
@@ -40,7 +41,7 @@ class FakeUNet:
     capturable = False
 
     def __init__(self, family: str = "sd", sizes: Mapping[str, int] = SIZES) -> None:
-        self.spec = components_of(family)["unet"].resolve(sizes, "fp32")
+        self.spec = FAMILIES[family].components["unet"].resolve(sizes, "fp32")
         self.timesteps: list[float] = []
         self.rows: list[int] = []  # of each evaluation
         self.bindings = 0
@@ -163,7 +164,7 @@ def exact_run(
     blend: Blend | None = None,
     noise: FloatArray | None = None,
 ) -> Exact:
-    """`sdrt.runtime.samplers.registry.run_table` with guidance of each row, rescaling and blending.
+    """`sdrt.runtime.samplers.table.run_table` with guidance of each row, rescaling and blending.
 
     Args:
         table: The rows.

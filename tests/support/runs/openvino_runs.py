@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sdrt.runtime.backends.onnxruntime_cpu import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.backends.openvino_cpu.executor import OpenVinoExecutor
 from sdrt.runtime.bundle.bundle import Bundle
 from tolerances import GRAPH_FP32

@@ -6,11 +6,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sdrt.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from sdrt.export.graphs.from_module import AxisRange
+from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.graphs.networks import wrapped
-from sdrt.export.manifest import TOKENIZER_FILES, draft_manifest
-from sdrt.export.options import ExportOptions
+from sdrt.export.manifest import draft_manifest, tokenizer_files
+from sdrt.export.options import AxisRange, ExportOptions
 from sdrt.export.parity.components import ParityReport
 from sdrt.export.parity.pipeline import check_reading
 from sdrt.export.writer import reading_options
@@ -28,7 +28,7 @@ def compare_reading(
     checkpoint, report = change(open_checkpoint(str(folder))), ParityReport()
     with tempfile.TemporaryDirectory() as temporary:
         facts = []
-        for name, tokenizer in zip(TOKENIZER_FILES, checkpoint.tokenizers, strict=False):
+        for name, tokenizer in zip(tokenizer_files(checkpoint), checkpoint.tokenizers, strict=True):
             file = Path(temporary, name)
             file.write_bytes(tokenizer.to_json())
             entry = FileEntry(name, file.stat().st_size, sha256(file))

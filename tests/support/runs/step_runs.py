@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from sdrt.kernels.guidance_rescale import guidance_rescale
 from sdrt.kernels.guided_step import NO_FAULT, StepBuffers, guided_step, prepare_input
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
-from sdrt.runtime.samplers.registry import SAMPLERS, SamplerTable, make_table
+from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule
+from sdrt.runtime.samplers.table import SamplerTable
 
 STEPS = 9  # twice around the ring and one more
 SHAPE = (2, 3, 4, 5)
@@ -54,7 +55,7 @@ def artificial_table(steps: int = STEPS) -> SamplerTable:
     rows[1::3, Column.E] = 0.0
     rows[2::4, Column.C] = 0.0
     rows[:, Column.GUIDANCE] = 0.0
-    return SamplerTable("artificial", np.linspace(990.5, 1.25, steps), rows, 1.0)
+    return SamplerTable(np.linspace(990.5, 1.25, steps), rows, 1.0, name="artificial")
 
 
 TABLES = [

@@ -6,9 +6,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from sdrt.runtime.devices.gpu.arrays import DeviceArray, Session
+from sdrt.runtime.devices.gpu.arrays import DeviceArray
 from sdrt.runtime.devices.gpu.dlpack import import_capsule, is_contiguous
 from sdrt.runtime.devices.gpu.driver import LEGACY_STREAM, PER_THREAD_STREAM
+from sdrt.runtime.devices.gpu.stream import Stream
 from sdrt.runtime.errors import UsageError
 
 _HANDLES: Final = ("handle", "cuda_stream", "ptr")  # PyCUDA and cuda.core; PyTorch; CuPy
@@ -56,7 +57,7 @@ def _handle(stream: object) -> int:
     )
 
 
-def foreign_array(session: Session, array: Any) -> DeviceArray:
+def foreign_array(stream: Stream, array: Any) -> DeviceArray:
     """Another library's array as ours, with our stream behind what it has queued.
 
     DLPack is preferred, since with it the other library orders the streams itself.
@@ -65,19 +66,19 @@ def foreign_array(session: Session, array: Any) -> DeviceArray:
         UsageError: As `sdrt.runtime.devices.device.Device.from_cuda_array`.
     """
     if isinstance(array, DeviceArray):
-        return _from_interface(session, array)
+        return _from_interface(stream, array)
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        return _from_dlpack(session, array)
+        return _from_dlpack(stream, array)
     if hasattr(array, "__cuda_array_interface__"):
-        return _from_interface(session, array)
+        return _from_interface(stream, array)
     raise UsageError(
         f"a {type(array).__name__} was given: an array on the GPU is wanted, with __dlpack__ or "
         "__cuda_array_interface__"
     )
 
 
-def _from_dlpack(session: Session, array: Any) -> DeviceArray:
-    driver = session.driver
+def _from_dlpack(stream: Stream, array: Any) -> DeviceArray:
+    driver = stream.driver
     kind, ordinal = (int(part) for part in array.__dlpack_device__())
     if kind not in (driver.dlpack_device_type, _MANAGED_TYPE):
         raise UsageError(
@@ -90,14 +91,14 @@ def _from_dlpack(session: Session, array: Any) -> DeviceArray:
             f"an array on GPU {ordinal} was given, but the pipeline is on {driver.facts.ordinal}"
         )
     try:
-        capsule = array.__dlpack__(stream=session.stream)
+        capsule = array.__dlpack__(stream=stream.handle)
     except (BufferError, RuntimeError) as error:  # such as a tensor that needs gradients
         raise UsageError(f"a {type(array).__name__} cannot be taken: {error}") from error
     owner, address, shape, dtype = import_capsule(capsule)
-    return DeviceArray(session, owner, address, shape, dtype)
+    return DeviceArray(stream, owner, address, shape, dtype)
 
 
-def _from_interface(session: Session, array: Any) -> DeviceArray:
+def _from_interface(stream: Stream, array: Any) -> DeviceArray:
     interface = array.__cuda_array_interface__
     shape = tuple(int(size) for size in interface["shape"])
     dtype = np.dtype(interface["typestr"])
@@ -107,18 +108,18 @@ def _from_interface(session: Session, array: Any) -> DeviceArray:
         steps = tuple(stride // dtype.itemsize for stride in strides)
         if not is_contiguous(shape, steps):
             raise UsageError(f"an array of shape {list(shape)} is not C-contiguous: make it so first")
-    _check_context(session, int(address))
-    stream = interface.get("stream")
-    if stream == 0:
+    _check_context(stream, int(address))
+    producer = interface.get("stream")
+    if producer == 0:
         raise UsageError("the array names stream 0, which the protocol forbids: 1 is the default stream")
     # Without a stream (version 2, and PyCUDA) nothing is known: what is in the default stream comes first.
-    session.order_behind(LEGACY_STREAM if stream is None else int(stream))
-    return DeviceArray(session, array, int(address), shape, dtype)
+    stream.order_behind(LEGACY_STREAM if producer is None else int(producer))
+    return DeviceArray(stream, array, int(address), shape, dtype)
 
 
-def _check_context(session: Session, address: int) -> None:
-    context = session.driver.context_of(address) if address else None
-    if context is not None and not session.driver.is_own_context(context):
+def _check_context(stream: Stream, address: int) -> None:
+    context = stream.driver.context_of(address) if address else None
+    if context is not None and not stream.driver.is_own_context(context):
         raise UsageError(
             "the array belongs to another CUDA context: load the pipeline with stream=, a stream of that "
             "context, or let the other library use the GPU's primary context (import pycuda.autoprimaryctx)"

@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.runtime.backends.onnxruntime_cpu import open_session, quiet_options
+from sdrt.runtime.backends.onnxruntime_cpu.library import NAME
+from sdrt.runtime.backends.onnxruntime_sessions import open_on_cpu, quiet_options
 from sdrt.runtime.bundle.prepared_folder import PreparedFolder, Source
 
 # ONNX Runtime 1.30 and 1.31 write such graphs as well, but end the process when one of them is run.
@@ -43,11 +44,11 @@ class PreparedGraph:
 
         Args:
             ort: The module onnxruntime.
-            source: What it is prepared of.
+            source: The files that it is prepared of.
         """
         self._ort = ort
         key = {"format": FORMAT, "onnxruntime": [ort.__version__, ort.get_build_info()], "options": _SAVE}
-        self._place = PreparedFolder("onnxruntime-cpu", source, key)
+        self._place = PreparedFolder(NAME, source, key)
         self.folder = self._place.path
 
     def exists(self) -> bool:
@@ -58,13 +59,13 @@ class PreparedGraph:
         """A session of it, or None where there is none that can be loaded.
 
         Args:
-            options: Of this session alone.
+            options: The options of this session alone.
         """
         if not self.exists():
             return None
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = open_session(self._ort, self.folder / GRAPH_NAME, options)
+            session = open_on_cpu(self._ort, self.folder / GRAPH_NAME, options)
         except Exception:  # onnxruntime's exceptions share no base class
             return None
         self._place.loaded()
@@ -79,4 +80,4 @@ class PreparedGraph:
         options.optimized_model_filepath = str(folder / GRAPH_NAME)
         for name, value in _SAVE.items():
             options.add_session_config_entry(name, value)
-        open_session(self._ort, model, options)
+        open_on_cpu(self._ort, model, options)

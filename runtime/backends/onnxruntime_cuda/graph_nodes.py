@@ -52,7 +52,7 @@ def shape_nodes(nodes: list[Node], constants: set[str]) -> set[str]:
     Those are ``Shape`` and ``Size``, and what has only their results and constants as inputs.
 
     Args:
-        nodes: In the graph's order, which is topological.
+        nodes: The nodes in the graph's order, which is topological.
         constants: Names of the initializers.
     """
     constant = set(constants) | {""}  # an optional input that is left out has no name

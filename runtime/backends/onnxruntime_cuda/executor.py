@@ -15,20 +15,18 @@ import numpy as np
 
 from sdrt.runtime.admission.records import admit_rewritten
 from sdrt.runtime.backends.executor import check_buffers, first_line
-from sdrt.runtime.backends.graph_nodes import read_nodes, shape_nodes
-from sdrt.runtime.backends.libraries import import_onnxruntime
-from sdrt.runtime.backends.onnxruntime_cpu import check_graph, quiet_options
+from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import read_nodes, shape_nodes
+from sdrt.runtime.backends.onnxruntime_cuda.library import NAME, PROVIDER, import_with_cuda
+from sdrt.runtime.backends.onnxruntime_sessions import check_graph, quiet_options
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.components import ComponentSpec
 from sdrt.runtime.bundle.engine_search import Engine, build_command, find_engine
+from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.device import Buffer
 from sdrt.runtime.errors import BackendError, DeviceMemoryError
 
 if TYPE_CHECKING:
     from sdrt.runtime.devices.gpu.device import CudaDevice
 
-BACKEND: Final = "onnxruntime-cuda"
-PROVIDER: Final = "CUDAExecutionProvider"
 # ONNX Runtime puts arithmetic on shapes on the CPU on purpose. It is recognised in the graph by where its
 # numbers come from; nodes that ONNX Runtime made itself (fusions, inlined functions) only by these types.
 SHAPE_OPERATORS: Final = frozenset(
@@ -45,29 +43,12 @@ _OUT_OF_MEMORY: Final = re.compile(
 )
 
 
-def import_with_cuda() -> Any:
-    """The module onnxruntime of a build that has the CUDA provider.
-
-    Raises:
-        BackendError: It is not installed, or is the build for the CPU.
-    """
-    ort = import_onnxruntime(BACKEND, "cuda")
-    providers = ort.get_available_providers()
-    if PROVIDER not in providers:
-        raise BackendError(
-            f"the onnxruntime {ort.__version__} that is installed has no {PROVIDER}, only "
-            f"{', '.join(providers)}: pip uninstall onnxruntime, then pip install 'sdrt[cuda]' "
-            "(onnxruntime and onnxruntime-gpu install over each other)"
-        )
-    return ort
-
-
 def find_graph(
     bundle: Bundle, component: str, version: str, axes: Mapping[str, int]
 ) -> tuple[Engine | None, str]:
     """The graph that was rewritten for CUDA, if the bundle has one that fits, and a line that says so."""
     try:
-        engine = find_engine(bundle, component, BACKEND, version, None, axes)
+        engine = find_engine(bundle, component, NAME, version, None, axes)
     except BackendError as error:
         return None, f"the {component}'s plain graph, since {error}"
     return engine, f"the {component}'s graph rewritten for CUDA (engines/{engine.folder.name})"
@@ -77,9 +58,9 @@ class OnnxRuntimeCudaExecutor:
     """A component on ONNX Runtime's CUDA provider.
 
     Attributes:
-        spec: Its inputs and outputs.
-        about: Which graph it runs, and why.
-        capturable: For a rewritten graph without operators on the CPU: after a first run it only queues
+        spec: The component's inputs and outputs.
+        about: A line that says which graph it runs, and why.
+        capturable: True for a rewritten graph without operators on the CPU: after a first run it only queues
             kernels, and what the host computes about shapes is the same each time.
     """
 
@@ -100,8 +81,8 @@ class OnnxRuntimeCudaExecutor:
         """Load the rewritten graph if the bundle has one that fits, else the plain one.
 
         Args:
-            bundle: Holds the component.
-            component: Its name.
+            bundle: The bundle that holds the component.
+            component: The component's name.
             device: The CUDA device whose stream and buffers are used.
             allow_cpu_nodes: Operator types that may run on the CPU; arithmetic on shapes always may.
             verify: Compare the rewritten graph's SHA-256 with its manifest; otherwise only the size.
@@ -159,7 +140,7 @@ class OnnxRuntimeCudaExecutor:
         else:
             content = engine.read_plan(verify=self._verify)
         entry_of_engine = None if engine is None else engine.manifest.files[0]
-        admit_rewritten(self._bundle, self.spec.name, BACKEND, entry_of_engine, content)
+        admit_rewritten(self._bundle, self.spec.name, NAME, entry_of_engine, content)
         if engine is not None:
             graph = content
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(model.parent))
@@ -185,7 +166,7 @@ class OnnxRuntimeCudaExecutor:
             raise BackendError(
                 f"ONNX Runtime's CUDA provider leaves {len(left)} nodes of {where} to the CPU: {names}{more}"
                 "; each would copy its tensors to the host and back. Rewrite the graph "
-                f"({build_command(self._bundle, BACKEND)}), or allow the operators by name (allow_cpu_nodes)"
+                f"({build_command(self._bundle, NAME)}), or allow the operators by name (allow_cpu_nodes)"
             )
         check_graph(session, self.spec, where)
         return session

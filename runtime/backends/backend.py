@@ -1,0 +1,70 @@
+"""What a backend is: one way to run a bundle, in one file or folder with the engine library that it needs.
+
+`sdrt.runtime.backends.registry` finds a backend by its name and imports it when it is asked for. So its
+module imports little; the engine library is imported by `Backend.probe` or `Backend.load`, and no earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sdrt.runtime.backends.executor import Executor
+    from sdrt.runtime.bundle.bundle import Bundle, Verify
+    from sdrt.runtime.devices.device import Device
+    from sdrt.runtime.devices.gpu.discovery import Gpu
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """What a call will ask of the engines.
+
+    Attributes:
+        images: Pictures drawn together.
+        height: Their height in pixels.
+        width: Their width in pixels.
+        guided: Whether the U-Net runs on two rows for each picture.
+        chunks: The chunks of the longest prompt.
+        picture: Whether it starts from a picture, which the VAE's encoder has to read.
+    """
+
+    images: int
+    height: int
+    width: int
+    guided: bool = True
+    chunks: int = 1
+    picture: bool = False
+
+    def axes(self, factor: int, tokens: int) -> dict[str, int]:
+        """The named axes of the components; ``factor`` is pixels per latent, ``tokens`` those of a chunk."""
+        return {
+            "rows": self.images * (2 if self.guided else 1),
+            "batch": self.images,
+            "context": self.chunks * tokens,
+            "height": self.height,
+            "width": self.width,
+            "latent_height": self.height // factor,
+            "latent_width": self.width // factor,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to run a bundle.
+
+    Attributes:
+        extra: The extra of sdrt that installs its library: ``pip install 'sdrt[extra]'``.
+        needs_gpu: Whether it runs on an NVIDIA GPU, in the memory of a CUDA device; otherwise on the host.
+        probe: ``(bundle, gpu, shape) → what it would run``; raises BackendError with the reason if it cannot.
+        load: ``(bundle, component, device, threads, verify) → executor``; `registry.load_executor` says what
+            each is, and what may be raised.
+        by_shape: Whether what it keeps from run to run is for one shape: of no use to a call with another.
+    """
+
+    extra: str
+    needs_gpu: bool
+    probe: Callable[[Bundle, Gpu | None, RequestShape | None], str]
+    load: Callable[[Bundle, str, Device, int | None, Verify], Executor]
+    by_shape: bool = False

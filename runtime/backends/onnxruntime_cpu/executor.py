@@ -1,0 +1,148 @@
+"""ONNX Runtime on the CPU, with inputs and outputs bound to NumPy memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sdrt.runtime.backends.batch_parts import PARTS, Array, batch_parts, parts_of
+from sdrt.runtime.backends.executor import check_buffers, first_line, usable_cores
+from sdrt.runtime.backends.onnxruntime_cpu.library import import_onnxruntime
+from sdrt.runtime.backends.onnxruntime_sessions import check_graph, cpu_options, open_on_cpu
+from sdrt.runtime.bundle.families.record import ComponentSpec
+from sdrt.runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from sdrt.runtime.backends.onnxruntime_cpu.prepared_graphs import PreparedGraph
+    from sdrt.runtime.bundle.prepared_folder import Source
+
+ROWS: Final = "rows"  # the axis of the U-Net's batch
+
+
+class OnnxRuntimeExecutor:
+    """A component on ONNX Runtime's CPU provider."""
+
+    capturable = False
+
+    def __init__(
+        self,
+        model: Path,
+        spec: ComponentSpec,
+        *,
+        threads: int | None = None,
+        source: Source | None = None,
+    ) -> None:
+        """Load the graph.
+
+        Args:
+            model: The ONNX file.
+            spec: The component's inputs and outputs.
+            threads: The threads that work on one operator; by default one per usable core.
+            source: The bundle's files that the graph consists of, if they were compared. With them a graph
+                is prepared for this CPU, once (`sdrt.runtime.backends.onnxruntime_cpu.prepared_graphs`).
+
+        Raises:
+            BackendError: onnxruntime is not installed, or it refuses the graph.
+            BundleError: It is not the graph that the manifest describes.
+        """
+        self._ort = import_onnxruntime()
+        self._model, self.spec = model, spec
+        self._threads = threads or usable_cores()
+        self._prepared = _prepared_graph(self._ort, source)
+        self._sessions: dict[int, Any] = {}
+        self._other_thread: ThreadPoolExecutor | None = None
+        check_graph(self._session(self._threads // self._parts(rows=PARTS)), spec, str(model))
+
+    def _parts(self, rows: int) -> int:
+        """Into how many parts that many rows are cut.
+
+        Parts need a session of their own, which costs next to nothing where both map one prepared graph, and
+        the weights once more where they do not.
+        """
+        by_rows = any(entry.shape[0] == ROWS for entry in self.spec.inputs)
+        return parts_of(rows, self._threads) if by_rows and self._prepared is not None else 1
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+        """See `Executor.bind`."""
+        axes = check_buffers(self.spec, inputs, outputs)
+        parts = self._parts(axes.get(ROWS, 1))
+        session = self._session(self._threads // parts)
+        first, *others = (
+            _BoundSession(session, self.spec.name, *arrays)
+            for arrays in batch_parts(self.spec, inputs, outputs, (ROWS,), parts)
+        )
+        if not others:
+            return first
+        if self._other_thread is None:
+            self._other_thread = ThreadPoolExecutor(max_workers=PARTS - 1, thread_name_prefix="sdrt-half")
+        return _BoundParts(first, others, self._other_thread)
+
+    def _session(self, threads: int) -> Any:
+        if threads not in self._sessions:
+            self._sessions[threads] = self._load(threads)
+        return self._sessions[threads]
+
+    def _load(self, threads: int) -> Any:
+        session = self._prepared.load(cpu_options(self._ort, threads)) if self._prepared else None
+        if session is not None:
+            return session
+        try:
+            return open_on_cpu(self._ort, self._model, cpu_options(self._ort, threads))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise BackendError(f"ONNX Runtime refuses {self._model}: {first_line(error)}") from error
+
+    def close(self) -> None:
+        """See `Executor.close`; there is nothing to keep."""
+
+
+class _BoundSession:
+    """One binding; it keeps the arrays alive, since ONNX Runtime is told only their addresses."""
+
+    def __init__(
+        self, session: Any, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> None:
+        self._session, self._component = session, component
+        self._arrays = (dict(inputs), dict(outputs))
+        self._binding = session.io_binding()
+        for name, array in inputs.items():
+            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def __call__(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(f"{self._component} failed: {first_line(error)}") from error
+
+
+class _BoundParts:
+    """The parts' calls at the same time, all but the first on threads of their own."""
+
+    def __init__(
+        self, first: _BoundSession, others: Sequence[_BoundSession], threads: ThreadPoolExecutor
+    ) -> None:
+        self._first, self._others, self._threads = first, tuple(others), threads
+
+    def __call__(self) -> None:
+        others = [self._threads.submit(other) for other in self._others]
+        try:
+            self._first()
+        finally:
+            wait(others)  # whatever happened: until they have ended, they write into the buffers
+        for other in others:
+            other.result()
+
+
+def _prepared_graph(ort: Any, source: Source | None) -> PreparedGraph | None:
+    """The graph that was prepared for this CPU, prepared now if need be; None where that cannot be."""
+    if source is None:
+        return None
+    from sdrt.runtime.backends.onnxruntime_cpu.prepared_graphs import PreparedGraph, can_prepare
+
+    if not can_prepare(ort):
+        return None
+    prepared = PreparedGraph(ort, source)
+    return prepared if prepared.exists() or prepared.make() else None

@@ -1,0 +1,14 @@
+"""Every family by its name: what a manifest names is looked up here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sdrt.runtime.bundle.families.image_variations import IMAGE_VARIATIONS
+from sdrt.runtime.bundle.families.record import Family
+from sdrt.runtime.bundle.families.sdxl import SDXL
+from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
+
+FAMILIES: Final[dict[str, Family]] = {
+    family.name: family for family in (STABLE_DIFFUSION, SDXL, IMAGE_VARIATIONS)
+}
