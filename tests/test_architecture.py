@@ -25,7 +25,18 @@ ROOMS = {
         *("errors", "checks", "system", "console", "samplers", "bundle", "admission", "devices", "backends"),
         *("text", "pictures", "request", "drawing", "pipeline", "cli"),
     ),
-    "export": ("options", "passes", "checkpoint", "graphs", "parity", "engines", "manifest", "writer", "cli"),
+    "export": (
+        "options",
+        "schema",
+        "passes",
+        "checkpoint",
+        "graphs",
+        "parity",
+        "engines",
+        "manifest",
+        "writer",
+        "cli",
+    ),
     "benchmarks": (),
 }
 NEVER_IN_RUNTIME = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript"}

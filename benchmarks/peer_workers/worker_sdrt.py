@@ -105,12 +105,13 @@ class Sdrt:
 
     def _text_encoder(self) -> Callable[[], object]:
         """Both texts through the tokenizer and the encoder, one after the other as the pipeline does it."""
+        from sdrt.runtime.bundle.families.components import INPUT_IDS
         from sdrt.runtime.drawing.text_encoders import open_tokenizers
 
         bundle, device = self._pipeline.bundle, self._pipeline._device
         (tokenizer,) = open_tokenizers(bundle)
         buffers, evaluate = self._bound("text_encoder", {"batch": bundle.manifest.limits.min_batch})
-        ids = buffers["input_ids"]
+        ids = buffers[INPUT_IDS]
 
         def run() -> None:
             for text in ("", STAGE_PROMPT):
@@ -122,6 +123,7 @@ class Sdrt:
 
     def _bound(self, name: str, axes: dict[str, int]) -> tuple[dict[str, Any], Callable[[], None]]:
         """A component's inputs, filled with random numbers, and the call that evaluates it on them."""
+        from sdrt.runtime.bundle.families.components import CUSTOM_EMBEDDINGS
         from sdrt.runtime.drawing.loading import executor_of
 
         pipeline, device = self._pipeline, self._pipeline._device
@@ -131,7 +133,7 @@ class Sdrt:
             for entries in (executor.spec.inputs, executor.spec.outputs)
         )
         for entry in executor.spec.inputs:
-            if entry.dtype != "int64" and entry.name != "custom_embeddings":
+            if entry.dtype != "int64" and entry.name != CUSTOM_EMBEDDINGS:
                 buffer = inputs[entry.name]
                 device.upload(random_array(*buffer.shape).astype(entry.dtype), buffer)
         return inputs, executor.bind(inputs, outputs)

@@ -172,7 +172,7 @@ class Drawn:
 def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Work], drawn: Drawn) -> None:
     """Draw call by call; pictures are saved as soon as their batch is finished."""
     rows = sum(len(work.request.sampling.table) * pipeline.count_batches(work.request) for work in works)
-    with progress_shown(arguments, pipeline, rows) as (on_step, tensors):
+    with progress_shown(arguments, rows) as (on_step, tensors):
         watched: CallbackOptions = {
             "callback_on_step_end": on_step,
             "callback_on_step_end_tensor_inputs": tensors,

@@ -103,7 +103,7 @@ class Hook:
                 state[name] = loop.latents()
             elif name == "denoised":
                 state[name] = denoised
-            elif denoised is not None and self._preview is not None:
+            elif denoised is not None:
                 from sdrt.runtime.pictures.preview import rgb_from_latents
 
                 state[name] = rgb_from_latents(denoised, self._preview)

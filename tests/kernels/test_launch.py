@@ -104,6 +104,7 @@ WRONG = [
     ("history", (3, 1, 4, 64, 64), "float32", r"history has shape"),
     ("rows", (12, COLUMNS + 1), "float32", r"rows has shape"),
     ("timesteps", (12,), "float64", r"timesteps is float64"),
+    ("timestep", (1,), "float32", r"timestep has shape \(1,\): it must be \(2,\)"),
     ("factors", (), "float32", r"factors has shape \(\)"),
     ("guidance_rescale", (1,), "float64", r"guidance_rescale is float64"),
     ("denoised", (1, 4, 64, 32), "float32", r"denoised has shape"),
@@ -137,6 +138,7 @@ def test_rows_read_and_rows_written_are_independent(evaluated: int, prepared: in
     buffers = on_host(step_buffers())
     for name, rows in (("noise_pred", evaluated), ("sample", prepared)):
         buffers = changed(buffers, name, array((rows, *SD15_512[1:]), "float16"))
+    buffers = changed(buffers, "timestep", array((prepared,), "float32"))
     params = guided_step.launch(buffers).params
     assert (params.guided, params.halves) == (evaluated - 1, prepared)
 

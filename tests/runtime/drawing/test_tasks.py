@@ -247,17 +247,6 @@ def test_denoised_and_preview_are_what_they_say(pipeline: Pipeline) -> None:
         assert np.array_equal(after["preview"], rgb_from_latents(after["denoised"], preview))
 
 
-def test_an_older_bundle_has_no_preview(pipeline: Pipeline) -> None:
-    from dataclasses import replace
-
-    from sdrt.runtime.bundle.bundle import Bundle
-
-    older = Bundle(pipeline.bundle.path, replace(pipeline.bundle.manifest, preview=None))
-    blind = Pipeline(older, pipeline._executors, pipeline._device, "host")
-    with pytest.raises(UsageError, match="without a preview: export it again"):
-        blind("x", callback_on_step_end=print, callback_on_step_end_tensor_inputs=("preview",))
-
-
 @pytest.mark.parametrize("task", [{"prompt": "x"}, {"image": PICTURE, "variation": 0.5}])
 def test_cancel_from_a_callback(pipeline: Pipeline, task: dict[str, Any]) -> None:
     steps: list[int] = []
