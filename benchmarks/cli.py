@@ -61,7 +61,7 @@ def _measure(arguments: argparse.Namespace, words: list[str]) -> None:
 
 
 def _compare(words: list[str]) -> int:
-    from sdrt.benchmarks.report.writing import compare
+    from sdrt.benchmarks.report import compare
 
     commands = Parser(
         prog="sd-bench compare",

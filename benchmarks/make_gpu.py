@@ -185,12 +185,12 @@ class GpuRun:
 
 def renamed(document: Document, title: str) -> Document:
     """A run on one model, under another name of that."""
-    named = {"model": title}
+
     return replace(
         document,
         models=tuple(replace(entry, name=title) for entry in document.models),
-        measurements=tuple(replace(entry, **named) for entry in document.measurements),
-        profiles=tuple(replace(entry, **named) for entry in document.profiles),
+        measurements=tuple(replace(entry, model=title) for entry in document.measurements),
+        profiles=tuple(replace(entry, model=title) for entry in document.profiles),
         failures=tuple(replace(entry, model=title) for entry in document.failures),
     )
 

@@ -104,7 +104,7 @@ def _infer(model: ir.Model, inputs: Mapping[str, Shape]) -> None:
     from onnxscript.optimizer import fold_constants
 
     for value in model.graph.inputs:
-        if value.name in inputs:
+        if value.name is not None and value.name in inputs:
             value.shape = ir.Shape(inputs[value.name])
     for node in model.graph:
         for value in node.outputs:
@@ -134,7 +134,7 @@ def _shape(value: ir.Value | None) -> Shape:
 def _count(graph: ir.Graph) -> Count:
     flop, moved = 0, sum(map(_bytes, graph.inputs))
     # Weights, and what is computed of weights alone, such as their casts.
-    constants, read = set(graph.initializers.values()), set()
+    constants, read = set(graph.initializers.values()), set[ir.Value]()
     outputs = set(graph.outputs)
     for node in graph:
         sources = [value for value in node.inputs if value is not None]

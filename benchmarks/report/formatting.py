@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sdrt.benchmarks.document.document import QUANTITIES, Model
-from sdrt.benchmarks.report.derive import Ratio, Setting
+from sdrt.benchmarks.document.document import QUANTITIES, Model, Setting
+from sdrt.benchmarks.report.derive import Ratio
 
 MISSING: Final = "–"
 # What is reached by the largest value of a column is its unit.

@@ -34,6 +34,7 @@ from sdrt.benchmarks.report.limits import attainable, ceilings_of, main_shares
 from sdrt.benchmarks.report.style import SUBJECT_COLORS, VARIABLES
 
 WIDTH: Final = 360  # points, about as many as a phone has pixels, so that text keeps its size there
+SMALL: Final = 11.5  # size of the smallest letters
 MARKERS: Final = "os^DvPX"  # of subjects: what is told by a colour is told by a shape, too
 # The shade of each part, so that the same is the same in every bar, and the colour of words on each shade.
 SHADES: Final = {
@@ -77,8 +78,16 @@ def _svg(figure: Any, label: str) -> str:
     # A style sheet for the whole page, metadata with addresses, identifiers that other drawings have, too.
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
     own = hashlib.sha256(label.encode()).hexdigest()[:8]
-    body = re.sub(r' id="[a-z]+_\d+"', "", body)
-    body = re.sub(r'id="(\w+)"', rf'id="{own}\1"', body)
+    body = re.sub(r' id="[\w.]+_\d+"| font-family: [^;"]*;', "", body)  # letters are the page's
+    seen: set[str] = set()
+
+    def once(found: re.Match[str]) -> str:
+        """An identifier of this drawing; matplotlib defines some marks again, just the same."""
+        known = found[1] in seen
+        seen.add(found[1])
+        return "" if known else f' id="{own}{found[1]}"'
+
+    body = re.sub(r' id="(\w+)"', once, body)
     body = re.sub(r'xlink:href="#', f'href="#{own}', body).replace("url(#", f"url(#{own}")
     body = re.sub(r"#0000([0-9a-f]{2})\b", lambda found: f"var(--{VARIABLES[int(found[1], 16)]})", body)
     body = re.sub(r"\s*\n\s*", " ", body)
@@ -106,7 +115,7 @@ def _frame(
     axes = figure.add_axes(box)
     axes.spines[["left", "top", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(color("strong-line"))
-    axes.tick_params(length=0, labelsize=11, labelcolor=color("soft"))
+    axes.tick_params(length=0, labelsize=SMALL, labelcolor=color("soft"))
     axes.grid(color=color("line"), linewidth=1)
     axes.set_axisbelow(True)
     return figure, axes
@@ -195,7 +204,7 @@ def _segment(axes: Any, x: float, y: float, width: float, shade: int, words: str
     """One part of a bar; its words where there is room for them."""
     axes.barh(y, max(width - 1, width / 2), 18, x, color=color(f"p{shade}"), linewidth=0)
     if 6.4 * len(words) + 8 < width:
-        axes.text(x + width / 2, y + 4, words, color=color(ON_SHADE[shade]), size=11, ha="center")
+        axes.text(x + width / 2, y + 4, words, color=color(ON_SHADE[shade]), size=SMALL, ha="center")
 
 
 def part_names(document: Document, model: Model, *, cold: bool) -> list[tuple[int, str]]:
@@ -230,7 +239,6 @@ def memory_bars(document: Document, model: Model) -> str | None:
     return _svg(figure, f"{model.name}: peak memory of a cold start, bars")
 
 
-@rc_context(_RC)  # paths are made when they are drawn the first time: none of the dots may be left out
 def distributions(document: Document, model: Model, quantity: str) -> str | None:
     """Every time of a quantity as a dot, over a box from quartile to quartile with the median's line."""
     setting = main_setting(document, model, quantity)
@@ -259,7 +267,8 @@ def distributions(document: Document, model: Model, quantity: str) -> str | None
         across = [x for value in kept for x in (value, value, math.nan)]
         up = [y for place in places for y in (place, place, math.nan)]
         axes.barh(middle, spread.p75 - spread.p25, 18, spread.p25, color=shade, alpha=0.18)
-        axes.plot(across, up, color=shade, linewidth=3, solid_capstyle="round", alpha=0.55)  # one path
+        with rc_context(_RC):  # one path, of which no dot is left out
+            axes.plot(across, up, color=shade, linewidth=3, solid_capstyle="round", alpha=0.55)
         axes.vlines(spread.p50, middle - 10, middle + 10, color=shade, linewidth=2)
     return _svg(figure, f"{model.name}: distribution of {title(quantity)}, a row for each subject")
 
@@ -285,7 +294,7 @@ def curves(document: Document, model: Model, axis: str) -> str | None:
     at = sorted({x for x, _ in points})
     axes.set_xticks(at, [_sides(x) if axis == "pixels" else str(x) for x in at])
     axes.grid(visible=False, axis="x")
-    axes.set_xlabel(axis, color=color("soft"), size=11)
+    axes.set_xlabel(axis, color=color("soft"), size=SMALL)
     for index, _, fit in found[::-1]:  # ours last, above the others
         axes.plot(*zip(*fit.points, strict=True), linewidth=1.75, markersize=7, **look(index))
     return _svg(figure, f"{model.name}: time of a warm image by {axis}, logarithmic axes")
@@ -317,7 +326,7 @@ def fidelity(document: Document, model: Model) -> str | None:
     axes.set_yticks([*levels, high], [*(f"{level} dB" for level in levels), "equal"])
     axes.set_ylim(low - step / 3, high + step / 2)
     axes.axhspan(high - step / 2, high + step / 2, color=color("tint"), linewidth=0, zorder=0)
-    axes.set_xlabel("time of a warm image", color=color("soft"), size=11)
+    axes.set_xlabel("time of a warm image", color=color("soft"), size=SMALL)
     for index, spent, psnr in found[::-1]:
         level = psnr if math.isfinite(psnr) else high
         axes.plot([spent], [level], markersize=9, linestyle="none", **look(index))
@@ -336,10 +345,10 @@ def roofline(document: Document, model: Model) -> str | None:
     _logarithmic(axes.xaxis, intensities, 2.2, lambda value: f"{value:g}")
     speeds = [ceilings.flop_per_s, *(share.flop_per_s for share in found)]
     _logarithmic(axes.yaxis, speeds, 1.35, operations)
-    axes.set_xlabel("operations per byte (flop/B)", color=color("soft"), size=11)
+    axes.set_xlabel("operations per byte (flop/B)", color=color("soft"), size=SMALL)
     corners = [axes.get_xlim()[0], ridge, axes.get_xlim()[1]]
     axes.plot(corners, [attainable(ceilings, x) for x in corners], color=color("ink"), linewidth=1.75)
-    small = {"color": color("soft"), "size": 11}
+    small = {"color": color("soft"), "size": SMALL}
     peak = {"ha": "right", "va": "top", **small}
     axes.text(corners[2], ceilings.flop_per_s * 0.9, one(ceilings.flop_per_s, "flop/s"), **peak)
     middle = math.sqrt(corners[0] * ridge)
@@ -355,7 +364,7 @@ def roofline(document: Document, model: Model) -> str | None:
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             ha="center",
-            size=11,
+            size=SMALL,
             color=color("ink"),
         )
     for index, name, _ in subject_order(document, model)[::-1]:

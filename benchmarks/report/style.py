@@ -100,7 +100,7 @@ figure > svg { display: block; width: 100%; max-width: 420px; height: auto; over
   font-size: .8rem; }
 .swatch { display: inline-block; width: .75em; height: .75em; margin-right: .4em; border-radius: 1px; }
 
-figure svg text { fill: var(--ink); font-family: inherit !important; font-variant-numeric: tabular-nums; }
+figure svg text { fill: var(--ink); font-variant-numeric: tabular-nums; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .key path { fill: currentColor; }
 .s0 { color: var(--s0); } .s1 { color: var(--s1); } .s2 { color: var(--s2); } .s3 { color: var(--s3); }

@@ -381,7 +381,12 @@ def test_diffusers_is_compiled_and_laid_out_for_a_gpu(monkeypatch: pytest.Monkey
     options: list[dict[str, Any]] = []
     moved: list[Any] = []
     module = worker_module(monkeypatch, "worker_diffusers")
-    monkeypatch.setattr(torch, "compile", lambda network, **words: options.append(words) or network)
+
+    def compile_(network: Any, **words: Any) -> Any:
+        options.append(words)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_)
     from diffusers import StableDiffusionPipeline
 
     monkeypatch.setattr(StableDiffusionPipeline, "to", lambda pipe, device: moved.append(device))

@@ -152,7 +152,8 @@ def test_an_export_that_failed_is_a_row(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_same_model_under_another_name() -> None:
     found = renamed(one_model(), "again")
-    assert {entry.model for entry in (*found.measurements, *found.profiles)} == {"again"}
+    assert {entry.model for entry in found.measurements} == {"again"}
+    assert [entry.model for entry in found.profiles] == ["again"]
     joined = one_model().joined(found)
     assert len(joined.models) == 2
     assert len(joined.subjects) == len(document().subjects)
