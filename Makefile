@@ -14,11 +14,15 @@ WHEELS ?=
 GPU_FLAGS ?=
 GPU_SITE := $(CURDIR)/out/gpu-site
 
-.PHONY: help run test check format bench gallery bundle golden schema gpu clean
+# Workers of pytest: with two cores they take half the time of one.
+WORKERS ?= 2
+
+.PHONY: help run test test-full check format bench gallery bundle golden schema gpu clean
 
 help:
 	@echo "make run     draw a picture with the embedded model, from its checkpoint"
-	@echo "make test    everything that CI checks: format, lint, types, tests"
+	@echo "make test    format, lint, types, tests (WORKERS=… side by side)"
+	@echo "make test-full  Stable Diffusion 1.5 at its full size: exported, its engines built; CI checks both"
 	@echo "make check   format, lint and types alone"
 	@echo "make format  rewrite the code as 'make check' wants it"
 	@echo "make bench   sdrt beside diffusers, measured here in a few minutes: one page with figures and plots"
@@ -45,7 +49,11 @@ run: $(STAMP)
 	echo "export $$((exported - start)) s, drawing $$((drawn - exported)) s: look at $(CURDIR)/out/picture.png"
 
 test: check
-	$(BIN)/pytest -m "not gpu and not slow and not peers"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25 \
+	  -m "not gpu and not slow and not peers and not full_size"
+
+test-full: $(STAMP)
+	$(BIN)/pytest --durations=25 -m "full_size and not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

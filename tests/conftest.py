@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from support.checkpoints.tiny_variants import (
     write_tiny_inpainting_checkpoint,
     write_tiny_lcm_checkpoint,
 )
+from support.made_once import exported_once, made_once
 from support.runs.browsers import find_browser
 
 from sdrt.runtime.system.telemetry import switch_telemetry_off
@@ -36,13 +38,43 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What is compiled and measured on the way is not left in the user's own cache.
-_USER_CACHE = os.environ.get("SDRT_CACHE")
+# What is compiled and measured on the way is not left in the user's own cache. (Workers of pytest-xdist are
+# started by a process that has set it already.)
+_USER_CACHE = os.environ.setdefault("SDRT_TESTS_USER_CACHE", os.environ.get("SDRT_CACHE", "")) or None
 _CACHE = tempfile.TemporaryDirectory(prefix="sdrt-tests-")
 os.environ["SDRT_CACHE"] = _CACHE.name
 
+# Two workers have a core each; what they start, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 TINY_MERGES = 200
 TINY_SIZE = 16  # pixels: 8 latents at a VAE factor of 2
+
+
+# Files that take minutes, or make what many others share: with several workers they are begun first, so that
+# nobody waits for the last of them.
+LONG = (
+    "test_build.py",
+    "test_bench_cli.py",
+    "test_openvino_kinds.py",
+    "test_half_precision.py",
+    "test_gallery.py",
+    "test_sd_export.py",
+    "test_quiet.py",
+    "test_pipeline.py",
+    "test_gpu_subjects.py",
+    "test_openvino_cpu.py",
+    "test_interrupts.py",
+    "test_cache_attacks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first where workers take one after the other."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        rank = {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
 
 
 def write_tiny_checkpoint(folder: Path) -> None:
@@ -101,6 +133,16 @@ def write_tiny_checkpoint(folder: Path) -> None:
     write_model_index(folder, "StableDiffusionPipeline", scheduler="PNDMScheduler")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """Take what lasts, imports above all, out of the garbage collector's sight.
+
+    With PyTorch imported, each full collection takes half a second, and an export alone calls for 17.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def user_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own cache, which holds what takes minutes to install."""
@@ -120,25 +162,20 @@ def browser() -> str:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of random weights; read only, copy it to change it."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    folder.mkdir()
-    write_tiny_checkpoint(folder)
-    return folder
+    return made_once("tiny-checkpoint", folder, write_tiny_checkpoint, write_model_index)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint's bundle: fp32, batches of 1 to 2, sides of 16 to 32 pixels. Read only.
+    """The tiny checkpoint's bundle: fp32, batches of 1 to 2, sides of 16 to 32 pixels. Read only."""
 
-    While working on tests, ``SDRT_TINY_BUNDLE`` may name one that was made before and save the export.
-    """
-    if made_before := os.environ.get("SDRT_TINY_BUNDLE"):
-        return Path(made_before)
-    from sdrt.export.cli.main import main
+    def export(out: Path) -> None:
+        from sdrt.export.cli.main import main
 
-    out = tmp_path_factory.mktemp("bundle") / "tiny"
-    sizes = ["--height", "16..32", "--width", "16..32", "--batch", "1..2"]
-    assert main([str(tiny_checkpoint), str(out), "--fp16-weights", "--quiet", *sizes]) == 0
-    return out
+        sizes = ["--height", "16..32", "--width", "16..32", "--batch", "1..2"]
+        assert main([str(tiny_checkpoint), str(out), "--fp16-weights", "--quiet", *sizes]) == 0
+
+    return exported_once("tiny-bundle", tmp_path_factory.mktemp("bundle") / "tiny", export, tiny_checkpoint)
 
 
 @pytest.fixture
@@ -154,34 +191,35 @@ def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def _variant(write: Callable[[Path, Path], None], tiny: Path, factory: pytest.TempPathFactory) -> Path:
-    folder = factory.mktemp(write.__name__) / "tiny"
-    write(folder, tiny)
-    return folder
+    name = write.__name__.removeprefix("write_").replace("_", "-")
+
+    def make(folder: Path) -> None:
+        write(folder, tiny)
+
+    return made_once(name, factory.mktemp(name) / "tiny", make, write, tiny)
 
 
-def _variant_bundle(
-    checkpoint: Path, tiny_bundle: Path, factory: pytest.TempPathFactory, made_before: str
-) -> Path:
+def _variant_bundle(name: str, checkpoint: Path, tiny_bundle: Path, factory: pytest.TempPathFactory) -> Path:
     """One image of one size. Networks that are the tiny checkpoint's have the graphs of its bundle."""
-    if place := os.environ.get(made_before):
-        return Path(place)
-    import onnx_ir as ir
 
-    from sdrt.export import writer as bundle_writer
-    from sdrt.export.cli.main import main
-    from sdrt.export.graphs.from_module import onnx_from_module
+    def export(out: Path) -> None:
+        import onnx_ir as ir
 
-    def graph(module: Any, args: Any, spec: Any, *rest: Any) -> ir.Model:
-        if spec.name in ("text_encoder", "vae_decoder", "vae_encoder"):
-            return ir.load(tiny_bundle / spec.name / "model.onnx")
-        return onnx_from_module(module, args, spec, *rest)
+        from sdrt.export import writer as bundle_writer
+        from sdrt.export.cli.main import main
+        from sdrt.export.graphs.from_module import onnx_from_module
 
-    out = factory.mktemp("bundle") / "tiny"
-    sizes = ["--height", "16", "--width", "16", "--batch", "1", "--chunks", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle_writer, "onnx_from_module", graph)
-        assert main([str(checkpoint), str(out), "--quiet", *sizes]) == 0
-    return out
+        def graph(module: Any, args: Any, spec: Any, *rest: Any) -> ir.Model:
+            if spec.name in ("text_encoder", "vae_decoder", "vae_encoder"):
+                return ir.load(tiny_bundle / spec.name / "model.onnx")
+            return onnx_from_module(module, args, spec, *rest)
+
+        sizes = ["--height", "16", "--width", "16", "--batch", "1", "--chunks", "1"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bundle_writer, "onnx_from_module", graph)
+            assert main([str(checkpoint), str(out), "--quiet", *sizes]) == 0
+
+    return exported_once(name, factory.mktemp("bundle") / "tiny", export, checkpoint, tiny_bundle)
 
 
 @pytest.fixture(scope="session")
@@ -206,30 +244,22 @@ def variations_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPa
 def inpainting_bundle(
     inpainting_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Its bundle: fp32, one image of 16 x 16 pixels. Read only.
-
-    While working on tests, ``SDRT_TINY_INPAINTING_BUNDLE`` may name one that was made before.
-    """
-    return _variant_bundle(
-        inpainting_checkpoint, tiny_bundle, tmp_path_factory, "SDRT_TINY_INPAINTING_BUNDLE"
-    )
+    """Its bundle: fp32, one image of 16 x 16 pixels. Read only."""
+    return _variant_bundle("inpainting-bundle", inpainting_checkpoint, tiny_bundle, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def lcm_bundle(lcm_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its bundle, as that of `inpainting_bundle`; ``SDRT_TINY_LCM_BUNDLE`` may name one."""
-    made_before = "SDRT_TINY_LCM_BUNDLE"
-    return _variant_bundle(lcm_checkpoint, tiny_bundle, tmp_path_factory, made_before)
+    """Its bundle, as that of `inpainting_bundle`."""
+    return _variant_bundle("lcm-bundle", lcm_checkpoint, tiny_bundle, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def variations_bundle(
     variations_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Its bundle, as that of `inpainting_bundle`; ``SDRT_TINY_VARIATIONS_BUNDLE`` may name one."""
-    return _variant_bundle(
-        variations_checkpoint, tiny_bundle, tmp_path_factory, "SDRT_TINY_VARIATIONS_BUNDLE"
-    )
+    """Its bundle, as that of `inpainting_bundle`."""
+    return _variant_bundle("variations-bundle", variations_checkpoint, tiny_bundle, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ IN_REPOSITORY: Final = re.compile(
     r"(?<![\w/.])(?:benchmarks|docs|examples|export|kernels|models|requirements|runtime|tests|\.ci)/[\w./-]*"
 )
 EXTRAS: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-TARGETS: Final = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+TARGETS: Final = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def page_id(value: object) -> str | None:

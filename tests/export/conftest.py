@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 from support.checkpoints.tiny_sdxl import write_tiny_sdxl_checkpoint
+from support.checkpoints.tiny_variants import write_model_index
+from support.made_once import exported_once, made_once
 
 from sdrt.export import writer as bundle_writer
 from sdrt.export.cli import main as cli
@@ -45,36 +46,28 @@ def traced_before(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Sequenc
 
 @pytest.fixture(scope="session")
 def fp16_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint in fp16, for one image of one size; 18 is no multiple of the U-Net's 4.
+    """The tiny checkpoint in fp16, for one image of one size; 18 is no multiple of the U-Net's 4."""
 
-    While working on tests, ``SDRT_TINY_FP16_BUNDLE`` may name one that was made before.
-    """
-    if made_before := os.environ.get("SDRT_TINY_FP16_BUNDLE"):
-        return Path(made_before)
-    out = tmp_path_factory.mktemp("fp16") / "bundle"
-    sizes = ["--height", "18", "--width", "16", "--batch", "1"]
-    assert cli.main([str(tiny_checkpoint), str(out), "--fp16", "--quiet", *sizes]) == 0
-    return out
+    def export(out: Path) -> None:
+        sizes = ["--height", "18", "--width", "16", "--batch", "1"]
+        assert cli.main([str(tiny_checkpoint), str(out), "--fp16", "--quiet", *sizes]) == 0
+
+    return exported_once("fp16-bundle", tmp_path_factory.mktemp("fp16") / "bundle", export, tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def sdxl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint of the family sdxl; read only."""
     folder = tmp_path_factory.mktemp("sdxl_checkpoint") / "tiny-xl"
-    folder.mkdir()
-    write_tiny_sdxl_checkpoint(folder)
-    return folder
+    return made_once("sdxl-checkpoint", folder, write_tiny_sdxl_checkpoint, write_model_index)
 
 
 @pytest.fixture(scope="session")
 def sdxl_bundle(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its bundle: fp32, one size, batches of 1 to 2. Read only.
+    """Its bundle: fp32, one size, batches of 1 to 2. Read only."""
 
-    While working on tests, ``SDRT_TINY_SDXL_BUNDLE`` may name one that was made before.
-    """
-    if made_before := os.environ.get("SDRT_TINY_SDXL_BUNDLE"):
-        return Path(made_before)
-    out = tmp_path_factory.mktemp("sdxl") / "bundle"
-    sizes = ["--height", "16", "--width", "16", "--batch", "1..2"]
-    assert cli.main([str(sdxl_checkpoint), str(out), "--quiet", *sizes]) == 0
-    return out
+    def export(out: Path) -> None:
+        sizes = ["--height", "16", "--width", "16", "--batch", "1..2"]
+        assert cli.main([str(sdxl_checkpoint), str(out), "--quiet", *sizes]) == 0
+
+    return exported_once("sdxl-bundle", tmp_path_factory.mktemp("sdxl") / "bundle", export, sdxl_checkpoint)

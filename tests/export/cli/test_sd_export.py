@@ -23,6 +23,7 @@ import sdrt
 from sdrt.export import writer as bundle_writer
 from sdrt.export.cli import main as cli
 from sdrt.export.manifest import TOOLS
+from sdrt.runtime.admission import records as admission
 from sdrt.runtime.bundle.bundle import Bundle, sha256
 from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import FORMAT_VERSION
@@ -191,6 +192,17 @@ def test_source_and_licence_follow_the_checkpoint(
         assert f"{figure['relative_l2']:.1e}" in table
         assert f"{figure['relative_max']:.1e}" in table
     assert "…" not in table
+
+
+def test_what_was_exported_here_is_loaded_without_a_trial(
+    tiny_checkpoint: Path, tmp_path: Path, traced_before: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundle from elsewhere is loaded in a process of its own first."""
+    monkeypatch.setenv("SDRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(admission, "_KNOWN", set())
+    assert cli.main([str(tiny_checkpoint), str(tmp_path / "out"), "--quiet", *traced_before]) == 0
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    Pipeline.load(tmp_path / "out", backend="onnxruntime-cpu").close()
 
 
 # --- bad options ---

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from support.made_once import exported_once
 from support.references.contrib_definitions import proto_written_out
 
 from sdrt.export.cli import main as cli
@@ -50,24 +50,24 @@ sys.exit(engine_child.main(*sys.argv[1:]))
 
 @pytest.fixture(scope="session")
 def emoji_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model exported in fp16, 64 to 128 pixels, 1 to 2 images. Read only.
+    """The embedded model exported in fp16, 64 to 128 pixels, 1 to 2 images. Read only."""
 
-    While working on tests, ``SDRT_EMOJI_FP16_BUNDLE`` may name one that was made before.
-    """
-    if made_before := os.environ.get("SDRT_EMOJI_FP16_BUNDLE"):
-        return Path(made_before)
-    out = tmp_path_factory.mktemp("emoji") / "fp16"
-    sizes = ["--height", "64..128", "--width", "64..128", "--batch", "1..2"]
-    assert cli.main([str(CHECKPOINT), str(out), "--fp16", "--quiet", *sizes]) == 0
-    return out
+    def export(out: Path) -> None:
+        sizes = ["--height", "64..128", "--width", "64..128", "--batch", "1..2"]
+        assert cli.main([str(CHECKPOINT), str(out), "--fp16", "--quiet", *sizes]) == 0
+
+    return exported_once("emoji-fp16", tmp_path_factory.mktemp("emoji") / "fp16", export, CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
-def built(emoji_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with engines for one image of 64 pixels. Read only."""
+def built(emoji_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The same with engines for all its sizes, and what was said of them. Read only."""
     bundle = copy_of(emoji_fp16, tmp_path_factory.mktemp("built") / "fp16")
-    assert cli.main([str(bundle), "--engine", RTX, "--quiet", *ONE_SIZE_FLAGS]) == 0
-    return bundle
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "put", said.append)
+        assert cli.main([str(bundle), "--engine", RTX]) == 0
+    return bundle, "\n".join(said)
 
 
 @pytest.fixture
@@ -98,13 +98,10 @@ def left_over(bundle: Path) -> list[str]:
 # --- whole bundles ---
 
 
-def test_every_component_of_the_embedded_model_in_fp16(
-    fp16_copy: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main([str(fp16_copy), "--engine", RTX]) == 0
-    printed = capsys.readouterr().out
-    bundle = Bundle.open(fp16_copy)
-    assert list(engines_of(fp16_copy)) == sorted(bundle.manifest.components)
+def test_every_component_of_the_embedded_model_in_fp16(built: tuple[Path, str]) -> None:
+    place, printed = built
+    bundle = Bundle.open(place)
+    assert list(engines_of(place)) == sorted(bundle.manifest.components)
     for name in bundle.manifest.components:
         engine = find_engine(bundle, name, RTX, flavour_version(RTX), (8, 6), {"batch": 2, "rows": 4})
         facts, key = engine.manifest.facts, engine.manifest.key
@@ -119,13 +116,13 @@ def test_every_component_of_the_embedded_model_in_fp16(
         # At least: TensorRT finds the pattern of one that was written out, where it has a kernel for it.
         kernels = [layer for layer in layers_of(engine.folder) if "_mha_" in layer["name"]]
         assert len(kernels) >= facts["attention"]["nodes"]
-    assert engines_of(fp16_copy)["unet"].facts["attention"] == {
-        "nodes": len(attention_nodes(fp16_copy, "unet")),
-        "fused": len(attention_nodes(fp16_copy, "unet")),
+    assert engines_of(place)["unet"].facts["attention"] == {
+        "nodes": len(attention_nodes(place, "unet")),
+        "fused": len(attention_nodes(place, "unet")),
         "decomposed": [],
     }
-    assert engines_of(fp16_copy)["text_encoder"].facts["attention"]["fused"] == 2
-    assert left_over(fp16_copy) == []
+    assert engines_of(place)["text_encoder"].facts["attention"]["fused"] == 2
+    assert left_over(place) == []
     assert ("compared with ONNX Runtime: " + NO_GPU in printed) == no_gpu()
 
 
@@ -245,10 +242,10 @@ def test_an_attention_that_tensorrt_takes_apart_in_silence_is_an_error(
 
 
 def test_an_engine_that_is_there_is_kept_unless_forced(
-    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    built: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = Path(shutil.copytree(built, tmp_path / "bundle"))
-    arguments = [str(bundle), "--engine", RTX, *ONE_SIZE_FLAGS]
+    bundle = Path(shutil.copytree(built[0], tmp_path / "bundle"))
+    arguments = [str(bundle), "--engine", RTX]
     before = stamps(bundle)
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.count("is there already") == 4

@@ -20,6 +20,7 @@ from sdrt.export.engines.writer import LAYERS_NAME, EngineReport, add_engines
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.engine_search import list_engines
 
+pytestmark = pytest.mark.full_size
 RTX = "tensorrt-rtx"
 GIB = 1 << 30
 

@@ -88,13 +88,6 @@ def test_what_a_call_can_use_is_kept(stranger: Path, backend: str, kept: list[st
     assert [folder.name for folder in cache.iterdir() if folder.name.endswith("-cpu")] == kept
 
 
-def test_what_was_exported_here_is_not_tried(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "SDRT_TINY_BUNDLE" in os.environ:
-        pytest.skip("the tiny bundle was exported by another process, with another cache")
-    no_process(monkeypatch)
-    Pipeline.load(tiny_bundle, backend=CPU).close()
-
-
 def test_what_sdrt_ships_is_not_tried(fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_process(monkeypatch)
     Pipeline.load(backend=CPU).close()

@@ -29,7 +29,7 @@ from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.text.tokenizer import Tokenizer, clean
 
 BOS, EOS = 49406, 49407
-VOCABULARY = Path(export.__file__).parent / "data" / "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY = Path(export.__file__).parents[1] / "data" / "bpe_simple_vocab_16e6.txt.gz"
 
 
 class Reference:
