@@ -117,6 +117,7 @@ def test_the_manifest_describes_the_checkpoint(tiny_bundle: Path) -> None:
         "num_inference_steps": 20,
         "guidance_scale": 7.5,
         "sampler": "dpmpp_2m",
+        "sampler_options": {},
     }
     side = {"minimum": 16, "maximum": 32, "multiple": 4}
     text = {"max_chunks": 4, "max_clip_skip": 1}
