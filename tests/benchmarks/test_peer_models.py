@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.checkpoints.tiny_sdxl import write_tiny_sdxl_checkpoint
-from worker_child import WORKERS, child, drawing
+from support.runs.worker_child import WORKERS, child, drawing
 
 from sdrt.benchmarks.peers import models as peer_models
 from sdrt.benchmarks.peers.environments import COMPLETE, environment_folder
