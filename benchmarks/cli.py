@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdrt.benchmarks.options import parser
-from sdrt.runtime.console.enter import enter
 from sdrt.runtime.console.run_command import Parser, put, run_command
 from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 from sdrt.runtime.system.interrupts import unwinding
@@ -120,7 +119,3 @@ def _render(words: list[str]) -> int:
         put(str(arguments.report))
 
     return run_command("sd-bench", run)
-
-
-if __name__ == "__main__":
-    sys.exit(enter("sd-bench", lambda: main))

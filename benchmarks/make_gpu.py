@@ -141,7 +141,7 @@ class GpuRun:
         part = self.work / title.replace(" ", "-")
         (part / JSON).unlink(missing_ok=True)
         budget = max(LEAST, seconds - MARGIN)
-        command = [sys.executable, "-m", "sdrt.benchmarks.cli", name, "--gpu", "--seconds", str(int(budget))]
+        command = [sys.executable, "-m", "sdrt.benchmarks", name, "--gpu", "--seconds", str(int(budget))]
         ended = self.run(f"sd-bench {title}", [*command, "--report", str(part), *words], seconds)
         try:
             found: Document | None = read(part / JSON, check=False)  # what checks it may not be here

@@ -31,7 +31,7 @@ ROOMS = {
     ),
     "benchmarks": (
         *("options", "document", "peers", "harness", "report", "peer_workers", "gallery", "studies"),
-        *("make_gpu", "cli", "entry"),
+        *("make_gpu", "cli", "__main__"),
     ),
 }
 NEVER_IN_RUNTIME = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript"}

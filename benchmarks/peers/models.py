@@ -29,6 +29,7 @@ from sdrt.benchmarks.peers.environments import OFFLINE, Progress, locked, run_lo
 from sdrt.benchmarks.peers.safetensors_file import copy_renamed, tensor_names, write_float32
 from sdrt.export.checkpoint.architectures import ARCHITECTURES, open_architecture
 from sdrt.export.checkpoint.checkpoint import Checkpoint
+from sdrt.export.checkpoint.families import DIFFUSERS, TRANSFORMERS
 from sdrt.export.checkpoint.files import WEIGHT_NAMES, read_json, weight_files
 from sdrt.export.checkpoint.fingerprint import fingerprint
 from sdrt.export.checkpoint.random_weights import random_tensors
@@ -36,6 +37,8 @@ from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.tokenizer_json import write_tokenizer_folder
 from sdrt.export.checkpoint.weights import meta_module
 from sdrt.kernels.cache import cache_folder, private_folder
+from sdrt.runtime.bundle.families.sdxl import SDXL
+from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.system.files import new_folder, writing
 
@@ -43,30 +46,6 @@ KIND: Final = "peer-models"  # of cache
 CLASSIC_PREFIX: Final = "text_model."
 TEXT_ENCODER: Final = "text_encoder"
 LINKED: Final = ("model_index.json", "scheduler", "tokenizer", "unet", "vae")
-# Of an architecture, whose own index names no classes, by family.
-_NONE: Final = [None, None]
-_SHARED: Final = {
-    "feature_extractor": _NONE,
-    "image_encoder": _NONE,
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-_INDEX: Final[dict[str, dict[str, Any]]] = {
-    "sd": {
-        "_class_name": "StableDiffusionPipeline",
-        **_SHARED,
-        "requires_safety_checker": False,
-        "safety_checker": _NONE,
-    },
-    "sdxl": {
-        "_class_name": "StableDiffusionXLPipeline",
-        **_SHARED,
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    },
-}
 # Exporter of a form → its words before the model and the place for the result.
 EXPORTERS: Final = {
     "optimum-onnx": ("-m", "optimum.exporters.onnx", "--task", "text-to-image", "--model"),
@@ -93,8 +72,8 @@ def prepare(name: str, model: str, progress: Progress = lambda _: None) -> Path:
     """
     peer = peers.get(name)
     checkpoint = open_architecture(model) if model in ARCHITECTURES else open_checkpoint(model)
-    families = ("sd", "sdxl") if peer.form == "diffusers" else ("sd",)
-    if checkpoint.family not in families or "inpainting_channels" in checkpoint.sizes():
+    families = (STABLE_DIFFUSION, SDXL) if peer.form == "diffusers" else (STABLE_DIFFUSION,)
+    if checkpoint.record not in families or "inpainting_channels" in checkpoint.sizes():
         known = "1.x, 2.x and XL" if len(families) > 1 else "1.x and 2.x"
         raise UsageError(f"{model}: the worker of {name} draws with Stable Diffusion {known} alone")
     return model_in_form(peer.form, peer.converter, checkpoint, progress)
@@ -141,10 +120,21 @@ def _made(target: Path, make: Callable[[Path], None], progress: Progress) -> Pat
     return target
 
 
+def _index(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The ``model_index.json`` of an architecture, whose own names no classes."""
+    kind, none = checkpoint.kind, [None, None]
+    index: dict[str, Any] = {"_class_name": kind.draws, "feature_extractor": none, "image_encoder": none}
+    index |= {name: none if value is None else value for name, value in kind.settings.items()}
+    for network in kind.networks:
+        index[network.folder] = [network.library, network.kind]
+        index |= {folder: [TRANSFORMERS, classes[0]] for folder, classes in network.beside.items()}
+    return index
+
+
 def _write_random(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
     """An architecture with its random weights in fp32, of which one tensor is in memory at a time."""
     scheduler = read_json(checkpoint.path / "scheduler" / "scheduler_config.json")["_class_name"]
-    index = {**_INDEX[checkpoint.family], "scheduler": ["diffusers", scheduler]}
+    index = {**_index(checkpoint), "scheduler": [DIFFUSERS, scheduler]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.copytree(checkpoint.path / "scheduler", folder / "scheduler")
     for subfolder, tokenizer in zip(checkpoint.kind.tokenizers.values(), checkpoint.tokenizers, strict=True):

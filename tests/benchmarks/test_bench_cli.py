@@ -162,7 +162,7 @@ def test_a_smoke_run_with_a_peer_that_fails(
 def test_ctrl_c_leaves_a_valid_report(tmp_path: Path) -> None:
     report = tmp_path / "report"
     words = ["emoji", "--quick", "--peers", "none", "--only", "cold", "--cold-rounds", "1000"]
-    command = [sys.executable, "-m", "sdrt.benchmarks.cli", *words, "--quiet", "--report", str(report)]
+    command = [sys.executable, "-m", "sdrt.benchmarks", *words, "--quiet", "--report", str(report)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         for _ in range(300):
             time.sleep(0.1)

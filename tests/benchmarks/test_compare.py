@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from example_document import document, small_document
+from support.fakes.example_document import document, small_document
 
 from sdrt.benchmarks.document.document import Document, Failure, Measurement, to_json
 from sdrt.benchmarks.report.compare import BETTER, SAME, UNCERTAIN, WORSE, add_arguments, compare, run, text

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from example_document import document, small_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fakes.example_document import document, small_document
 
 from sdrt.benchmarks.document.document import (
     Ceilings,

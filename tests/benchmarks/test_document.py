@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_document import document
+from support.fakes.example_document import document
 
 from sdrt.benchmarks.document.document import (
     FORMAT_VERSION,

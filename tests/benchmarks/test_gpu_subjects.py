@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from example_document import document
+from support.fakes.example_document import document
 from support.fakes.recorded_pipeline import Recorded, recording
 
 import sdrt.benchmarks.peer_workers

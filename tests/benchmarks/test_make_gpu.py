@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from example_document import document
+from support.fakes.example_document import document
 
 from sdrt.benchmarks import make_gpu
 from sdrt.benchmarks.document.document import Document, Profile, read, to_json

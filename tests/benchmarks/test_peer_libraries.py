@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from worker_child import WORKERS, Child, child, drawing
+from support.runs.worker_child import WORKERS, Child, child, drawing
 
 from sdrt.benchmarks.document.document import Document, Model, Subject
 from sdrt.benchmarks.document.recorder import Recorder

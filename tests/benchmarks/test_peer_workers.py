@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worker_child import WORKERS, Child, child, drawing
+from support.runs.worker_child import WORKERS, Child, child, drawing
 
 from sdrt.benchmarks.harness.fidelity import psnr
 from sdrt.runtime.bundle.bundle import EMBEDDED

@@ -11,7 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from example_document import ERROR, SUBJECTS, document, document_without_measurements, small_document
+from support.fakes.example_document import (
+    ERROR,
+    SUBJECTS,
+    document,
+    document_without_measurements,
+    small_document,
+)
 from support.runs.browsers import chromium
 
 from sdrt.benchmarks.document.document import Ceilings, Document, Subject, read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from example_document import ERROR, document, document_without_measurements
+from support.fakes.example_document import ERROR, document, document_without_measurements
 
 from sdrt.benchmarks.report.summary import summary
 

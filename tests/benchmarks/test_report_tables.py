@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from example_document import document, small_document
+from support.fakes.example_document import document, small_document
 
 from sdrt.benchmarks.document.document import Measurement
 from sdrt.benchmarks.report.formatting import time_text

@@ -124,7 +124,7 @@ def test_probing_without_a_gpu_is_fast_and_imports_nothing(bundle: Bundle, tiny_
     assert not [
         name for name in loaded if name.endswith((".executor", ".engine_search")) or "openvino" in name
     ]
-    assert seconds < 0.1  # 3 ms when nothing else runs
+    assert seconds < 0.1  # 8 ms, most of it imports, when nothing else runs
 
 
 def test_unknown_backend(bundle: Bundle) -> None:

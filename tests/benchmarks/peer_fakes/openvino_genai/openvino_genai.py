@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from fake_record import note, pictures
 from openvino import Tensor
+from support.fakes.fake_record import note, pictures
 
 
 class Generator:

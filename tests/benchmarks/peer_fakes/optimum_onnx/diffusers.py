@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fake_record import note
+from support.fakes.fake_record import note
 
 
 class DDIMScheduler:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fake_record import note
+from support.fakes.fake_record import note
 
 
 class Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fake_record import FAILS, note, pictures
 from PIL import Image
+from support.fakes.fake_record import FAILS, note, pictures
 
 
 class StableDiffusion:

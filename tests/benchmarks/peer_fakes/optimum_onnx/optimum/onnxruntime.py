@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fake_record import note, pictures
+from support.fakes.fake_record import note, pictures
 
 
 class ORTStableDiffusionPipeline:

@@ -1,4 +1,4 @@
-"""``sd-bench`` begins here: it can be interrupted before anything large is imported."""
+"""``sd-bench`` begins here; also ``python -m sdrt.benchmarks``."""
 
 from __future__ import annotations
 
@@ -18,3 +18,7 @@ def main() -> int:
         return main
 
     return enter("sd-bench", load)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
