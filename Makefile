@@ -14,7 +14,7 @@ WHEELS ?=
 GPU_FLAGS ?=
 GPU_SITE := $(CURDIR)/out/gpu-site
 
-.PHONY: help run test check format bench gallery bundle golden gpu clean
+.PHONY: help run test check format bench gallery bundle golden schema gpu clean
 
 help:
 	@echo "make run     draw a picture with the embedded model, from its checkpoint"
@@ -23,6 +23,7 @@ help:
 	@echo "make format  rewrite the code as 'make check' wants it"
 	@echo "make bench   sdrt beside diffusers, measured here in a few minutes: one page with figures and plots"
 	@echo "make gallery  one page of pictures: what each option does, with the command for each"
+	@echo "make schema  write the JSON Schema of a bundle's manifest, after one of its dataclasses was changed"
 	@echo "make gpu     test, measure and report on a machine with an NVIDIA GPU (GPU_PYTHON=…, WHEELS=folder)"
 	@echo "make bundle  export the bundle that the wheel ships, after the embedded model was trained anew"
 	@echo "make golden  write docs/golden anew, after what a sampler, the noise or the tokenizer gives was changed"
@@ -67,6 +68,9 @@ bundle: $(STAMP)
 
 golden: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m support.references.golden
+
+schema: $(STAMP)
+	$(BIN)/python -m sdrt.export.schema
 
 # Without a virtual environment: PyTorch with CUDA is taken from where it is, and nothing is downloaded.
 gpu:

@@ -24,10 +24,12 @@ from sdrt.runtime.bundle.manifest import (
     LatentGeometry,
     Limits,
     Manifest,
+    Preview,
     SizeLimit,
     TokenizerFacts,
 )
 from sdrt.runtime.bundle.manifest_json import from_json, to_json
+from sdrt.runtime.bundle.weight_map import WEIGHTS_NAME
 from sdrt.runtime.errors import BundleError, CheckpointError
 from sdrt.runtime.system.untrusted import read_limited
 
@@ -63,7 +65,14 @@ def draft_manifest(
         precision, file = planned_precision(checkpoint, options, name), f"{name}/model.onnx"
         spec = row.resolve(checkpoint.sizes(), precision)
         components[name] = Component(file, (_placeholder(file),), precision, spec)
-    return manifest_of(checkpoint, options, components, tokenizers)
+    return manifest_of(
+        checkpoint,
+        options,
+        components,
+        tokenizers,
+        weights=_placeholder(WEIGHTS_NAME),
+        preview=Preview(((0.0, 0.0, 0.0),) * checkpoint.sizes()["latent_channels"], (0.0, 0.0, 0.0)),
+    )
 
 
 def _placeholder(path: str) -> FileEntry:
@@ -143,7 +152,11 @@ def manifest_of(
     options: ExportOptions,
     components: Mapping[str, Component],
     tokenizers: Sequence[TokenizerFacts],
+    *,
+    weights: FileEntry,
+    preview: Preview,
 ) -> Manifest:
+    """What a checkpoint and the options say, and the given parts; nothing of the export itself."""
     height, width = default_size(checkpoint, options)
     return Manifest(
         family=checkpoint.family,
@@ -151,6 +164,8 @@ def manifest_of(
         latents=LatentGeometry(checkpoint.sizes()["latent_channels"], checkpoint.factor),
         schedule=checkpoint.schedule,
         tokenizers=tuple(tokenizers),
+        weights=weights,
+        preview=preview,
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
         image_processor=checkpoint.image_processor,
         text_output=_text_output(checkpoint),

@@ -28,6 +28,7 @@ from sdrt.export.graphs.half_precision import (
 from sdrt.export.graphs.networks import example_inputs, wrapped
 from sdrt.export.graphs.preview import fit_preview
 from sdrt.export.graphs.range_audit import audit_ranges
+from sdrt.export.graphs.weight_map import holders_of, weight_map
 from sdrt.export.manifest import (
     check_manifest,
     compared_small,
@@ -75,6 +76,7 @@ from sdrt.runtime.bundle.manifest import (
     TokenizerFacts,
 )
 from sdrt.runtime.bundle.manifest_json import to_json
+from sdrt.runtime.bundle.weight_map import WEIGHTS_NAME, Holder
 from sdrt.runtime.samplers.registry import make_table
 from sdrt.runtime.system.files import new_folder, writing
 
@@ -114,10 +116,10 @@ def write_bundle(
         job = _Job(checkpoint, options, out, folder, runnable, report, progress)
         job.tokenizers.extend(_write_tokenizers(job))
         components = {name: _write_component(job, name) for name in checkpoint.record.components}
+        weights, preview = _write_weight_map(job), fit_preview(checkpoint)
         manifest = replace(
-            manifest_of(checkpoint, options, components, job.tokenizers),
+            manifest_of(checkpoint, options, components, job.tokenizers, weights=weights, preview=preview),
             ranges=job.ranges,
-            preview=fit_preview(checkpoint),
         )
         progress("sampling run")
         _write_runnable(job, manifest)
@@ -141,7 +143,8 @@ class _Job:
 
     ``ranges`` collects the range audit of each component of an fp16 bundle, and why one is fp32 all the same;
     ``sampling`` the reference's sampling run, ``run_inputs`` what components are given in it, beside random
-    inputs for the range audit; ``tokenizers`` what was written of them.
+    inputs for the range audit; ``tokenizers`` what was written of them; ``holders`` which initializer holds
+    which tensor of each component's network.
     """
 
     checkpoint: Checkpoint
@@ -155,6 +158,7 @@ class _Job:
     sampling: list[SamplingProbe] = field(default_factory=list)
     tokenizers: list[TokenizerFacts] = field(default_factory=list)
     run_inputs: dict[str, list[Sequence[NDArray[Any]]]] = field(default_factory=dict)
+    holders: dict[str, dict[str, Holder]] = field(default_factory=dict)
 
     def keep_in_fp32(self, component: str, why: str) -> None:
         """Say and record that a component of an fp16 bundle is fp32 as a whole."""
@@ -262,6 +266,7 @@ def _traced(job: _Job, name: str, precision: Precision) -> _Traced:
     if precision == "fp16" and (kept := _islands(job, files[0], spec)):
         insert_islands(model, kept)
         files = _save(job, model, job.folder / name)
+    job.holders[name] = holders_of(model, module, name)
     runs = files[0]
     if job.runnable != job.folder:
         widen_bfloat16(model)
@@ -314,7 +319,8 @@ def _first_step(job: _Job, embeddings: Mapping[str, torch.Tensor]) -> list[NDArr
         **unet_inputs(checkpoint, size, embeddings),
     }
     given = {name: _rows(job, "rows", rows) for name, rows in inputs.items()}
-    given[TIMESTEP] = timesteps[len(timesteps) // 2 :][:1].astype(np.float32)
+    middle = timesteps[len(timesteps) // 2 :][:1].astype(np.float32)
+    given[TIMESTEP] = np.repeat(middle, len(given[SAMPLE]))
     spec = checkpoint.record.components["unet"].resolve(checkpoint.sizes(), "fp32")
     return [given[entry.name] for entry in spec.inputs]
 
@@ -351,8 +357,8 @@ def _write_runnable(job: _Job, manifest: Manifest) -> None:
         }
     with writing(job.out):
         if job.runnable != job.folder:
-            for facts in manifest.tokenizers:
-                shutil.copy(job.folder / facts.file.path, job.runnable)
+            for entry in (*(facts.file for facts in manifest.tokenizers), manifest.weights):
+                shutil.copy(job.folder / entry.path, job.runnable)
         text = to_json(replace(manifest, components=components))
         (job.runnable / MANIFEST_NAME).write_text(text, encoding="utf-8")
     for part in components.values():
@@ -386,6 +392,13 @@ def _write_tokenizers(job: _Job) -> list[TokenizerFacts]:
             target.write_bytes(tokenizer.to_json())
         facts.append(TokenizerFacts(file=_entry(job.folder, target), **tokenizer.ids))
     return facts
+
+
+def _write_weight_map(job: _Job) -> FileEntry:
+    target = job.folder / WEIGHTS_NAME
+    with writing(job.out):
+        target.write_text(weight_map(job.checkpoint, job.holders).to_json(), encoding="utf-8")
+    return _entry(job.folder, target)
 
 
 def _entry(folder: Path, file: Path) -> FileEntry:

@@ -16,6 +16,7 @@ import re
 import stat
 import time
 import warnings
+import zlib
 from _operator import _compare_digest  # what hmac.compare_digest is
 from io import BufferedReader
 from pathlib import Path
@@ -57,6 +58,11 @@ def cache_folder(kind: str) -> Path:
     except RuntimeError:  # no home: any place that cannot be written does
         folder = Path(os.devnull)
     return folder / kind
+
+
+def short_name(key: bytes) -> str:
+    """A name of eight hex digits for what is kept under a key; what is kept must hold the whole key."""
+    return f"{zlib.crc32(key):08x}"
 
 
 def private_folder(kind: str, *, make: bool = True) -> Path:

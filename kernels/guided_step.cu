@@ -10,6 +10,8 @@ __device__ __forceinline__ void guided_step(const GuidedStepParams &params) {
   StepInputs<T, W> inputs = load_inputs<T, W>(params, i < params.elements ? i : 0);
   const StepPlan plan = plan_step(params);
   if (!plan.active) return;  // the whole grid: no ticket is drawn
+  // Before the elements, so that no register holds the timestep while they are gone through.
+  if (plan.has_next && blockIdx.x == 0) write_timesteps(params, plan.timestep, threadIdx.x, blockDim.x);
 
   bool finite = true;
   while (i < params.elements) {
@@ -34,10 +36,10 @@ __device__ __forceinline__ void prepare_input(const GuidedStepParams &params) {
   if (step >= row_count(params)) return;
   StepPlan plan{};
   plan_input(params, step, plan);
-  const unsigned stride = gridDim.x * blockDim.x * W, thread = blockIdx.x * blockDim.x + threadIdx.x;
-  for (unsigned i = thread * W; i < params.elements; i += stride)
+  const unsigned stride = gridDim.x * blockDim.x * W;
+  for (unsigned i = (blockIdx.x * blockDim.x + threadIdx.x) * W; i < params.elements; i += stride)
     write_sample<T>(params, plan.input_scale, i, load_pack<W>(params.latents + i));
-  if (thread == 0) *params.timestep = plan.timestep;
+  if (blockIdx.x == 0) write_timesteps(params, plan.timestep, threadIdx.x, blockDim.x);
 }
 
 #define ENTRY(name, function)                                 \

@@ -20,7 +20,7 @@ struct GuidedStepParams {
   int *counter;                  // [1]
   int *fault;                    // [1]
   void *sample;                  // [R', C, h, w]
-  float *timestep;               // [1]
+  float *timestep;               // [R']
   const float *mask;             // [N, 1, h, w], or null
   const float *known;            // [N, C, h, w], or null
   const float *known_noise;      // [N, C, h, w], or null
@@ -33,6 +33,7 @@ struct GuidedStepParams {
   unsigned plane;                // h w
   unsigned guided;               // 1 if noise_pred has both halves, else 0
   unsigned halves;               // of sample: 1 or 2
+  unsigned prepared;             // R'
   int capacity;
 };
 
@@ -183,8 +184,13 @@ SDRT_BOTH bool step_elements(
   return finite;
 }
 
+// The next timestep, the same for each row that the U-Net will read; shared out among `threads`.
+SDRT_BOTH void write_timesteps(
+    const GuidedStepParams &params, float timestep, unsigned thread, unsigned threads) {
+  for (unsigned row = thread; row < params.prepared; row += threads) params.timestep[row] = timestep;
+}
+
 // Once per step, after all elements.
 SDRT_BOTH void finish_step(const GuidedStepParams &params, const StepPlan &plan) {
   *params.counter = plan.step + 1;
-  if (plan.has_next) *params.timestep = plan.timestep;
 }

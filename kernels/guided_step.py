@@ -50,7 +50,7 @@ class StepBuffers:
         counter: int32 [1], the row that comes next.
         fault: int32 [1], the first row whose noise_pred was not finite, or NO_FAULT.
         sample: the U-Net's dtype [R', C, h, w], its next input.
-        timestep: float32 [1], its next timestep.
+        timestep: float32 [R'], its next timestep, for each of its rows.
         mask: float32 [N, 1, h, w] in [0, 1], or None for no inpainting: 1 is drawn, 0 is kept.
         known: float32 [N, C, h, w], the clean latents to keep; with a mask.
         known_noise: float32 [N, C, h, w], what brings ``known`` to a row's noise level; with a mask.
@@ -59,7 +59,7 @@ class StepBuffers:
         guidance_rescale: float32 [1], phi of that kernel, or None; the step does not read it.
         denoised: float32 [N, C, h, w], where each step writes the guess of the clean latents, or None.
         seeds: uint64 [N], of the noise; `sdrt.kernels.philox_normal` reads them, the step does not.
-        draws: int32 [n], which draw of its stream each row takes; likewise.
+        draws: int32 [n], which draw of its stream each row takes; read by the same kernel.
         ticket: uint32 [1], zero between launches: how many blocks are done. The CUDA kernel needs it.
         count: int32 [1], rows in use, at most n; None for all n.
     """
@@ -130,7 +130,7 @@ def guided_step(buffers: StepBuffers) -> None:
 
 
 def prepare_input(buffers: StepBuffers) -> None:
-    """Write the U-Net's input for the row at the counter: scaled latents for each half, and the timestep.
+    """Write the U-Net's input for the row at the counter: scaled latents for each half, the rows' timestep.
 
     After the last row there is nothing to prepare and nothing is written.
     """
@@ -145,7 +145,7 @@ def prepare_input(buffers: StepBuffers) -> None:
             out=buffers.sample[start : start + images],
             casting="same_kind",
         )
-    buffers.timestep[0] = buffers.timesteps[step]
+    buffers.timestep[...] = buffers.timesteps[step]
 
 
 def row_count(buffers: StepBuffers) -> int:
@@ -204,6 +204,7 @@ class Params(ctypes.Structure):
         ("plane", ctypes.c_uint32),  # h·w
         ("guided", ctypes.c_uint32),  # whether noise_pred has both halves: 1 or 0
         ("halves", ctypes.c_uint32),  # of sample: 1 or 2
+        ("prepared", ctypes.c_uint32),  # R'
         ("capacity", ctypes.c_int32),  # n, the rows that count where count is None
     )
 
@@ -273,6 +274,7 @@ def _launch(kernel: str, buffers: StepBuffers) -> Launch:
         plane=plane,
         guided=_len(buffers.noise_pred) != images,
         halves=_len(buffers.sample) // images,
+        prepared=_len(buffers.sample),
         capacity=_len(buffers.timesteps),
     )
     dtype = np.dtype(buffers.sample.dtype)
@@ -323,7 +325,7 @@ def check_step_buffers(buffers: StepBuffers) -> None:
         "timesteps": ((n,), ("float32",)),
         "counter": ((1,), ("int32",)),
         "fault": ((1,), ("int32",)),
-        "timestep": ((1,), ("float32",)),
+        "timestep": ((prepared,), ("float32",)),
         "mask": ((images, 1, *rest[1:]), ("float32",)),
         "known": (state, ("float32",)),
         "known_noise": (state, ("float32",)),

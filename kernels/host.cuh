@@ -11,6 +11,7 @@ template <class T, int W>
 void guided_step(const GuidedStepParams &params) {
   const StepPlan plan = plan_step(params);
   if (!plan.active) return;
+  if (plan.has_next) write_timesteps(params, plan.timestep, 0, 1);
   bool finite = true;
   for (unsigned i = 0; i < params.elements; i += W) {
     const StepInputs<T, W> inputs = load_inputs<T, W>(params, i);
@@ -28,7 +29,7 @@ void prepare_input(const GuidedStepParams &params) {
   plan_input(params, step, plan);
   for (unsigned i = 0; i < params.elements; i += W)
     write_sample<T>(params, plan.input_scale, i, load_pack<W>(params.latents + i));
-  *params.timestep = plan.timestep;
+  write_timesteps(params, plan.timestep, 0, 1);
 }
 
 template <class T>

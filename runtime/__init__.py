@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from sdrt.runtime.bundle.bundle import Bundle
-    from sdrt.runtime.drawing.output import BlackImageWarning, PipelineOutput
+    from sdrt.runtime.drawing.finished_images import BlackImageWarning
     from sdrt.runtime.drawing.text_conditioning import PromptTruncatedWarning
     from sdrt.runtime.errors import (
         BackendError,
@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from sdrt.runtime.pictures.metadata import read_recipe
     from sdrt.runtime.pictures.writing import save_image, save_png
     from sdrt.runtime.pipeline import Pipeline
+    from sdrt.runtime.request.output import PipelineOutput
+    from sdrt.runtime.request.request import Request
     from sdrt.runtime.text.syntax import PromptSyntaxWarning
 
 _HOME = {
     "BackendError": "errors",
-    "BlackImageWarning": "drawing.output",
+    "BlackImageWarning": "drawing.finished_images",
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
     "CancelledError": "errors",
@@ -45,9 +47,10 @@ _HOME = {
     "NumericsError": "errors",
     "OutputError": "errors",
     "Pipeline": "pipeline",
-    "PipelineOutput": "drawing.output",
+    "PipelineOutput": "request.output",
     "PromptSyntaxWarning": "text.syntax",
     "PromptTruncatedWarning": "drawing.text_conditioning",
+    "Request": "request.request",
     "SdrtError": "errors",
     "UsageError": "errors",
     "read_recipe": "pictures.metadata",
@@ -68,6 +71,7 @@ __all__ = [
     "PipelineOutput",
     "PromptSyntaxWarning",
     "PromptTruncatedWarning",
+    "Request",
     "SdrtError",
     "UsageError",
     "read_recipe",

@@ -1,4 +1,7 @@
-"""A prompt to pictures: tokenizer, text encoder, sampling loop, VAE decoder."""
+"""A bundle that draws: what it was loaded with, and one call at a time.
+
+`Pipeline.draw` hands a request on to `sdrt.runtime.drawing.draw.draw`, which shows how pictures come about.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,50 +20,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sdrt
-from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.registry import AUTO, choose_backend, open_device
 from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify, sha256
+from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
-from sdrt.runtime.drawing.callbacks import BatchEndCallback, StepHook, check_function
-from sdrt.runtime.drawing.generation import Generations
-from sdrt.runtime.drawing.loading import (
-    AT_ONCE,
-    check_gpu,
-    condition_encoder,
-    executor_of,
-    load_component,
-    needed,
-)
-from sdrt.runtime.drawing.output import (
-    WITHOUT_PICTURES,
-    BlackImageWarning,
-    Collected,
-    DeviceCollected,
-    FinishedBatch,
-    OutputType,
-    PipelineOutput,
-    checked_output_type,
-)
-from sdrt.runtime.drawing.starting_point import KnownPicture, slerp, with_device_latents
+from sdrt.runtime.drawing import loading
+from sdrt.runtime.drawing.callbacks import Hook
+from sdrt.runtime.drawing.draw import draw, split_into_batches
+from sdrt.runtime.drawing.initial_latents import with_device_latents
+from sdrt.runtime.drawing.parts import Parts
+from sdrt.runtime.drawing.shapes import ShapeCache
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder
 from sdrt.runtime.drawing.text_encoders import open_tokenizers
-from sdrt.runtime.drawing.vae import Pictures
-from sdrt.runtime.errors import DeviceMemoryError, UsageError
+from sdrt.runtime.drawing.vae import VaeEncoder
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.request.build import build_interpolation, build_request
 from sdrt.runtime.request.options import DrawOptions
-from sdrt.runtime.request.picture import PictureTask
+from sdrt.runtime.request.output import PipelineOutput
 from sdrt.runtime.request.recipes import check_embeddings
-from sdrt.runtime.request.request import Request, build_request, checked_size, latent_shape
+from sdrt.runtime.request.request import Request, checked_size, latent_shape
 from sdrt.runtime.samplers.noise import DEFAULT_RNG, Rng, noise_source
-from sdrt.runtime.samplers.schedule import check_integer
-from sdrt.runtime.samplers.timestep import inversion_table
 from sdrt.runtime.system.c_library import trim_memory
 from sdrt.runtime.system.forks import keep_in_children
 from sdrt.runtime.system.side_by_side import SideBySide
 from sdrt.runtime.text.tokenizer import Tokenizer
-
-__all__ = ["BlackImageWarning", "Pipeline", "PipelineOutput"]
 
 MAX_THREADS: Final = 1024  # a mistyped number must not start a million
 
@@ -73,7 +57,7 @@ class Pipeline:
     each thread its own. `close`, or a ``with`` block, gives everything back.
 
     Attributes:
-        bundle: That it draws from.
+        bundle: The bundle that it draws from.
         backend: The backend's name; of ``auto`` the one that was chosen.
         backend_reasons: What spoke for it, and against those before it.
     """
@@ -98,15 +82,16 @@ class Pipeline:
         self._device = device
         self._executors = dict(executors)
         self._load_more = load_more
-        self._encoder = condition_encoder(bundle, executors, device, tokenizers)
+        self._encoder = loading.condition_encoder(bundle, executors, device, tokenizers)
         # Nothing here leads back to the pipeline: when its last user lets go, threads and memory are free.
-        encoder = partial(executor_of, self._executors, load_more, "vae_encoder")
-        self._pictures = Pictures(encoder, device, bundle.manifest)
-        self._generations = Generations(self._device, self._executors, self._encoder, bundle.manifest)
+        load = partial(loading.executor_of, self._executors, load_more, "vae_encoder")
+        vae_encoder = VaeEncoder(load, device, bundle.manifest)
+        shapes = ShapeCache(device, self._executors, bundle.manifest)
+        self._parts = Parts(device, self._encoder, vae_encoder, shapes)
         self._embeddings: dict[str, str] = {}  # name → SHA-256 of its file
         self._closed = False
         self._cancelled = threading.Event()
-        self._interrupt = False  # diffusers' name: a callback sets it, and no further step is done
+        self._interrupt = False  # see `sdrt.runtime.drawing.callbacks.Interruptible`
         self._busy = threading.Lock()
         self._process = os.getpid()
         keep_in_children(self)
@@ -144,10 +129,10 @@ class Pipeline:
             UsageError: No such backend, a number of threads below 1, or a GPU for a backend of the CPU.
         """
         if threads is not None:
-            check_integer("threads", threads, 1, MAX_THREADS)
+            whole_from("threads", threads, 1, MAX_THREADS)
         bundle = path if isinstance(path, Bundle) else Bundle.open(path, verify=False)
         if device is not None:
-            check_gpu(device, stream)
+            loading.check_gpu(device, stream)
         choice = choose_backend(bundle, backend, request_shape, device=device or 0)
         if device is not None and choice.gpu is None:
             against = f" ({'; '.join(choice.reasons[:-1])})" if choice.reasons[:-1] else ""
@@ -162,11 +147,11 @@ class Pipeline:
             admit(bundle, bundle.manifest.record.required, choice.name, verify=bool(verify))
         with ExitStack() as undo:
             opened = open_device(choice, stream)
-            load = partial(load_component, bundle, choice, opened, threads, verify)
-            loading = SideBySide(load, needed(bundle), AT_ONCE)
-            undo.callback(loading.leave, opened.close)
+            load = partial(loading.load_component, bundle, choice, opened, threads, verify)
+            components = SideBySide(load, loading.needed(bundle), loading.AT_ONCE)
+            undo.callback(components.leave, opened.close)
             tokenizers = open_tokenizers(bundle)  # meanwhile
-            executors = loading.results()
+            executors = components.results()
             pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load, tokenizers)
             undo.pop_all()
         return pipeline
@@ -188,7 +173,7 @@ class Pipeline:
             for executor in self._executors.values():
                 executor.close()
             self._load_more = None
-            del self._encoder, self._pictures, self._generations
+            del self._encoder, self._parts
             self._executors.clear()
             self._device.close()
         trim_memory()
@@ -237,8 +222,39 @@ class Pipeline:
             CancelledError: `cancel` was called. After any of these the pipeline is as usable as before.
         """
         started = time.perf_counter()
-        request = build_request(self.bundle.manifest, prompt, options)
-        return self._call(request, options, started)
+        return self._draw(self.request(prompt, **options), started)
+
+    def request(self, prompt: str | Sequence[str] | None = None, **options: Unpack[DrawOptions]) -> Request:
+        """Check the arguments of a call, and read the pictures among them; nothing is drawn.
+
+        Any thread may, while another draws.
+
+        Args:
+            prompt: As for a call.
+            **options: As for a call.
+
+        Returns:
+            What `draw` takes. Seeds that were left to us are drawn already.
+
+        Raises:
+            UsageError: As a call.
+        """
+        return build_request(self.bundle.manifest, prompt, options)
+
+    def draw(self, request: Request) -> PipelineOutput:
+        """Draw a request as it is; drawing it again gives the same pictures.
+
+        Args:
+            request: What `request` gave, of this pipeline or another of the same bundle.
+
+        Raises:
+            UsageError: The request is of another bundle, names textual inversions that are not loaded, or
+                another call is drawing.
+            NumericsError: As a call.
+            BackendError: As a call.
+            CancelledError: As a call.
+        """
+        return self._draw(request, time.perf_counter())
 
     def interpolate(
         self,
@@ -256,10 +272,10 @@ class Pipeline:
         filled up with chunks of the empty text, so that its end is not quite the picture of the prompt alone.
 
         Args:
-            prompt: Of the first frame.
-            to_prompt: Of the last; by default the same.
+            prompt: The first frame's prompt.
+            to_prompt: The last frame's prompt; by default the same.
             frames: How many, 2 to 1000.
-            to_seed: Whose noise the last frame starts from; by default the same as the first.
+            to_seed: The seed of the last frame's noise; by default the first frame's.
             **options: As for a call.
 
         Returns:
@@ -268,11 +284,9 @@ class Pipeline:
         Raises:
             UsageError: As a call, or nothing differs between the ends.
         """
-        from sdrt.runtime.request.interpolation import interpolated_request
-
         started = time.perf_counter()
-        request = interpolated_request(self.bundle.manifest, prompt, to_prompt, frames, to_seed, options)
-        return self._call(request, options, started)
+        request = build_interpolation(self.bundle.manifest, prompt, to_prompt, frames, to_seed, options)
+        return self._draw(request, started)
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
         """Teach the text encoder a word from a textual-inversion file, for prompts that hold it.
@@ -294,9 +308,8 @@ class Pipeline:
             self._check_open()
             if not isinstance(self._encoder, PromptEncoder):
                 raise UsageError("this bundle reads no text: there is nothing to teach it a word")
-            embedding = read_embedding(
-                path, token, family=self.bundle.manifest.record, widths=self._encoder.widths
-            )
+            widths, family = self._encoder.widths, self.bundle.manifest.record
+            embedding = read_embedding(path, token, family=family, widths=widths)
             self._encoder.add_embedding(embedding.name, embedding.vectors)
             self._embeddings[embedding.name] = sha256(Path(path))
         return embedding.name
@@ -308,7 +321,7 @@ class Pipeline:
     def count_batches(self, request: Request) -> int:
         """How often the loop will run for a request: for progress bars."""
         self._check_open()
-        return len(list(self._batches(request)))
+        return len(split_into_batches(request, self._encoder))
 
     def cancel(self) -> None:
         """End the call that is drawing, from its callback or from another thread, before its next step.
@@ -328,7 +341,7 @@ class Pipeline:
     ) -> NDArray[np.float32]:
         """The unit-variance noise that a call with these seeds starts from, float32 [N, C, h, w].
 
-        That of a call with an image is a later draw: `sdrt.runtime.drawing.starting_point.draws_at_start`.
+        That of a call with an image is a later draw: `sdrt.runtime.request.picture.draws_at_start`.
         """
         size = checked_size(self.bundle.manifest, height, width)
         given = seeds if isinstance(seeds, Sequence) else [seeds]
@@ -352,113 +365,18 @@ class Pipeline:
         finally:
             self._busy.release()
 
-    def _call(self, request: Request, options: Mapping[str, Any], started: float) -> PipelineOutput:
-        output_type = checked_output_type(options.get("output_type", "pil"))
-        check_embeddings(options.get("embeddings"), self._embeddings)
-        if (
-            output_type == "device"
-            and request.picture is not None
-            and request.picture.canvas.mask is not None
-        ):
-            raise UsageError("output_type is 'device': with a mask the picture is put together on the host")
-        hook = StepHook(
-            self,
-            options.get("callback_on_step_end"),
-            options.get("callback_on_step_end_tensor_inputs", ("latents",)),
-            self._cancelled,
-        )
-        finished = options.get("callback_on_batch_end")
-        check_function("callback_on_batch_end", finished)
+    def _draw(self, request: Request, started: float) -> PipelineOutput:
+        if request.manifest is not self.bundle.manifest and request.manifest != self.bundle.manifest:
+            raise UsageError("the request is of another bundle: make it with this pipeline's own request")
+        check_embeddings(request.embeddings, self._embeddings)
         with self._alone():
             self._check_open()
             self._cancelled.clear()
             self._interrupt = False
-            manifest = self.bundle.manifest
-            return self._draw(
-                with_device_latents(self._device, manifest, request), output_type, hook, finished, started
-            )
-
-    def _draw(
-        self,
-        request: Request,
-        output_type: OutputType,
-        hook: StepHook,
-        finished: BatchEndCallback | None,
-        started: float,
-    ) -> PipelineOutput:
-        decodes = output_type not in WITHOUT_PICTURES
-        batches = list(self._batches(request))
-        for images, chunks in sorted({(len(batch), chunks) for batch, chunks in batches}):
-            # What is refused is so before any drawing.
-            self._generations.ready(request, images, chunks, hook, decodes=decodes)
-        seconds: dict[str, float] = {}
-        known = None
-        if request.picture is not None:
-            begun = time.perf_counter()
-            known = self._known(request.picture)
-            seconds["vae_encoder"] = time.perf_counter() - begun
-        if known is not None and request.picture is not None and request.picture.variation is not None:
-            request, known = self._inverted(request, known, hook, seconds), None
-        wanted = len(request.conditions)
-        canvas = None if request.picture is None else request.picture.canvas
-        on_device = DeviceCollected(self._device, wanted) if output_type == "device" else None
-        collected = on_device or Collected(output_type, wanted, canvas)
-        rows, steps, recipes = len(request.sampling.table), 0, self._recipes(request)
-        for batch, chunks in batches:
-            generation = self._generations.ready(request, len(batch), chunks, hook, decodes=decodes)
-            stages = generation.draw(request, batch, collected, hook, known, decodes=decodes)
-            seconds = {**seconds, **{name: seconds.get(name, 0.0) + value for name, value in stages.items()}}
-            done = rows if hook.interrupted_after is None else hook.interrupted_after
-            steps += done
-            if done < rows:
-                for image in batch:
-                    recipes[image]["interrupted_after_step"] = done
-            if hook.interrupted_after is not None:
-                hook.interrupted_after = 0  # of the batches that follow
-            if finished is not None:
-                numbers = tuple(dict.fromkeys(batch))
-                pictures, own = collected.pictures(numbers), tuple({**recipes[number]} for number in numbers)
-                finished(self, FinishedBatch(numbers, wanted, pictures, own))
-        images, latents = collected.finish()
-        seconds["step"] = seconds["denoise"] / max(steps, 1)
-        seconds["total"] = time.perf_counter() - started
-        return PipelineOutput(images, latents, tuple(recipes), seconds)
-
-    def _known(self, task: PictureTask) -> KnownPicture:
-        """The picture of a task; the shapes that were drawn make room where memory is too small."""
-        try:
-            return self._pictures.known(task)
-        except DeviceMemoryError:
-            self._generations.clear()
-        return self._pictures.known(task)
-
-    def _inverted(
-        self, request: Request, known: KnownPicture, hook: StepHook, seconds: dict[str, float]
-    ) -> Request:
-        """The request with the noise that its picture comes from, mixed with noise of the seeds."""
-        started = time.perf_counter()
-        assert request.picture is not None
-        assert request.picture.variation is not None
-        manifest, sampling = self.bundle.manifest, request.sampling
-        table = inversion_table(sampling.schedule, sampling.recipe["num_inference_steps"])
-        alone = replace(request, sampling=replace(sampling, weights=np.ones(len(sampling.table), np.float32)))
-        noise: list[NDArray[np.float32]] = []
-        inverted: dict[Hashable, NDArray[np.float32]] = {}  # prompt → noise
-        for image, condition in enumerate(request.conditions):
-            if condition not in inverted:
-                images, chunks = manifest.limits.min_batch, self._encoder.chunks(condition)
-                generation = self._generations.ready(alone, images, chunks, None, decodes=False)
-                inverted[condition] = generation.invert(alone, image, table, known, hook)
-            fresh = noise_source(request.rng, [request.seeds[image]]).draw(0, known.latents.mean.shape[1:])
-            noise.append(slerp(inverted[condition], fresh, request.picture.variation))
-        seconds["invert"] = time.perf_counter() - started
-        # The inversion ends in a variance-preserving x; a sampler's may be scaled otherwise.
-        scale = 1.0 / float(sampling.table.rows[0, Column.INPUT_SCALE])
-        return replace(request, latents=np.concatenate(noise), latents_scale=scale)
-
-    def _executor(self, name: str) -> Executor:
-        """One of the components that not every drawing needs, loaded when it is first wanted."""
-        return executor_of(self._executors, self._load_more, name)
+            request = with_device_latents(self._device, request)
+            output = draw(request, self._recipes(request), self._parts, Hook(self, request, self._cancelled))
+        output.timings["total"] = time.perf_counter() - started
+        return output
 
     def _recipes(self, request: Request) -> list[dict[str, Any]]:
         provenance = self.bundle.manifest.provenance
@@ -468,25 +386,10 @@ class Pipeline:
             "model_sha256": str(provenance.get("source_sha256", "")),
             "version": sdrt.__version__,
         }
-        return [{**recipe, **self._taught(recipe), **origin} for recipe in request.recipes()]
+        return [{**recipe, **self._named_embeddings(recipe), **origin} for recipe in request.recipes()]
 
-    def _taught(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    def _named_embeddings(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """The embeddings of textual inversion that a recipe's texts may name, with their files' SHA-256."""
         texts = f"{recipe['prompt']} {recipe['negative_prompt']} {recipe.get('to_prompt', '')}".lower()
         named = {name: digest for name, digest in self._embeddings.items() if name.lower() in texts}
         return {"embeddings": named} if named else {}
-
-    def _batches(self, request: Request) -> Iterator[tuple[list[int], int]]:
-        """Cut N images into batches that the graphs admit; a last one that is too small repeats itself.
-
-        With each comes how many chunks its prompts have. A batch has one number of them: a picture must not
-        depend on how long its neighbours' prompts are.
-        """
-        limits, count = self.bundle.manifest.limits, self._encoder.chunks
-        pairs = zip(request.conditions, request.negatives, strict=True)
-        chunks = [max(count(want), count(other)) if request.guided else count(want) for want, other in pairs]
-        for size in sorted(set(chunks)):
-            images = [image for image, own in enumerate(chunks) if own == size]
-            for start in range(0, len(images), limits.max_batch):
-                batch = images[start : start + limits.max_batch]
-                yield batch + [batch[-1]] * (limits.min_batch - len(batch)), size

@@ -25,7 +25,10 @@ ROOMS = {
         *("errors", "checks", "system", "console", "samplers", "bundle", "admission", "devices", "backends"),
         *("text", "pictures", "request", "drawing", "pipeline", "cli"),
     ),
-    "export": ("options", "passes", "checkpoint", "graphs", "parity", "engines", "manifest", "writer", "cli"),
+    "export": (
+        *("options", "schema", "passes", "checkpoint", "graphs", "parity", "engines", "manifest", "writer"),
+        "cli",
+    ),
     "benchmarks": (
         *("options", "document", "peers", "harness", "report", "peer_workers", "gallery", "studies"),
         *("make_gpu", "cli", "entry"),

@@ -117,6 +117,7 @@ class Sdrt:
 
     def _text_encoder(self) -> Callable[[], object]:
         """Both texts through each tokenizer and encoder, one after the other as the pipeline does it."""
+        from sdrt.runtime.bundle.families.components import INPUT_IDS
         from sdrt.runtime.drawing.text_encoders import open_tokenizers
 
         bundle, device = self._pipeline.bundle, self._pipeline._device
@@ -128,7 +129,7 @@ class Sdrt:
         def run() -> None:
             for text in ("", STAGE_PROMPT):
                 for tokenizer, buffers, evaluate in encoders:
-                    ids = buffers["input_ids"]
+                    ids = buffers[INPUT_IDS]
                     rows = tokenizer.encode(text).ids
                     device.upload(rows[None].repeat(ids.shape[0], axis=0), ids)
                     evaluate()
@@ -137,13 +138,17 @@ class Sdrt:
 
     def _bound(self, name: str, axes: dict[str, int]) -> tuple[dict[str, Any], Callable[[], None]]:
         """A component's inputs, filled with random numbers, and the call that evaluates it on them."""
-        executor, device = self._pipeline._executor(name), self._pipeline._device
+        from sdrt.runtime.bundle.families.components import CUSTOM_EMBEDDINGS
+        from sdrt.runtime.drawing.loading import executor_of
+
+        pipeline, device = self._pipeline, self._pipeline._device
+        executor = executor_of(pipeline._executors, pipeline._load_more, name)
         inputs, outputs = (
             {entry.name: device.zeros(entry.concrete(axes), entry.dtype) for entry in entries}
             for entries in (executor.spec.inputs, executor.spec.outputs)
         )
         for entry in executor.spec.inputs:
-            if entry.dtype != "int64" and entry.name != "custom_embeddings":
+            if entry.dtype != "int64" and entry.name != CUSTOM_EMBEDDINGS:
                 buffer = inputs[entry.name]
                 device.upload(random_array(*buffer.shape).astype(entry.dtype), buffer)
         return inputs, executor.bind(inputs, outputs)

@@ -23,6 +23,8 @@ HALF_LARGEST: Final = float(torch.finfo(torch.float16).max)
 _PREFIX: Final = re.compile(r"^(text_model|vision_model)\.")
 _OLD_ATTENTION: Final = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)")
 _NEW_ATTENTION: Final = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# safetensors' names of dtypes.
+_DTYPES: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 # Of a library's networks, whatever their configuration says: the one that is exported as one operator.
 ATTENTION: Final = {TRANSFORMERS: {"attn_implementation": "sdpa"}}
 # Errors whose text alone says what is wrong; of the others ('foo', "division by zero") the type is told.
@@ -93,6 +95,26 @@ def _known_name(key: str) -> str:
     key = _PREFIX.sub("", key)
     old = _OLD_ATTENTION.fullmatch(key)
     return key if old is None else f"{old[1]}{_NEW_ATTENTION[old[2]]}{old[3]}"
+
+
+def checkpoint_tensors(checkpoint: Checkpoint, name: str) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """The tensors of one network, by the names that its files give them.
+
+    Returns:
+        Name → dtype, shape, and the name that the network has for it; empty for one that it does not have.
+        Of random weights, which no file holds, the network's own names.
+    """
+    network = meta_module(checkpoint, name).state_dict()
+    if checkpoint.random_seed is not None:
+        return {
+            key: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), key)
+            for key, tensor in network.items()
+        }
+    own = {_known_name(key): key for key in network}
+    return {
+        key: (_DTYPES.get(dtype, dtype), shape, own.get(_known_name(key), ""))
+        for key, (dtype, shape) in tensor_shapes(checkpoint.path / name).items()
+    }
 
 
 def meta_module(checkpoint: Checkpoint, name: str) -> torch.nn.Module:

@@ -272,9 +272,8 @@ def timing_cache(options: EngineOptions, key: EngineKey) -> str | None:
 
 
 def islands_of(bundle: Bundle, component: str) -> list[str]:
-    """The tensors of a component that its graph keeps in float32 since the export; none in older bundles."""
-    ranges: Mapping[str, Any] = getattr(bundle.manifest, "ranges", None) or {}
-    audit = ranges.get(component, {})
+    """The tensors of a component that its graph keeps in float32 since the export."""
+    audit = bundle.manifest.ranges.get(component, {})
     return [str(name) for name in audit.get("islands", ())] if isinstance(audit, Mapping) else []
 
 

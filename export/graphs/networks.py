@@ -134,7 +134,7 @@ class UNet(nn.Module):
 
     The arguments have the names of the record. Those that may be None are of some families
     (``text_embeds`` and ``time_ids`` of sdxl) or kinds of checkpoints.
-    Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [1], one for all rows;
+    Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [rows];
     ``encoder_hidden_states`` [rows, context, cross_width]; ``text_embeds`` [rows, projection_width];
     ``time_ids`` [rows, 6]; ``timestep_cond`` [rows, guidance_width]; ``inpainting``
     [rows, channels + 1, h, w]; result like ``sample``.

@@ -243,7 +243,7 @@ def unet_latents(
 
     def evaluate(x: Array, timestep: float) -> Array:
         with torch.no_grad():
-            result: Array = unet(torch.from_numpy(x), torch.tensor([timestep]), **given).numpy()
+            result: Array = unet(torch.from_numpy(x), torch.full([len(x)], timestep), **given).numpy()
         return result
 
     x = latents * np.float32(scheduler.init_noise_sigma)
@@ -267,7 +267,7 @@ def _drawn_by_unet(checkpoint: Checkpoint, folder: Path, probe: SamplingProbe) -
     (output,) = part.spec.outputs
 
     def evaluate(x: Array, timestep: float) -> Array:
-        feeds = {**probe.inputs, SAMPLE: x, TIMESTEP: np.array([timestep])}
+        feeds = {**probe.inputs, SAMPLE: x, TIMESTEP: np.full(len(x), timestep)}
         typed = {name: np.ascontiguousarray(feeds[name].astype(dtype)) for name, dtype in dtypes.items()}
         result = np.full(x.shape, np.nan, output.dtype)
         executor.bind(typed, {output.name: result})()

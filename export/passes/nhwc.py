@@ -51,7 +51,7 @@ class ChannelsLast:
         self._last: dict[ir.Value, ir.Value] = {}
         self._moved: dict[ir.Node, ir.Value] = {}  # node → its output, which is computed as a twin now
 
-    def known(self, value: ir.Value | None) -> ir.Value | None:
+    def twin_of(self, value: ir.Value | None) -> ir.Value | None:
         """The twin of a value, if it has one."""
         return None if value is None else self._last.get(value)
 
@@ -140,7 +140,7 @@ def _unsqueezed(value: ir.Value, build: Inserter, label: str) -> ir.Value | None
 def _elementwise(node: ir.Node, layout: ChannelsLast) -> None:
     rank = rank_of(node.outputs[0])
     operands = [value for value in node.inputs if value is not None]
-    if rank is None or not any(layout.known(value) for value in operands):
+    if rank is None or not any(layout.twin_of(value) for value in operands):
         return
     ranks = [rank_of(value) for value in operands]
     if not set(ranks) <= {0, rank}:  # a vector would be laid along another axis
@@ -159,7 +159,7 @@ def _concat(node: ir.Node, layout: ChannelsLast) -> None:
     operands = [value for value in node.inputs if value is not None]
     if rank is None or integer(node, "axis") != 1 or {*map(rank_of, operands)} != {rank}:
         return
-    if not any(layout.known(value) for value in operands):
+    if not any(layout.twin_of(value) for value in operands):
         return
     build = inserter(node)
     turned = [layout.of(value, build, f"operand_{index}") for index, value in enumerate(operands)]
@@ -168,7 +168,7 @@ def _concat(node: ir.Node, layout: ChannelsLast) -> None:
 
 def _resize(node: ir.Node, layout: ChannelsLast) -> None:
     data, output = node.inputs[0], node.outputs[0]
-    twin, rank = layout.known(data), rank_of(output)
+    twin, rank = layout.twin_of(data), rank_of(output)
     fits = node.attributes.get_string("mode", "nearest") == "nearest" and "axes" not in node.attributes
     if twin is None or rank is None or used(node, 1) is not None or not fits:
         return
@@ -196,7 +196,7 @@ def _transpose(node: ir.Node, layout: ChannelsLast) -> None:
     perm = [*node.attributes.get_ints("perm", ())]
     if data is None or len(perm) < 3:
         return
-    twin = layout.known(data)
+    twin = layout.twin_of(data)
     if twin is not None and perm == to_last(len(perm)):
         output.replace_all_uses_with(twin, replace_graph_outputs=False)
         if output.is_graph_output():
@@ -210,7 +210,7 @@ def _transpose(node: ir.Node, layout: ChannelsLast) -> None:
 def _reshape(node: ir.Node, layout: ChannelsLast) -> None:
     """Pixels that become one axis, or that one axis becomes."""
     data, shape, output = node.inputs[0], used(node, 1), node.outputs[0]
-    twin = layout.known(data)
+    twin = layout.twin_of(data)
     if data is None or shape is None or twin is None or data.shape is None or output.shape is None:
         return
     ranks, channels = (len(data.shape), len(output.shape)), static(data, 1)
@@ -228,7 +228,7 @@ def _reshape(node: ir.Node, layout: ChannelsLast) -> None:
 def _shape(node: ir.Node, layout: ChannelsLast) -> None:
     """Sizes are the same numbers, in another order."""
     data, output = node.inputs[0], node.outputs[0]
-    twin, rank = layout.known(data), rank_of(data) if data is not None else None
+    twin, rank = layout.twin_of(data), rank_of(data) if data is not None else None
     if twin is None or rank is None:
         return
     build = inserter(node)

@@ -18,6 +18,7 @@ LAYER: Final = "layer"  # of a node's metadata: the path of the module that it c
 class Inserter:
     """Makes nodes in front of ``anchor``, in the order of the calls; every name begins with ``prefix``.
 
+    They are of the anchor's layer.
     A second pass over the same graph gives the same names, so a name in a range audit means the same tensor
     in the graph that the engine is built from.
     """
@@ -41,6 +42,8 @@ class Inserter:
         full = f"{self.prefix}.{name}"
         value = ir.Value(name=full, shape=shape, type=None if dtype is None else ir.TensorType(dtype))
         node = ir.node(op_type, inputs, attributes, outputs=[value], name=full, domain=domain)
+        if layer := self.anchor.metadata_props.get(LAYER):
+            node.metadata_props[LAYER] = layer
         self.graph.insert_before(self.anchor, node)
         return value
 

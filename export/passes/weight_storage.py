@@ -6,10 +6,13 @@ Runtime folds the Cast away at load time; the arithmetic stays in float32.
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import onnx_ir as ir
 
-MIN_ELEMENTS = 64  # below this a Cast node is larger than what it saves
+STORED: Final = ".fp16"  # ends the names of what is stored so
+MIN_ELEMENTS: Final = 64  # below this a Cast node is larger than what it saves
 
 
 def store_weights_in_fp16(model: ir.Model) -> int:
@@ -32,10 +35,10 @@ def store_weights_in_fp16(model: ir.Model) -> int:
         if not np.array_equal(narrow.astype(np.float32), wide):
             continue
         stored = ir.Value(
-            name=f"{name}.fp16",
+            name=f"{name}{STORED}",
             type=ir.TensorType(ir.DataType.FLOAT16),
             shape=ir.Shape(wide.shape),
-            const_value=ir.tensor(narrow, name=f"{name}.fp16"),
+            const_value=ir.tensor(narrow, name=f"{name}{STORED}"),
         )
         cast = ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)})
         value.replace_all_uses_with(cast.outputs[0])

@@ -36,7 +36,7 @@ class Operator(NamedTuple):
 
     Attributes:
         inputs: Fewest and most; None where there is no upper limit.
-        outputs: Likewise.
+        outputs: Fewest and most; None where there is no upper limit.
         attributes: Name → the field that holds the value.
         required: Attributes that must be there.
     """

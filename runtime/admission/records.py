@@ -9,12 +9,11 @@ tried again.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from sdrt.kernels.cache import read_kept, write_kept
+from sdrt.kernels.cache import read_kept, short_name, write_kept
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.manifest import FileEntry
 
@@ -132,8 +131,7 @@ def _key(files: Sequence[FileEntry], backend: str) -> str:
 
 
 def _name(key: str) -> str:
-    """Short, since the record holds the whole key."""
-    return f"{zlib.crc32(key.encode()):08x}.json"
+    return f"{short_name(key.encode())}.json"
 
 
 def _as_found(bundle: Bundle, entry: FileEntry) -> FileEntry:

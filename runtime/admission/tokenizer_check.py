@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.runtime.bundle.limits import MAX_TOKENIZER_BYTES
+from sdrt.runtime.bundle.limits import MAX_PATTERN_CHARACTERS, MAX_TOKENIZER_BYTES
 from sdrt.runtime.errors import BundleError
 from sdrt.runtime.system.untrusted import read_json
 
-MAX_PATTERN: Final = 500  # characters; CLIP's has 110
 _ONE_CHARACTER: Final = re.compile(r"\\[pPx]\{[^{}]*\}|\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
 # A group that is repeated, one that looks around, or two repetitions in one alternative.
 _WILD: Final = re.compile(r"\)[*+?{]|\(\?|[*+?}][^|]*[*+?{]")
@@ -44,10 +43,10 @@ def _check(document: Any) -> None:
     steps = [document.get(name) for name in ("normalizer", "pre_tokenizer")]
     for pattern in _patterns(steps):
         plain = _ONE_CHARACTER.sub("x", pattern)
-        if len(pattern) > MAX_PATTERN or _WILD.search(plain):
+        if len(pattern) > MAX_PATTERN_CHARACTERS or _WILD.search(plain):
             raise ValueError(
-                f"the regular expression {pattern[:80]!r} could take for ever: at most {MAX_PATTERN} "
-                "characters, alternatives with one repetition each"
+                f"the regular expression {pattern[:80]!r} could take for ever: at most "
+                f"{MAX_PATTERN_CHARACTERS} characters, alternatives with one repetition each"
             )
 
 

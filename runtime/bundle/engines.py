@@ -12,15 +12,15 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Final, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 from sdrt.runtime.bundle.families.record import DYNAMIC_AXES, PRECISIONS
+from sdrt.runtime.bundle.json_records import JsonReader, plain
 from sdrt.runtime.bundle.limits import MAX_AXIS, MAX_FILES, MAX_PROFILES
 from sdrt.runtime.bundle.manifest import Component, FileEntry
 from sdrt.runtime.bundle.manifest_rules import check_file
 from sdrt.runtime.errors import BundleError
-from sdrt.runtime.system.untrusted import parse_json
 
 ENGINES_FOLDER: Final = "engines"
 ENGINE_NAME: Final = "engine.json"
@@ -137,7 +137,7 @@ def component_sha256(component: Component) -> str:
 
 def engine_to_json(manifest: EngineManifest) -> str:
     """The engine's manifest as JSON text."""
-    document: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **plain(manifest)}
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -145,24 +145,11 @@ def engine_from_json(text: str | bytes, where: str = ENGINE_NAME) -> EngineManif
     """Parse and check an engine's manifest; ``where`` names it in messages.
 
     Raises:
-        BundleError: Not an engine's manifest, of a newer format, a field missing, unknown or of a wrong
+        BundleError: Not an engine's manifest, of another format, a field missing, unknown or of a wrong
             type, a path that leaves the engine's folder, or sizes that make no sense.
     """
-    try:
-        document = parse_json(text)
-    except ValueError as error:
-        raise BundleError(f"{where} is not valid JSON ({error}); build the engine again") from None
-    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-        raise BundleError(f'{where} does not say "format": "{FORMAT}"; build the engine again')
-    version = document.pop("format_version", None)
-    if type(version) is not int or version < 1:
-        raise BundleError(f"{where}: format_version is {repr(version)[:40]}, not a positive number")
-    if version > FORMAT_VERSION:
-        raise BundleError(
-            f"{where} has format version {version}, this sdrt reads up to {FORMAT_VERSION}: upgrade sdrt, "
-            "or build the engine again with this version"
-        )
-    manifest: EngineManifest = _parse(EngineManifest, document, where)
+    reader = JsonReader(where, "build the engine again")
+    manifest = reader.read(EngineManifest, reader.document(text, FORMAT, FORMAT_VERSION))
     _check_manifest(manifest, where)
     return manifest
 
@@ -170,42 +157,6 @@ def engine_from_json(text: str | bytes, where: str = ENGINE_NAME) -> EngineManif
 def _profile_name(profile: Profile) -> str:
     """Such as ``1to8x64x64``: the axes' limits in their order."""
     return "x".join(str(limit).replace("..", "to") for limit in profile.axes.values()) or "fixed"
-
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value as ``kind``: dataclasses from objects with just their fields, tuples from arrays."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _parse_record(kind, value, where)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise BundleError(f"{where} is {str(value)[:40]!r}, not a list")
-        return tuple(_parse(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise BundleError(f"{where} is {str(value)[:40]!r}, not an object")
-        inner = arguments[1]
-        if inner is Any:
-            return value
-        return {name: _parse(inner, item, f"{where}.{name}") for name, item in value.items()}
-    if type(value) is not kind:
-        raise BundleError(f"{where} is {str(value)[:40]!r}, not {_KINDS[kind]}")
-    return value
-
-
-def _parse_record(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise BundleError(f"{where} is {str(value)[:40]!r}, not an object")
-    hints, names = get_type_hints(kind), [entry.name for entry in fields(kind)]
-    if unknown := sorted(set(value) - set(names)):
-        shown = ", ".join(map(repr, unknown))[:100]
-        raise BundleError(f"{where} has the unknown field {shown}; build the engine again")
-    if missing := [name for name in names if name not in value]:
-        raise BundleError(f"{where} lacks the field {', '.join(missing)}; build the engine again")
-    return kind(**{name: _parse(hints[name], value[name], f"{where}: {name}") for name in names})
-
-
-_KINDS: Final = {int: "a whole number", str: "a text"}
 
 
 def _check_manifest(manifest: EngineManifest, where: str) -> None:

@@ -40,6 +40,13 @@ MAX_RANK: Final = 16
 MAX_DIMENSION: Final = 1 << 40
 MAX_CONSTANT_ELEMENTS: Final = 1 << 26  # of what a node makes from constants alone
 
+# A tokenizer.
+MAX_PATTERN_CHARACTERS: Final = 500  # of its regular expression: CLIP's has 110
+
+# A file of textual inversion.
+MAX_EMBEDDING_BYTES: Final = 16 << 20  # 75 vectors for both of SDXL's text encoders in float64 are 1.2 MB
+MAX_EMBEDDING_NAME: Final = 100  # characters
+
 # A request.
 MAX_PROMPT_CHARACTERS: Final = 50_000  # far more than any bundle's chunks hold; it takes a second
 MAX_CALL_CHARACTERS: Final = 1_000_000  # of all prompts of a call, with the negative ones

@@ -17,10 +17,7 @@ from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NO_OPTIONS, SamplerOptions
 
 FORMAT: Final = "sdrt-bundle"
-# Version 2 added the family sdxl with `tokenizer_2` and `force_zeros_for_empty_prompt`, and `ranges`.
-# Version 3 added the family image-variations with `image_processor`, `preview`, `limits.max_chunks`, and
-# optional inputs.
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4  # the only one that is read
 MANIFEST_NAME: Final = "manifest.json"
 
 
@@ -87,7 +84,7 @@ class Preview:
     ``rgb = latents · weights + bias``; ``weights`` has a row of three for each latent channel.
     """
 
-    weights: tuple[tuple[float, ...], ...]
+    weights: tuple[tuple[float, float, float], ...]
     bias: tuple[float, float, float]
 
 
@@ -141,42 +138,49 @@ class Defaults:
     sampler_options: SamplerOptions = NO_OPTIONS
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The parsed manifest.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a manifest says beside its components.
 
     Attributes:
         family: A name in `sdrt.runtime.bundle.families.registry.FAMILIES`.
-        components: By name.
+        weights: The weight map's file (`sdrt.runtime.bundle.weight_map`).
         latents: Their geometry.
         schedule: The noise schedule the model was trained on.
         tokenizers: One for each text encoder; none in a family without text.
         text_output: The output of text encoders that the U-Net was trained on; empty where there is none.
+        force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
+            zeros in place of the empty text's (SDXL base).
+        image_processor: Of the image encoder; None in families without one.
+        preview: From latents to a small picture without the decoder.
         defaults: Of a request.
         limits: Of a request.
         provenance: Where the bundle comes from.
         parity: What was compared with PyTorch, the figures, and what was left out.
-        force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
-            zeros in place of the empty text's (SDXL base).
         ranges: Component → its range audit: the largest magnitudes on a calibration run of an fp16 graph.
-        image_processor: Of the image encoder; None in families without one.
-        preview: From latents to a small picture without the decoder; None in bundles before version 3.
     """
 
     family: str
-    components: Mapping[str, Component]
+    weights: FileEntry
     latents: LatentGeometry
     schedule: NoiseSchedule
     tokenizers: tuple[TokenizerFacts, ...]
     text_output: str
+    force_zeros_for_empty_prompt: bool = False
+    image_processor: ImageProcessorFacts | None = None
+    preview: Preview
     defaults: Defaults
     limits: Limits
     provenance: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
-    force_zeros_for_empty_prompt: bool = False
     ranges: Mapping[str, Any] = field(default_factory=dict)
-    image_processor: ImageProcessorFacts | None = None
-    preview: Preview | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(Facts):
+    """The parsed manifest: its facts, and the components by name."""
+
+    components: Mapping[str, Component]
 
     @property
     def reads_mask(self) -> bool:
@@ -196,4 +200,4 @@ class Manifest:
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the bundle except the manifest itself."""
         entries = [entry for part in self.components.values() for entry in part.files]
-        return (*entries, *(facts.file for facts in self.tokenizers))
+        return (*entries, *(facts.file for facts in self.tokenizers), self.weights)

@@ -7,8 +7,6 @@ from pathlib import PurePosixPath
 
 from sdrt.runtime.bundle import limits as most
 from sdrt.runtime.bundle.families.components import (
-    CLIP_SKIP,
-    CUSTOM_EMBEDDINGS,
     ENCODER_HIDDEN_STATES,
     INPAINTING,
 )
@@ -109,7 +107,10 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
         *parts["unet"].spec.outputs,
         *parts["vae_decoder"].spec.inputs,
     )
-    rules = _text_rules(manifest) if manifest.record.reads_text else _image_rules(manifest)
+    family = manifest.record
+    if len(manifest.tokenizers) != len(family.tokenizers):
+        return {"there is a tokenizer for each text encoder": False}
+    rules = _text_rules(manifest) if family.reads_text else _image_rules(manifest)
     inpainting = parts["unet"].spec.input(INPAINTING)
     return rules | {
         "the unet and the vae_decoder have the latents' channels": all(
@@ -119,11 +120,7 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
             inpainting is None or inpainting.shape[1] == manifest.latents.channels + 1
         ),
         "preview has a row for each channel of the latents": (
-            manifest.preview is None
-            or (
-                len(manifest.preview.weights) == manifest.latents.channels
-                and all(len(row) == 3 for row in manifest.preview.weights)
-            )
+            len(manifest.preview.weights) == manifest.latents.channels
         ),
     }
 
@@ -148,11 +145,9 @@ def _image_rules(manifest: Manifest) -> dict[str, bool]:
 
 def _text_rules(manifest: Manifest) -> dict[str, bool]:
     """Rule → whether it holds: text encoders, tokenizers and what the U-Net reads of them."""
-    family, unet = manifest.record, manifest.components["unet"].spec
+    family = manifest.record
     encoders = [manifest.components[encoder.component].spec for encoder in family.encoders]
     states = {encoder.gives[ENCODER_HIDDEN_STATES] for encoder in family.encoders}
-    embeddings = unet.input(ENCODER_HIDDEN_STATES)
-    context = None if embeddings is None else embeddings.shape[1]
     added = {name for encoder in family.encoders for name in encoder.gives} - {ENCODER_HIDDEN_STATES}
     return {
         "text_output is what the unet reads of the text encoders": {manifest.text_output} == states,
@@ -163,20 +158,12 @@ def _text_rules(manifest: Manifest) -> dict[str, bool]:
             f"the text encoders' {name} fit the unet": _widths(manifest, name) == _width_of(manifest, name)
             for name in sorted(added)
         },
-        "the tokenizer's max_length fits the text encoder and the unet": all(
-            spec.inputs[0].shape[1] == facts.max_length and context in ("context", facts.max_length)
+        "the tokenizer's max_length fits the text encoder": all(
+            spec.inputs[0].shape[1] == facts.max_length
             for spec, facts in zip(encoders, manifest.tokenizers, strict=True)
         ),
         "custom_embeddings are as wide as the text encoder's hidden states": all(
-            custom.shape[2] == spec.outputs[0].shape[2]
-            for spec in encoders
-            if (custom := spec.input(CUSTOM_EMBEDDINGS)) is not None
-        ),
-        "limits: max_chunks is 1 where the unet's context has one size": (
-            context == "context" or manifest.limits.max_chunks == 1
-        ),
-        "limits: max_clip_skip is 0 where the text encoders do not read clip_skip": (
-            manifest.limits.max_clip_skip == 0 or all(spec.input(CLIP_SKIP) is not None for spec in encoders)
+            spec.inputs[1].shape[2] == spec.outputs[0].shape[2] for spec in encoders
         ),
     }
 

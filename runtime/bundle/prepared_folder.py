@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import stat
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +29,7 @@ from sdrt.kernels.cache import (
     read_sealed,
     remove_unused,
     seal,
+    short_name,
     usable_folder,
     write_private,
 )
@@ -92,8 +92,7 @@ class PreparedFolder:
             "cpu": cpu_identity(),
         }
         self._key = json.dumps(whole, sort_keys=True)
-        # A short name is enough: the record holds the whole key.
-        name = f"{zlib.crc32(self._key.encode()):08x}"
+        name = short_name(self._key.encode())
         self.path = cache_folder(backend) / name
         self._purpose = f"{backend}/{name}/{RECORD_NAME}"
 

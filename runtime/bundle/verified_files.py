@@ -11,12 +11,11 @@ import contextlib
 import json
 import os
 import time
-import zlib
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
-from sdrt.kernels.cache import read_kept, write_kept
+from sdrt.kernels.cache import read_kept, short_name, write_kept
 
 KIND: Final = "verified"
 # A file that was changed just now may be changed again within one tick of the file system's clock.
@@ -38,7 +37,7 @@ class VerifiedFiles:
         """
         self._folder = folder
         self._path = os.fsencode(folder.absolute())
-        self._name = f"{zlib.crc32(self._path):08x}.json"
+        self._name = f"{short_name(self._path)}.json"
         content = read_kept(KIND, self._name, _MAX_RECORD_BYTES)
         record = {} if content is None else json.loads(content)
         # Names are short: another folder may have the same.

@@ -29,13 +29,12 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sdrt.runtime.cli.json_lines import check_options, json_object, with_inline_pictures
 from sdrt.runtime.cli.saving import BASE64, PictureFiles, check_output, encoded
 from sdrt.runtime.console.printable import one_line
 from sdrt.runtime.console.run_command import own_warnings, put
 from sdrt.runtime.errors import SdrtError, UsageError
-from sdrt.runtime.request.options import JSON_OPTIONS, check_names
 from sdrt.runtime.system.interrupts import telling
-from sdrt.runtime.system.untrusted import parse_json
 
 if TYPE_CHECKING:
     from sdrt.runtime.pipeline import Pipeline
@@ -113,16 +112,16 @@ def _draw(
     in_result = target == Path(BASE64)
     if not in_result:
         check_output(target)
-    request = {**defaults, **request, **inline_pictures(request)}
+    options = {**defaults, **with_inline_pictures(request)}
     if in_result:
-        drawn = pipeline(**request)
+        drawn = pipeline(**options)
         saving = time.perf_counter()
         places = {"png": [base64.b64encode(png).decode("ascii") for png in encoded(drawn)]}
         saved = time.perf_counter() - saving
     else:
         files = PictureFiles(target)
         with telling(files.last_words):
-            drawn = pipeline(**request, callback_on_batch_end=files)
+            drawn = pipeline(**options, callback_on_batch_end=files)
         places, saved = {"paths": [str(path) for path in files.paths]}, files.seconds
     seconds = {**drawn.timings, "save": saved, "request": time.perf_counter() - started}
     seeds = [recipe["seed"] for recipe in drawn.recipes]
@@ -144,26 +143,6 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
     return request
 
 
-def inline_pictures(request: Mapping[str, Any]) -> dict[str, bytes]:
-    """Pictures that come in a request itself, as ``data:image/png;base64,…`` in place of a path.
-
-    Raises:
-        UsageError: Such an address is damaged.
-    """
-    pictures = {}
-    for name in ("image", "mask_image"):
-        value = request.get(name)
-        if isinstance(value, str) and value.startswith("data:"):
-            head, _, data = value.partition(",")
-            try:
-                if not head.endswith(";base64"):
-                    raise ValueError("not base64")
-                pictures[name] = base64.b64decode(data, validate=True)
-            except ValueError as error:
-                raise UsageError(f"{name} is a data URI that cannot be read: {error}") from error
-    return pictures
-
-
 def _request(line: bytes | None) -> dict[str, Any]:
     """The request in a line.
 
@@ -172,17 +151,11 @@ def _request(line: bytes | None) -> dict[str, Any]:
     """
     if line is None:
         raise UsageError(f"a request of more than {MAX_LINE_BYTES} bytes: one JSON object a line is wanted")
-    try:
-        request = parse_json(line)
-    except ValueError as error:
-        raise UsageError(f"a request is one line of JSON: {error}") from error
-    if not isinstance(request, dict):
-        raise UsageError(f"a request is {type(request).__name__}: a JSON object is wanted")
-    return request
+    return json_object(line)
 
 
 def _check_names(request: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    check_names(request, ("prompt", *JSON_OPTIONS, "output", "id"), "a request")
+    check_options(request)
     if "prompt" not in request and "image" not in request and defaults.get("image") is None:
         raise UsageError("a request needs a prompt, or an image")
 

@@ -9,22 +9,22 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-from sdrt.runtime.cli.options import ONE_PROMPT, check_usage, interpolates, parsed, parser, pipeline_options
+from sdrt.runtime.cli.options import check_usage, interpolates, parsed, parser, pipeline_options
 from sdrt.runtime.cli.progress import progress_shown
-from sdrt.runtime.cli.prompts import Task, has_prompt, read_tasks
+from sdrt.runtime.cli.prompts import has_prompt
 from sdrt.runtime.cli.saving import (
     BASE64,
     STDOUT,
     PictureFiles,
     check_frames,
-    check_output,
     is_folder,
     save_animation,
-    told,
+    saved_message,
     write_to_stdout,
 )
+from sdrt.runtime.cli.work import Work, check_target, read_works
 from sdrt.runtime.console.run_command import (
     Parser,
     ReaderGoneError,
@@ -34,51 +34,17 @@ from sdrt.runtime.console.run_command import (
     say,
     tell_of_long_work,
 )
-from sdrt.runtime.errors import UsageError
 from sdrt.runtime.system.interrupts import NOTHING_LEFT, telling
 
 if TYPE_CHECKING:
     from sdrt.runtime.backends.backend import RequestShape
     from sdrt.runtime.bundle.bundle import Bundle
-    from sdrt.runtime.pipeline import Pipeline, PipelineOutput
+    from sdrt.runtime.pipeline import Pipeline
+    from sdrt.runtime.request.output import CallbackOptions, PipelineOutput
     from sdrt.runtime.request.request import Request
-DEFAULT_FRAMES: Final = 16
+
 DEFAULT_FPS: Final = 8.0
 STAGES: Final = ("load", "vae_encoder", "invert", "text_encoder", "denoise", "vae_decoder", "save")
-
-
-class Work(NamedTuple):
-    """One call of the pipeline, checked.
-
-    Attributes:
-        task: What the user gave for it alone.
-        options: The pipeline's.
-        request: None for ``--interactive`` without a picture. The picture that it starts from is not kept:
-            the call reads it again, and there may be many calls.
-        picture: Whether it starts from one.
-        target: Where its pictures go.
-    """
-
-    task: Task
-    options: dict[str, Any]
-    request: Request | None
-    picture: bool
-    target: Path | None
-
-    @classmethod
-    def of(cls, task: Task, options: dict[str, Any], request: Request | None, target: Path | None) -> Work:
-        """A call with the request that was built to check it."""
-        from dataclasses import replace  # what argparse refuses need not wait for it
-
-        if request is None:
-            return cls(task, options, None, picture=False, target=target)
-        kept = replace(request, picture=None)
-        return cls(task, options, kept, picture=request.picture is not None, target=target)
-
-    @property
-    def images(self) -> int:
-        """How many pictures it draws."""
-        return 0 if self.request is None else len(self.request.seeds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +64,7 @@ def _run(commands: Parser, arguments: argparse.Namespace) -> None:
     if arguments.from_picture is not None:
         options = _replayed(commands, arguments, options)
     if not (arguments.interactive and arguments.output == Path(BASE64)):
-        _check_output(arguments, arguments.output)
+        check_target(arguments, arguments.output)
     if interpolates(arguments):
         check_frames(arguments.output, _fps(arguments))
     with quick_start():
@@ -131,27 +97,17 @@ def _replayed(commands: Parser, arguments: argparse.Namespace, given: Mapping[st
     return options
 
 
-def _check_output(arguments: argparse.Namespace, output: Path | None) -> None:
-    animated, to_stdout = interpolates(arguments), not arguments.interactive
-    check_output(output, animated=animated, to_stdout=to_stdout, quality=arguments.quality)
-
-
 def _load_for(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[list[Work], Pipeline]:
     """What is asked for, and a pipeline that can draw it."""
     # NumPy and the rest only now: what argparse refuses need not wait for them.
     from sdrt.runtime.bundle.bundle import Bundle
 
     bundle = Bundle.open(arguments.bundle, verify=False)
-    works = _works(arguments, bundle, options)  # before anything is loaded
-    for request in _requests(works):
-        if arguments.negative_prompt and not request.guided and not arguments.quiet:
-            say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
-            break
+    works = read_works(arguments, bundle, options)  # before anything is loaded
+    unguided = (work.request for work in works if not work.request.guided)
+    if arguments.negative_prompt and not arguments.quiet and (request := next(unguided, None)) is not None:
+        say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
     return works, _load(arguments, bundle, works)
-
-
-def _requests(works: Sequence[Work]) -> list[Request]:
-    return [work.request for work in works if work.request is not None]
 
 
 def _file_and_word(entry: str) -> tuple[str, str | None]:
@@ -160,75 +116,10 @@ def _file_and_word(entry: str) -> tuple[str, str | None]:
     return (file, word or None) if equals and not os.path.isfile(entry) else (entry, None)  # noqa: PTH113
 
 
-def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any]) -> list[Work]:
-    """What is asked for, each call checked; the seeds of those that have none of their own count on."""
-    from sdrt.runtime.request.texts import RANDOM_SEED
-
-    if arguments.interactive:
-        return [Work.of(Task(None, {}), options, _request_of_defaults(bundle, options), arguments.output)]
-    if arguments.recipe_prompt is not None:
-        tasks = [Task(arguments.recipe_prompt, {})]
-    else:
-        tasks = read_tasks(arguments)
-    if interpolates(arguments) and len(tasks) != 1:
-        raise UsageError(ONE_PROMPT)
-    works = []
-    seed = options.get("seed", RANDOM_SEED)
-    for task in tasks:
-        own = {**options, "seed": seed, **task.options}
-        if task.output is not None:
-            _check_output(arguments, task.output)
-        request = _request(arguments, bundle, task, own)
-        if "seed" not in task.options and isinstance(seed, int) and seed != RANDOM_SEED:
-            seed = (seed + len(request.seeds)) % 2**64
-        works.append(Work.of(task, own, request, arguments.output if task.output is None else task.output))
-    _check_stdout(works)
-    return works
-
-
-def _check_stdout(works: Sequence[Work]) -> None:
-    """Refuse more than one picture on standard output."""
-    count = sum(work.images for work in works)
-    if count > 1 and any(work.target == STDOUT for work in works):
-        raise UsageError(f"--output is -, and {count} pictures are asked for: one goes to standard output")
-
-
-def _request(arguments: argparse.Namespace, bundle: Bundle, task: Task, options: dict[str, Any]) -> Request:
-    from sdrt.runtime.request.request import build_request
-
-    try:
-        if not interpolates(arguments):
-            return build_request(bundle.manifest, task.prompt, options)
-        from sdrt.runtime.request.interpolation import interpolated_request
-
-        if not isinstance(task.prompt, str):
-            raise UsageError(ONE_PROMPT)
-        frames, ends = _frames(arguments), (arguments.to_prompt, arguments.to_seed)
-        return interpolated_request(bundle.manifest, task.prompt, ends[0], frames, ends[1], options)
-    except UsageError as error:
-        raise UsageError(f"{task.name}: {error}") if task.name else error from error
-
-
-def _request_of_defaults(bundle: Bundle, options: dict[str, Any]) -> Request | None:
-    """The requests of --interactive come later, but for their defaults."""
-    from sdrt.runtime.request.picture import PICTURE_OPTIONS
-    from sdrt.runtime.request.request import build_request
-
-    if not bundle.manifest.record.reads_text or bundle.manifest.reads_mask:
-        return None  # without a picture there is nothing to check
-    if "image" not in options:  # requests may bring one; until then there is nothing to do with it
-        options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}
-    return build_request(bundle.manifest, "", options)
-
-
 def _why_unguided(request: Request) -> str:
     if request.sampling.embedded_guidance is not None:
         return "this model is told its guidance and runs one half"
     return "at a guidance scale of 1 or less"
-
-
-def _frames(arguments: argparse.Namespace) -> Any:
-    return DEFAULT_FRAMES if arguments.frames is None else arguments.frames
 
 
 def _fps(arguments: argparse.Namespace) -> Any:
@@ -239,9 +130,9 @@ class Drawn:
     """What a command has drawn and saved so far.
 
     Attributes:
-        paths: Of the pictures, in their order; `STDOUT` for standard output.
-        seeds: Likewise.
-        seconds: Per stage, of all calls together.
+        paths: Where the pictures are, in their order; `STDOUT` for standard output.
+        seeds: Seeds of the pictures, in their order.
+        seconds: What each stage took, for all calls together.
     """
 
     def __init__(self, works: Sequence[Work]) -> None:
@@ -275,17 +166,17 @@ class Drawn:
     def last_words(self) -> str:
         """What is said of an interrupt: how many pictures are saved, and where."""
         paths = [path for files in self._files.values() for path in files.paths]
-        return f"interrupted; {told(paths, self._wanted)}" if paths else NOTHING_LEFT
+        return f"interrupted; {saved_message(paths, self._wanted)}" if paths else NOTHING_LEFT
 
 
 def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Work], drawn: Drawn) -> None:
     """Draw call by call; pictures are saved as soon as their batch is finished."""
-    rows = 0
-    for work in works:
-        assert work.request is not None  # nothing here is interactive
-        rows += len(work.request.sampling.table) * pipeline.count_batches(work.request)
-    with progress_shown(arguments, pipeline, rows) as (on_step, tensors):
-        watched = {"callback_on_step_end": on_step, "callback_on_step_end_tensor_inputs": tensors}
+    rows = sum(len(work.request.sampling.table) * pipeline.count_batches(work.request) for work in works)
+    with progress_shown(arguments, rows) as (on_step, tensors):
+        watched: CallbackOptions = {
+            "callback_on_step_end": on_step,
+            "callback_on_step_end_tensor_inputs": tensors,
+        }
         for work in works:
             _draw_and_save(arguments, pipeline, work, watched, drawn)
     drawn.seconds["step"] = drawn.seconds["denoise"] / rows
@@ -295,13 +186,13 @@ def _draw_and_save(
     arguments: argparse.Namespace,
     pipeline: Pipeline,
     work: Work,
-    watched: Mapping[str, Any],
+    watched: CallbackOptions,
     drawn: Drawn,
 ) -> None:
     """One call: its pictures one batch after the other, or all of its frames, or the picture for a pipe."""
-    target, animated = work.target, interpolates(arguments)
+    target, animated, request = work.target, interpolates(arguments), work.whole_request()
     if target == STDOUT or (animated and not is_folder(target)):
-        output = _drawn(arguments, pipeline, work, watched)
+        output = pipeline.draw(request.with_callbacks(**watched))
         started = time.perf_counter()
         if target == STDOUT:
             write_to_stdout(output)
@@ -310,22 +201,9 @@ def _draw_and_save(
         return
     files = drawn.files_of(work, frames=animated, quality=arguments.quality)
     before, seconds = len(files.paths), files.seconds
-    output = _drawn(arguments, pipeline, work, {**watched, "callback_on_batch_end": files})
+    callbacks: CallbackOptions = {**watched, "callback_on_batch_end": files}
+    output = pipeline.draw(request.with_callbacks(**callbacks))
     drawn.add(files.paths[before:], output, files.seconds - seconds)
-
-
-def _drawn(
-    arguments: argparse.Namespace, pipeline: Pipeline, work: Work, watched: Mapping[str, Any]
-) -> PipelineOutput:
-    options: dict[str, Any] = {**work.options, **watched}
-    if not interpolates(arguments):
-        return pipeline(work.task.prompt, **options)
-    assert isinstance(work.task.prompt, str)  # so the request was built
-    del options["num_images_per_prompt"]
-    ends = (arguments.to_prompt, arguments.to_seed)
-    return pipeline.interpolate(
-        work.task.prompt, ends[0], frames=_frames(arguments), to_seed=ends[1], **options
-    )
 
 
 def _load(arguments: argparse.Namespace, bundle: Bundle, works: Sequence[Work]) -> Pipeline:
@@ -353,10 +231,9 @@ def _shape(bundle: Bundle, works: Sequence[Work]) -> RequestShape | None:
     from sdrt.runtime.backends.backend import RequestShape
     from sdrt.runtime.drawing.loading import longest_prompt
 
-    requests = _requests(works)
-    if not requests:
+    if not works:
         return None
-    limits = bundle.manifest.limits
+    requests, limits = [work.request for work in works], bundle.manifest.limits
     images = max(len(request.conditions) for request in requests)
     return RequestShape(
         max(limits.min_batch, min(images, limits.max_batch)),
@@ -364,7 +241,7 @@ def _shape(bundle: Bundle, works: Sequence[Work]) -> RequestShape | None:
         requests[0].width,
         any(request.guided for request in requests),
         longest_prompt(bundle, requests),
-        any(work.picture for work in works),
+        any(work.starts_from_picture for work in works),
     )
 
 
@@ -383,10 +260,10 @@ def _say_backend(pipeline: Pipeline, *, verbose: bool) -> None:
 def _report(arguments: argparse.Namespace, drawn: Drawn, seconds: Mapping[str, float]) -> None:
     """Tell what was drawn: of pictures that are saved, and nobody has to read it."""
     with contextlib.suppress(ReaderGoneError):
-        _tell(arguments, drawn, seconds)
+        _print_report(arguments, drawn, seconds)
 
 
-def _tell(arguments: argparse.Namespace, drawn: Drawn, seconds: Mapping[str, float]) -> None:
+def _print_report(arguments: argparse.Namespace, drawn: Drawn, seconds: Mapping[str, float]) -> None:
     named = list(zip(drawn.paths, drawn.seeds, strict=True))
     if arguments.json:
         document = {

@@ -12,6 +12,7 @@ import sdrt
 from sdrt.runtime.cli.prompts import has_prompt
 from sdrt.runtime.cli.saving import STDOUT
 from sdrt.runtime.console.run_command import Parser
+from sdrt.runtime.request.option_names import OPTION_NAMES, command_name
 
 EPILOG: Final = """exit status: 0 done; 2 usage; 3 the bundle cannot be used; 6 NaN or infinity;
 7 the backend is missing or fails; 8 the picture cannot be written; 130 interrupted; 1 anything else.
@@ -21,19 +22,16 @@ An option may have underscores for dashes, and other tools' names are understood
 
 ONE_PROMPT: Final = "--to-prompt and --to-seed go from one PROMPT: give one"
 
-# What other tools call our options, where that is plain.
+# What the command alone calls otherwise.
+_ITS_OWN: Final = {"prompt": ("-p",), "mask_image": ("--mask-image",)}
+# Its option → what other tools call it.
 _BY_OPTION: Final = {
-    "--prompt": ("-p",),
-    "--negative-prompt": ("--neg", "--negative", "--neg-prompt"),
-    "--prompts": ("--prompt-file", "--prompts-file", "--from-file"),
-    "--guidance-scale": ("--cfg", "--cfg-scale", "--scale", "--guidance"),
-    "--steps": ("--ddim-steps", "--num-steps", "--sampling-steps"),
-    "--sampler": ("--sampler-name", "--sampling-method", "--scheduler"),
-    "--num-images": ("--n-iter", "--n-samples", "--batch-count", "--batch-size"),
-    "--image": ("--init-image", "--init-img"),
-    "--mask": ("--mask-image",),
-    "--strength": ("--denoise", "--denoising-strength"),
-    "--output": ("--out", "--outdir"),
+    f"--{command_name(option).replace('_', '-')}": (
+        *_ITS_OWN.get(option, ()),
+        *(f"--{other.replace('_', '-')}" for other in names.others),
+    )
+    for option, names in OPTION_NAMES.items()
+    if names.others or option in _ITS_OWN
 }
 ALSO_CALLED: Final = {other: ours for ours, others in _BY_OPTION.items() for other in others}
 # What means one thing there and another here.
@@ -46,22 +44,10 @@ NOT_CALLED: Final = {
     "-b": "--num-images or --bundle",
 }
 
-# Options whose name differs from the pipeline's argument.
-_RENAMED: Final = {
-    "num_inference_steps": "steps",
-    "num_images_per_prompt": "num_images",
-    "mask_image": "mask",
-}
+# What the command shares with the pipeline, by the pipeline's names.
 _SHARED: Final = (
-    *(
-        "negative_prompt",
-        "plain_prompt",
-        "comma_lookback",
-        "clip_skip",
-        "height",
-        "width",
-        "num_images_per_prompt",
-    ),
+    *("negative_prompt", "plain_prompt", "comma_lookback", "clip_skip"),
+    *("height", "width", "num_images_per_prompt"),
     *("seed", "rng", "image", "strength", "mask_image", "expand", "variation"),
     *("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale"),
     *("sampler", "karras", "spacing", "sigma_schedule", "timesteps", "sigmas", "eta", "solver_order"),
@@ -100,7 +86,7 @@ def parsed(commands: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
 
 def pipeline_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that the command shares with `Pipeline.__call__`, by its names; those that were given."""
-    found = {name: getattr(arguments, _RENAMED.get(name, name)) for name in _SHARED}
+    found = {name: getattr(arguments, command_name(name)) for name in _SHARED}
     return {name: value for name, value in found.items() if value is not None}
 
 

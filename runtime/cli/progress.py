@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def progress_shown(
-    arguments: argparse.Namespace, pipeline: Pipeline, steps: int
+    arguments: argparse.Namespace, steps: int
 ) -> Iterator[tuple[Callable[[Pipeline, int, float, dict[str, Any]], None] | None, tuple[str, ...]]]:
     """A callback that moves a bar with each step, above it a preview if asked for, and what it must be given.
 
@@ -41,7 +41,7 @@ def progress_shown(
     bar = Progress(*columns, console=console)
     task = bar.add_task("drawing", total=steps)
     view = TerminalPreview(bar)
-    shows = arguments.preview and _can_preview(console, pipeline)
+    shows = arguments.preview and _can_preview(console)
 
     def on_step(_pipeline: Pipeline, _step: int, _timestep: float, state: dict[str, Any]) -> None:
         if shows:
@@ -52,13 +52,10 @@ def progress_shown(
         yield on_step, (("preview",) if shows else ())
 
 
-def _can_preview(console: Console, pipeline: Pipeline) -> bool:
-    """Whether there is something to show and where; says why not."""
+def _can_preview(console: Console) -> bool:
+    """Whether the terminal can show one; says why not."""
     from sdrt.runtime.pictures.preview import TerminalPreview
 
-    if pipeline.bundle.manifest.preview is None:
-        say("sd-run", "warning: no preview: this bundle was written without one; export it again")
-        return False
     if not TerminalPreview.can_show(console):
         say("sd-run", "warning: no preview: the terminal does not show 256 colours and Unicode")
         return False

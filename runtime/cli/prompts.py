@@ -122,23 +122,16 @@ def _content(source: str) -> bytes:
 
 def _requests(source: str, lines: list[tuple[int, str]]) -> Iterator[Task]:
     """Lines of JSON as calls, with the names of ``--interactive``."""
-    from sdrt.runtime.cli.interactive import inline_pictures
-    from sdrt.runtime.request.options import JSON_OPTIONS, check_names
-    from sdrt.runtime.system.untrusted import parse_json
+    from sdrt.runtime.cli.json_lines import check_options, json_object, with_inline_pictures
 
     for number, line in lines:
         name = f"line {number} of {source}"
-        try:
-            request = parse_json(line)
-        except ValueError as error:
-            raise UsageError(f"{name} is no JSON: {error}") from None
-        if not isinstance(request, dict):
-            raise UsageError(f"{name} is {type(request).__name__}: a JSON object is wanted")
-        check_names(request, ("prompt", *JSON_OPTIONS, "output", "id"), name)
+        request = json_object(line, name)
+        check_options(request, name)
         request.pop("id", None)
         output = request.pop("output", None)
         if output is not None and not isinstance(output, str):
             raise UsageError(f"{name}: output is {output!r}: a path is wanted")
         prompt = request.pop("prompt", None)
         target = None if output is None else Path(output)
-        yield Task(prompt, {**request, **inline_pictures(request)}, target, name)
+        yield Task(prompt, with_inline_pictures(request), target, name)

@@ -16,7 +16,7 @@ from sdrt.runtime.errors import OutputError, UsageError
 from sdrt.runtime.system.interrupts import NOTHING_LEFT, finishing
 
 if TYPE_CHECKING:
-    from sdrt.runtime.drawing.output import FinishedBatch, PipelineOutput
+    from sdrt.runtime.request.output import FinishedBatch, PipelineOutput
 
 
 DEFAULT_ANIMATION: Final = ".webp"
@@ -142,18 +142,20 @@ class PictureFiles:
                 try:
                     write_atomically(place_of(path), data)
                 except OutputError as error:
-                    raise OutputError(f"{error}{'; ' if self._saved else ''}{self._told()}") from error
+                    raise OutputError(
+                        f"{error}{'; ' if self._saved else ''}{self._saved_message()}"
+                    ) from error
                 self._saved[number] = path
         self.seconds += time.perf_counter() - started
 
     def last_words(self) -> str:
         """What is said of an interrupt: how many pictures are saved, and where."""
-        return f"interrupted; {self._told()}" if self._saved else NOTHING_LEFT
+        return f"interrupted; {self._saved_message()}" if self._saved else NOTHING_LEFT
 
-    def _told(self) -> str:
+    def _saved_message(self) -> str:
         if not self._saved:
             return ""
-        return told(self.paths, self._total)
+        return saved_message(self.paths, self._total)
 
     def _folder(self) -> Path:
         target = Path() if self._target is None else self._target
@@ -176,7 +178,7 @@ class PictureFiles:
         return self._target.with_stem(f"{self._target.stem}-{number + 1}")
 
 
-def told(paths: Sequence[Path], total: int) -> str:
+def saved_message(paths: Sequence[Path], total: int) -> str:
     """What is said of pictures that are saved where more were asked for."""
     where = f"{paths[0]}" if len(paths) == 1 else f"{paths[0]} to {paths[-1]}"
     # Escaped here: an interrupt's last words go to the terminal as they are.
@@ -218,7 +220,7 @@ def save_animation(output: PipelineOutput, target: Path | None, fps: float) -> P
     """Write the frames of an interpolation into one animated file, whole or not at all.
 
     Args:
-        output: Of `Pipeline.interpolate`, with Pillow images.
+        output: What `Pipeline.interpolate` gave, with Pillow images.
         target: Its name; by default an animated WebP named after prompt and seed.
         fps: Frames per second.
 

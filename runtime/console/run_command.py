@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NoReturn
 
+from sdrt.runtime.checks import did_you_mean
 from sdrt.runtime.console.printable import one_line, printable
 from sdrt.runtime.errors import EXIT_INTERRUPTED, OutputError, SdrtError, UsageError
 from sdrt.runtime.system.interrupts import NOTHING_LEFT, hold, is_watched, last_words, telling, unwinding
@@ -38,8 +39,8 @@ class Parser(argparse.ArgumentParser):
         line = one_line(message)
         if "unrecognized arguments" in line:
             wrong = [word.partition("=")[0] for word in line.split() if word.startswith("-")]
-            near = [found for found in map(self._nearest, wrong) if found]
-            line += f" (did you mean {near[0]}?)" if near else ""
+            questions = [question for question in map(self._did_you_mean, wrong) if question]
+            line += f" ({questions[0]})" if questions else ""
         self.exit(UsageError.exit_status, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
     def own_words(self, words: Sequence[str]) -> list[str]:
@@ -54,13 +55,11 @@ class Parser(argparse.ArgumentParser):
             found.append(self.also_called.get(name, name) + equals + value if name.startswith("-") else word)
         return found
 
-    def _nearest(self, name: str) -> str | None:
-        import difflib
-
+    def _did_you_mean(self, name: str) -> str:
         known = [option for action in self._actions for option in action.option_strings]
         begun = [option for option in known if option.startswith(name)] if name.startswith("--") else []
-        near = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-        return self.not_called.get(name) or next(iter(near), None)
+        also_called = {**({name: begun[0]} if begun else {}), **self.not_called}
+        return did_you_mean(name, known, also_called=also_called, cutoff=0.7)
 
 
 def run_command(name: str, command: Callable[[], None], *, quiet: bool = False) -> int:

@@ -16,8 +16,7 @@ from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.arena import ALIGNMENT, Arena, Sections
 from sdrt.runtime.devices.device import Buffer, Device
 from sdrt.runtime.errors import UsageError
-
-MAX_ROWS: Final = 2048  # that the table's buffer holds: two evaluations for each trained timestep, and a few
+from sdrt.runtime.request.sampling import MAX_ROWS
 
 # Fields of StepBuffers that are sections of the same name. Of every step:
 _STEP_BUFFERS: Final = (
@@ -105,7 +104,8 @@ class ConditionalHalf:
     """The U-Net's buffers for the conditional half alone, in the memory of a loop that has both.
 
     The half is a view where it starts at an address that the backends take (`ALIGNMENT`). Where it does not,
-    as that of a few numbers a row, it has memory of its own, and its numbers are copied there.
+    as that of a few numbers a row, it has memory of its own, and its numbers are copied there. Of the
+    timesteps, which are new at every step, it takes the other half: a picture's are the same in both.
 
     Attributes:
         inputs: A buffer for every input of the U-Net.
@@ -123,12 +123,14 @@ class ConditionalHalf:
         (output,) = spec.outputs
         entries = {entry.name: entry for entry in (*spec.inputs, output)}
         halves = {
-            name: _second_half(arena, name) for name, entry in entries.items() if entry.shape[0] == "rows"
+            name: _half(arena, name, first=name == TIMESTEP)
+            for name, entry in entries.items()
+            if entry.shape[0] == "rows"
         }
         apart = {
             name: (tuple(half.shape), entries[name].dtype)
             for name, half in halves.items()
-            if math.prod(half.shape) * np.dtype(half.dtype).itemsize % ALIGNMENT
+            if name != TIMESTEP and math.prod(half.shape) * np.dtype(half.dtype).itemsize % ALIGNMENT
         }
         own = _allocated(device, apart)
         buffers = {name: own[name] if name in apart else halves.get(name, arena[name]) for name in entries}
@@ -146,9 +148,9 @@ def _allocated(device: Device, sections: Sections) -> dict[str, Buffer]:
     return {name: arena[name] for name in sections}
 
 
-def _second_half(arena: Arena, name: str) -> Buffer:
+def _half(arena: Arena, name: str, *, first: bool) -> Buffer:
     rows, *rest = arena[name].shape
-    return arena.part(name, rows // 2 * math.prod(rest), (rows // 2, *rest))
+    return arena.part(name, 0 if first else rows // 2 * math.prod(rest), (rows // 2, *rest))
 
 
 def check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:

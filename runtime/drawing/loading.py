@@ -8,14 +8,14 @@ from typing import Final
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.registry import Choice, load_executor
 from sdrt.runtime.bundle.bundle import Bundle, Verify
+from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
-from sdrt.runtime.drawing.generation import ConditionEncoder
+from sdrt.runtime.drawing.conditioning import ConditionEncoder
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder
 from sdrt.runtime.drawing.text_encoders import open_tokenizers, text_encoders
 from sdrt.runtime.errors import BackendError, UsageError
 from sdrt.runtime.request.request import Request
 from sdrt.runtime.request.texts import MAX_IMAGES
-from sdrt.runtime.samplers.schedule import check_integer
 from sdrt.runtime.text.chunks import Blend, Prompt, PromptPlanner
 from sdrt.runtime.text.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ AT_ONCE: Final = 2  # components that are loaded at the same time: loading one i
 def check_gpu(device: int, stream: object) -> None:
     if stream is not None:
         raise UsageError("device and stream were both given: a stream has its device, leave the number out")
-    check_integer("device", device, 0, MAX_DEVICES - 1)
+    whole_from("device", device, 0, MAX_DEVICES - 1)
 
 
 def condition_encoder(

@@ -332,6 +332,7 @@ class DenoiseLoop:
             sample=target,
             noise_pred=target,  # not read; the kernel is chosen by its dtype
             rows=arena.part("scales", scale * COLUMNS, (1, COLUMNS)),
+            timestep=arena.part("timestep", 0, (target.shape[0],)),
             timesteps=arena["zero_timestep"],
             counter=arena["zero"],
             count=arena["one"],

@@ -86,7 +86,7 @@ class PromptEncoder:
             most_texts: How many different texts one call of `write` may name without one of them being
                 encoded again by the next call.
             max_chunks: See `sdrt.runtime.bundle.manifest.Limits`.
-            max_clip_skip: Likewise.
+            max_clip_skip: See `sdrt.runtime.bundle.manifest.Limits`.
 
         Raises:
             DeviceMemoryError: The buffers do not fit.
@@ -145,13 +145,8 @@ class PromptEncoder:
             vectors: For each encoder float32 [k, width], k the same for all.
 
         Raises:
-            UsageError: A shape does not fit, or the bundle's text encoders take no embeddings.
+            UsageError: A shape does not fit.
         """
-        if any(encoder.executor.spec.input(CUSTOM_EMBEDDINGS) is None for encoder in self._encoders):
-            raise UsageError(
-                "this bundle's text encoders take no embeddings of textual inversion, since an older sdrt "
-                "wrote it: export the checkpoint again"
-            )
         count = len(vectors[0])
         room = min(encoder.tokenizer.room for encoder in self._encoders)
         wanted = [(count, width) for width in self.widths]
@@ -285,8 +280,7 @@ class PromptEncoder:
         given = self._upload.arrays(self._upload_bytes)
         for index, row in enumerate(chunk.rows):
             given[input_name(index, INPUT_IDS)][...] = row.ids
-            if (skip := input_name(index, CLIP_SKIP)) in given:
-                given[skip][...] = chunk.clip_skip
+            given[input_name(index, CLIP_SKIP)][...] = chunk.clip_skip
             if row.own:
                 self._upload_own(index, row)
         self._device.upload(self._upload_bytes, self._upload.buffer)

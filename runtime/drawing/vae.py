@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,41 +14,95 @@ from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.devices.arena import Arena
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.loop import DenoiseLoop
-from sdrt.runtime.drawing.starting_point import KnownPicture, Posterior, known_mask
 from sdrt.runtime.errors import NumericsError
-from sdrt.runtime.request.picture import PictureTask
+
+if TYPE_CHECKING:
+    from sdrt.runtime.pictures.canvas import Canvas
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """What the VAE says that a picture's latents may be: independent normal numbers.
+
+    Attributes:
+        mean: float32 [1, C, h, w] in the sampler's scale.
+        std: Standard deviations, float32 [1, C, h, w] in the sampler's scale.
+    """
+
+    mean: FloatArray
+    std: FloatArray
+
+    def sample(self, noise: FloatArray) -> FloatArray:
+        """Latents of each image, float32 of noise's shape [N, C, h, w]; ``noise`` has unit variance."""
+        return self.mean + self.std * noise
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """A given picture as the loop reads it.
+
+    Attributes:
+        latents: The whole picture's latents.
+        mask: float32 [1, 1, h, w], 1 is drawn; None where all is.
+        masked_latents: Those of the picture without what is drawn, for U-Nets that read it.
+    """
+
+    latents: Posterior
+    mask: FloatArray | None = None
+    masked_latents: Posterior | None = None
 
 
 class VaeEncoder:
-    """The VAE encoder with buffers for the size that was encoded last."""
+    """The VAE encoder, loaded when the first picture comes, with buffers for the size of the last one."""
 
-    def __init__(self, executor: Executor, device: Device, *, batch: int, factor: int) -> None:
+    def __init__(self, load: Callable[[], Executor], device: Device, manifest: Manifest) -> None:
         """Keep what `encode` needs.
 
         Args:
-            executor: The encoder's, on ``device``.
+            load: Gives the encoder's executor, on ``device``.
             device: Owns the buffers.
-            batch: The smallest batch that the graph admits; every row of it holds the same picture.
-            factor: Image pixels per latent and side.
+            manifest: The bundle's manifest.
         """
-        self._executor, self._device, self._batch, self._factor = executor, device, batch, factor
+        self._load, self._device, self._manifest = load, device, manifest
+        self._executor: Executor | None = None
         self._bound: tuple[tuple[int, int], Arena, Callable[[], None]] | None = None
 
-    def encode(self, image: NDArray[np.float32]) -> Posterior:
-        """What the latents of a picture may be; waits.
-
-        Args:
-            image: float32 [1, 3, H, W] in [-1, 1], of a size that the bundle admits.
+    def encode(self, canvas: Canvas) -> EncodedImage:
+        """Encode a picture, and without what is drawn if the U-Net reads that; waits.
 
         Raises:
             NumericsError: The encoder gave NaN or infinity.
             DeviceMemoryError: The buffers do not fit.
-            BackendError: The engine does not admit this size.
+            BackendError: The encoder cannot be loaded, or does not admit this size.
         """
-        arena, evaluate = self._bind((image.shape[2], image.shape[3]))
+        from sdrt.runtime.pictures.canvas import image_to_float, latent_mask, masked_image
+
+        reads_mask = self._manifest.reads_mask
+        latents = self._posterior(image_to_float(canvas.image))
+        if canvas.mask is None:
+            return EncodedImage(latents)
+        shown = (canvas.mask >= 0.5).astype(np.float32) if reads_mask else canvas.mask  # as it was trained
+        mask = latent_mask(shown, self._manifest.latents.factor)
+        if not reads_mask:
+            return EncodedImage(latents, mask)
+        return EncodedImage(latents, mask, self._posterior(masked_image(canvas.image, canvas.mask)))
+
+    def _posterior(self, image: FloatArray) -> Posterior:
+        """What the latents of a picture may be.
+
+        Args:
+            image: float32 [1, 3, H, W] in [-1, 1], of a size that the bundle admits.
+        """
+        if self._executor is None:
+            self._executor = self._load()
+        arena, evaluate = self._bind(self._executor, (image.shape[2], image.shape[3]))
         spec = self._executor.spec
         (source,), (mean, std) = spec.inputs, spec.outputs
-        self._device.upload(np.repeat(image, self._batch, axis=0), arena[source.name])
+        # The smallest batch that the graph admits; every row of it holds the same picture.
+        batch = np.repeat(image, self._manifest.limits.min_batch, axis=0)
+        self._device.upload(batch, arena[source.name])
         evaluate()
         both = arena.span(mean.name, std.name)
         arrays = both.arrays(self._device.download(both.buffer))
@@ -58,59 +114,28 @@ class VaeEncoder:
             )
         return posterior
 
-    def _bind(self, size: tuple[int, int]) -> tuple[Arena, Callable[[], None]]:
+    def _bind(self, executor: Executor, size: tuple[int, int]) -> tuple[Arena, Callable[[], None]]:
         if self._bound is None or self._bound[0] != size:
             self._bound = None  # its memory is free for the next
+            factor = self._manifest.latents.factor
             axes = {
-                "batch": self._batch,
+                "batch": self._manifest.limits.min_batch,
                 "height": size[0],
                 "width": size[1],
-                "latent_height": size[0] // self._factor,
-                "latent_width": size[1] // self._factor,
+                "latent_height": size[0] // factor,
+                "latent_width": size[1] // factor,
             }
-            spec = self._executor.spec
+            spec = executor.spec
             entries = (*spec.inputs, *spec.outputs)
             arena = Arena(
                 self._device, {entry.name: (entry.concrete(axes), entry.dtype) for entry in entries}
             )
-            evaluate = self._executor.bind(
+            evaluate = executor.bind(
                 {entry.name: arena[entry.name] for entry in spec.inputs},
                 {entry.name: arena[entry.name] for entry in spec.outputs},
             )
             self._bound = (size, arena, evaluate)
         return self._bound[1], self._bound[2]
-
-
-class Pictures:
-    """Given pictures as the loop knows them. The VAE encoder is loaded when the first one comes."""
-
-    def __init__(self, load: Callable[[], Executor], device: Device, manifest: Manifest) -> None:
-        """Keep what `known` needs; ``load`` gives the VAE encoder's executor."""
-        self._load, self._device, self._manifest = load, device, manifest
-        self._encoder: VaeEncoder | None = None
-
-    def known(self, task: PictureTask) -> KnownPicture:
-        """Encode the picture of a task, and without what is drawn if the U-Net reads that; waits.
-
-        Raises:
-            NumericsError: The encoder gave NaN or infinity.
-            BackendError: The encoder cannot be loaded, or does not admit this size.
-        """
-        from sdrt.runtime.pictures.canvas import image_to_float, masked_image
-
-        manifest, canvas = self._manifest, task.canvas
-        factor = manifest.latents.factor
-        if self._encoder is None:
-            batch = manifest.limits.min_batch
-            self._encoder = VaeEncoder(self._load(), self._device, batch=batch, factor=factor)
-        latents = self._encoder.encode(image_to_float(canvas.image))
-        if canvas.mask is None:
-            return KnownPicture(latents)
-        mask = known_mask(canvas.mask, factor, binary=manifest.reads_mask)
-        if not manifest.reads_mask:
-            return KnownPicture(latents, mask)
-        masked = self._encoder.encode(masked_image(canvas.image, canvas.mask))
-        return KnownPicture(latents, mask, masked)
 
 
 class VaeDecoder:
@@ -122,7 +147,7 @@ class VaeDecoder:
         Args:
             executor: The decoder's, on ``device``.
             device: Owns the buffers.
-            loop: Whose latents are decoded; the pixels and the fault word are put where it keeps them.
+            loop: The loop that has the latents, and a place for pixels and fault word.
 
         Raises:
             DeviceMemoryError: The buffers do not fit.

@@ -39,6 +39,11 @@ class Canvas:
     mask: NDArray[np.float32] | None
     crop: tuple[int, int]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.image.nbytes + (0 if self.mask is None else self.mask.nbytes)
+
 
 def fit(
     image: NDArray[np.uint8],

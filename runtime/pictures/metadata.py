@@ -105,7 +105,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         path: A PNG, JPEG or WebP, moving or not.
 
     Returns:
-        See `sdrt.runtime.drawing.output.PipelineOutput.recipes`. It came from outside: nothing in it is
+        See `sdrt.runtime.request.output.PipelineOutput.recipes`. It came from outside: nothing in it is
         checked yet.
 
     Raises:

@@ -96,7 +96,7 @@ def save_image(
     Args:
         image: RGB.
         path: Ends in .png, .jpg, .jpeg or .webp. A symbolic link is followed.
-        recipe: Of `sdrt.runtime.drawing.output.PipelineOutput.recipes`.
+        recipe: Of `sdrt.runtime.request.output.PipelineOutput.recipes`.
         quality: See `picture_bytes`.
 
     Raises:

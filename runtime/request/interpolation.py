@@ -10,40 +10,22 @@ import numpy as np
 
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import whole
-from sdrt.runtime.drawing.starting_point import NOISE, draws_at_start, slerp
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.request.recipes import OF_FRAMES
-from sdrt.runtime.request.request import Request, build_request, latent_shape
-from sdrt.runtime.request.texts import MAX_IMAGES
-from sdrt.runtime.samplers.noise import noise_source
+from sdrt.runtime.request.picture import NOISE, draws_at_start
+from sdrt.runtime.request.request import Request, latent_shape
+from sdrt.runtime.request.texts import MAX_IMAGES, Conditions
+from sdrt.runtime.samplers.noise import noise_source, slerp
 from sdrt.runtime.text.chunks import Blend, Prompt
 
 
-def request_of_frames(manifest: Manifest, prompt: Any, options: Mapping[str, Any]) -> Request:
-    """The request behind the recipe of a frame, or of all of them where it names none.
+def check_ends(
+    manifest: Manifest, prompt: Any, to_prompt: Any, frames: Any, to_seed: Any, options: Mapping[str, Any]
+) -> int:
+    """How many frames there are; see `sdrt.runtime.request.build.build_interpolation`.
 
     Raises:
-        UsageError: As `interpolated_request`.
-    """
-    rest = {name: value for name, value in options.items() if name not in OF_FRAMES}
-    to_prompt, to_seed, frames, frame = (options.get(name) for name in OF_FRAMES)
-    return interpolated_request(manifest, prompt, to_prompt, frames, to_seed, {**rest, "frame": frame})
-
-
-def interpolated_request(
-    manifest: Manifest,
-    prompt: str,
-    to_prompt: str | None,
-    frames: Any,
-    to_seed: int | None,
-    options: Mapping[str, Any],
-) -> Request:
-    """The request whose images are the frames, or the one that is the option ``frame``.
-
-    See `Pipeline.interpolate`.
-
-    Raises:
-        UsageError: An argument is out of range, or nothing differs between the ends.
+        UsageError: As many frames cannot be, nothing differs between the ends, or an option does not go with
+            frames.
     """
     count = whole("frames", frames)
     if not 2 <= count <= MAX_IMAGES:
@@ -59,49 +41,56 @@ def interpolated_request(
         raise UsageError("latents are given: an interpolation makes its own from the seeds")
     if options.get("num_images_per_prompt") not in (None, 1):
         raise UsageError("num_images_per_prompt is given: frames says how many pictures there are")
-    options = dict(options)
-    frame = options.pop("frame", None)
-    if frame is not None and not 0 <= whole("frame", frame) < count:
-        raise UsageError(f"frame is {frame}: of {count} frames the first is 0 and the last {count - 1}")
-    first = build_request(manifest, prompt, options)
-    last = build_request(
-        manifest,
-        prompt if to_prompt is None else to_prompt,
-        {**options, "seed": first.seeds[0] if to_seed is None else to_seed},
-    )
+    return count
+
+
+def frames_between(first: Request, last: Conditions, to_seed: int | None, count: int) -> Request:
+    """The request for all frames.
+
+    Args:
+        first: The first frame's.
+        last: What the last frame is drawn from.
+        to_seed: The seed of the last frame's noise; None for the first frame's.
+        count: How many frames there are.
+
+    Raises:
+        UsageError: Nothing differs between the ends, or the picture is one that is inverted.
+    """
     if first.picture is not None and first.picture.variation is not None:
         raise UsageError("variation is given: an interpolation goes from prompt to prompt or seed to seed")
+    if first.conditions == last.wanted and to_seed in (None, *first.seeds):
+        raise UsageError("nothing differs between the first frame and the last: give another prompt or seed")
     shares = [float(share) for share in np.linspace(0.0, 1.0, count)]
-    shape = latent_shape(manifest, first.height, first.width)
-    number = draws_at_start(first.picture, manifest).index(NOISE)
-    noise, to_noise = (
-        noise_source(first.rng, request.seeds).draw(number, shape) for request in (first, last)
-    )
     text = {
         **first.texts[0],
         "to_prompt": last.texts[0]["prompt"],
-        **({} if to_seed is None else {"to_seed": last.seeds[0]}),
+        **({} if to_seed is None else {"to_seed": to_seed}),
         "frames": count,
     }
-    if first.conditions == last.conditions and first.seeds == last.seeds:
-        raise UsageError("nothing differs between the first frame and the last: give another prompt or seed")
-    (start,), (finish,) = first.conditions, last.conditions
+    (start,), (finish,) = first.conditions, last.wanted
     assert isinstance(start, Prompt)
     assert isinstance(finish, Prompt)
-    every = replace(
+    return replace(
         first,
         conditions=[start if start == finish else Blend(start, finish, share) for share in shares],
         negatives=first.negatives * count,
         texts=[{**text, "frame": number} for number in range(count)],
         seeds=first.seeds * count,
-        latents=(
-            None if to_seed is None else np.concatenate([slerp(noise, to_noise, share) for share in shares])
-        ),
+        latents=None if to_seed is None else _noise_between(first, to_seed, shares),
     )
-    return every if frame is None else _only(every, whole("frame", frame))
 
 
-def _only(request: Request, frame: int) -> Request:
+def _noise_between(first: Request, to_seed: int, shares: list[float]) -> Any:
+    """The noise that each frame starts from, float32 [N, C, h, w]."""
+    shape = latent_shape(first.manifest, first.height, first.width)
+    number = draws_at_start(first.picture, first.manifest).index(NOISE)
+    noise, to_noise = (
+        noise_source(first.rng, seeds).draw(number, shape) for seeds in (first.seeds, [to_seed])
+    )
+    return np.concatenate([slerp(noise, to_noise, share) for share in shares])
+
+
+def only_frame(request: Request, frame: int) -> Request:
     """The request for one of its images."""
     one = slice(frame, frame + 1)
     return replace(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
-from sdrt.runtime.drawing.callbacks import BatchEndCallback, StepEndCallback
-from sdrt.runtime.drawing.output import OutputType
+from sdrt.runtime.checks import did_you_mean
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.request.option_names import ALSO_CALLED
+from sdrt.runtime.request.output import CallbackOptions, OutputType
 from sdrt.runtime.request.recipes import FIELDS
 from sdrt.runtime.samplers.noise import Rng
 
 
-class DrawOptions(TypedDict, total=False):
+class DrawOptions(CallbackOptions, total=False):
     """Arguments of `Pipeline.__call__` by name; the names are diffusers' where it has the thing.
 
     What is drawn:
@@ -63,7 +64,7 @@ class DrawOptions(TypedDict, total=False):
       on the device, inside the step's graph; the CPU generator's numbers are made on the host, and each
       step that adds noise then begins with an upload.
 
-    A recipe of `sdrt.runtime.drawing.output.PipelineOutput.recipes` is a call's arguments, too: what only
+    A recipe of `sdrt.runtime.request.output.PipelineOutput.recipes` is a call's arguments, too: what only
     informs (``backend``, ``version`` …) is passed over, and what it was drawn from must be there.
 
     And out:
@@ -80,7 +81,7 @@ class DrawOptions(TypedDict, total=False):
       ``latents``, ``denoised`` (the guess of the clean latents, float32 [N, C, h, w]) and ``preview`` (that
       guess as a small picture, uint8 [N, h, w, 3]). With ``()`` nothing is copied and nothing waits;
     * ``callback_on_batch_end``: called as ``f(pipeline, batch)`` with the pictures of each batch as soon as
-      they are finished (`sdrt.runtime.drawing.output.FinishedBatch`), so that they can be saved before the
+      they are finished (`sdrt.runtime.request.output.FinishedBatch`), so that they can be saved before the
       next one is begun.
     """
 
@@ -117,41 +118,13 @@ class DrawOptions(TypedDict, total=False):
     lower_order_final: bool
     original_inference_steps: int | None
     output_type: OutputType
-    callback_on_step_end: StepEndCallback | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
-    callback_on_batch_end: BatchEndCallback | None
 
 
-OPTIONS: Final = tuple(DrawOptions.__annotations__)
+_FUNCTIONS: Final = tuple(CallbackOptions.__annotations__)
+OPTIONS: Final = (*(name for name in DrawOptions.__annotations__ if name not in _FUNCTIONS), *_FUNCTIONS)
 # What a line of JSON cannot hold.
 _IN_PYTHON_ONLY: Final = ("latents", "output_type")
-JSON_OPTIONS: Final = tuple(
-    name for name in OPTIONS if name not in _IN_PYTHON_ONLY and not name.startswith("callback")
-)
-
-
-# What else an option is called: by the command, by diffusers, or by other tools.
-_CALLED: Final = {
-    "steps": "num_inference_steps",
-    "ddim_steps": "num_inference_steps",
-    "sampling_steps": "num_inference_steps",
-    "num_images": "num_images_per_prompt",
-    "n": "num_images_per_prompt",
-    "n_iter": "num_images_per_prompt",
-    "batch_size": "num_images_per_prompt",
-    "mask": "mask_image",
-    "init_image": "image",
-    "denoising_strength": "strength",
-    "generator": "seed",
-    "scheduler": "sampler",
-    "sampler_name": "sampler",
-    "cfg_scale": "guidance_scale",
-    "cfg": "guidance_scale",
-    "scale": "guidance_scale",
-    "negative": "negative_prompt",
-    "neg_prompt": "negative_prompt",
-    "callback": "callback_on_step_end",
-}
+JSON_OPTIONS: Final = tuple(name for name in OPTIONS if name not in (*_IN_PYTHON_ONLY, *_FUNCTIONS))
 
 
 def check_names(
@@ -160,7 +133,7 @@ def check_names(
     """Refuse an option that there is not.
 
     Args:
-        options: By name.
+        options: What was given, by name.
         allowed: Names that there are.
         what: Has them, for the message.
         also: Names that are taken and not told of: those that recipes have.
@@ -170,9 +143,8 @@ def check_names(
     """
     for name in options:
         if name not in allowed and name not in also:
-            import difflib
-
-            known = _CALLED.get(str(name).lower().replace("-", "_"))
-            near = [known] if known in allowed else difflib.get_close_matches(str(name), allowed, n=1)
-            hint = f", did you mean {near[0]}?" if near else ":"
+            known = ALSO_CALLED.get(str(name).lower().replace("-", "_"))
+            also_called = {} if known is None or known not in allowed else {str(name): known}
+            question = did_you_mean(str(name), allowed, also_called=also_called)
+            hint = f", {question}" if question else ":"
             raise UsageError(f"{what} has no {str(name)[:100]}{hint} there is {', '.join(allowed)}")

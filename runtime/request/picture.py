@@ -21,6 +21,11 @@ DEFAULT_STRENGTH: Final = 0.8  # of diffusers' image-to-image pipelines
 DEFAULT_VARIATION: Final = 0.3  # seen on the embedded model: the same thing, drawn otherwise
 PICTURE_OPTIONS: Final = ("strength", "mask_image", "expand", "variation")
 
+# What is drawn from an image's seed before the first step.
+LATENTS: Final = "latents"  # of the given picture, from the VAE's posterior
+NOISE: Final = "noise"  # that sampling starts from
+MASKED_LATENTS: Final = "masked_latents"  # of the given picture without what is to be drawn
+
 
 @dataclass(frozen=True, slots=True)
 class PictureTask:
@@ -43,6 +48,22 @@ class PictureTask:
     def starts_from_noise(self) -> bool:
         """Whether nothing of the picture is in the first x: a mask with a strength of 1 (as in diffusers)."""
         return self.canvas.mask is not None and self.strength == 1.0
+
+
+def draws_at_start(picture: PictureTask | None, manifest: Manifest) -> tuple[str, ...]:
+    """What diffusers' pipelines draw from an image's generator before the first step, in their order.
+
+    Image to image and inpainting draw the picture's latents from the VAE's posterior, where they need them,
+    and inpainting those of the masked picture, whether the U-Net reads them or not. A variation by inversion,
+    which diffusers' pipelines do not have, takes the posterior's mean.
+    """
+    if picture is None or picture.variation is not None:
+        return (NOISE,)
+    if picture.canvas.mask is None:
+        return (LATENTS, NOISE)
+    if manifest.reads_mask and picture.starts_from_noise:
+        return (NOISE, MASKED_LATENTS)
+    return (LATENTS, NOISE, MASKED_LATENTS)
 
 
 def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt: bool) -> PictureTask | None:

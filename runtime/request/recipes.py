@@ -75,9 +75,9 @@ def check_pixels(options: Mapping[str, Any], name: str, digest: str) -> None:
     """Refuse a picture that is not the one that a recipe was drawn from.
 
     Args:
-        options: Of the call; those without the recipe's digest admit any picture.
+        options: The call's options; those without the recipe's digest admit any picture.
         name: ``image`` or ``mask_image``.
-        digest: From `pixels_sha256`.
+        digest: The picture's `pixels_sha256`.
 
     Raises:
         UsageError: It is another.
@@ -91,20 +91,29 @@ def check_pixels(options: Mapping[str, Any], name: str, digest: str) -> None:
         )
 
 
-def check_embeddings(wanted: object, loaded: Mapping[str, str]) -> None:
+def checked_embeddings(wanted: object) -> Mapping[str, Any]:
+    """The textual inversions that a recipe needs, name → SHA-256 of the file; of None none.
+
+    Raises:
+        UsageError: It is no such table.
+    """
+    if wanted is None:
+        return {}
+    if not isinstance(wanted, Mapping):
+        raise UsageError(f"embeddings is {type(wanted).__name__}: names with the SHA-256 of their files")
+    return wanted
+
+
+def check_embeddings(wanted: Mapping[str, Any], loaded: Mapping[str, str]) -> None:
     """Refuse a recipe whose textual inversions are not there.
 
     Args:
-        wanted: The recipe's ``embeddings``, name → SHA-256 of the file; None for none.
-        loaded: Those of the pipeline.
+        wanted: What `checked_embeddings` gave.
+        loaded: The pipeline's, name → SHA-256 of the file.
 
     Raises:
-        UsageError: One is missing or another, or ``wanted`` is no such table.
+        UsageError: One is missing or another.
     """
-    if wanted is None:
-        return
-    if not isinstance(wanted, Mapping):
-        raise UsageError(f"embeddings is {type(wanted).__name__}: names with the SHA-256 of their files")
     for name, digest in wanted.items():
         if loaded.get(name) == digest:
             continue

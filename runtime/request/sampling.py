@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from sdrt.runtime.bundle.families.components import TIMESTEP_COND
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import flag, number, share, whole
-from sdrt.runtime.drawing.buffers import MAX_ROWS
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.options import OPTIONS
 from sdrt.runtime.samplers.guidance import guidance_weights
@@ -20,13 +19,15 @@ from sdrt.runtime.samplers.registry import SAMPLERS, find_sampler, first_step, m
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable
 
+MAX_ROWS: Final = 2048  # of a table: two evaluations for each trained timestep, and a few
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """A call's way from noise to a picture.
 
     Attributes:
-        table: Of the sampler; some samplers have more than one row for a step.
+        table: The sampler's rows; some samplers have more than one for a step.
         schedule: The bundle's, with the spacing that was asked for.
         weights: float32 [rows], w of each row; a row of 1 or less runs the conditional half alone.
         guidance_rescale: phi.
@@ -51,9 +52,9 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     """Check what of a call's options is about sampling.
 
     Args:
-        manifest: Of the bundle.
+        manifest: The bundle's manifest.
         options: See `sdrt.runtime.request.options.DrawOptions`.
-        strength: Of a run that starts from a picture; None for a whole run.
+        strength: The share of the schedule that is run on a picture; None for a whole run.
 
     Raises:
         UsageError: An option is of a wrong type, out of range, or not one of the sampler's.
@@ -79,9 +80,10 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     scale = options.get("guidance_scale")
     scale = defaults.guidance_scale if scale is None else _scale(scale)
     interval = options.get("guidance_interval")
-    told = manifest.components["unet"].spec.input(TIMESTEP_COND) is not None
+    embeds_guidance = manifest.components["unet"].spec.input(TIMESTEP_COND) is not None
     rescale = share("guidance_rescale", options.get("guidance_rescale", 0.0))
-    weights = guidance_weights(table, 1.0 if told else scale, (0.0, 1.0) if interval is None else interval)
+    guided = (0.0, 1.0) if interval is None else interval
+    weights = guidance_weights(table, 1.0 if embeds_guidance else scale, guided)
     recipe = {
         "num_inference_steps": steps,
         "guidance_scale": _plain(scale),
@@ -97,7 +99,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         schedule=chosen.applied_to(manifest.schedule),
         weights=weights.astype(np.float32),
         guidance_rescale=rescale,
-        embedded_guidance=_embedded(table, scale, interval, rescale) if told else None,
+        embedded_guidance=_embedded(table, scale, interval, rescale) if embeds_guidance else None,
         recipe=recipe,
     )
 

@@ -1,20 +1,76 @@
-"""Prompts, negative prompts and seeds of a call, spread over its images."""
+"""Prompts, negative prompts and seeds of a call, checked and spread over its images."""
 
 from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Sequence
-from typing import Any, Final
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from sdrt.runtime.bundle.limits import MAX_CALL_CHARACTERS
-from sdrt.runtime.checks import whole
+from sdrt.runtime.bundle.manifest import Manifest
+from sdrt.runtime.checks import flag, whole
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.noise import validate_seed
+from sdrt.runtime.text.chunks import COMMA_LOOKBACK, Prompt, check_clip_skip
+from sdrt.runtime.text.syntax import PromptSyntaxWarning, remarks_on
 from sdrt.runtime.text.tokenizer import checked_text
 
 MAX_IMAGES: Final = 1000
 RANDOM_SEED: Final = -1  # as in A1111's web UI
+
+
+class Conditions(NamedTuple):
+    """What each of N images is drawn from, and what its recipe says of it.
+
+    Attributes:
+        wanted: Prompts, or pictures where the bundle draws variations of one.
+        unwanted: What the images are moved away from; None stands for zeros.
+        texts: The recipe's share.
+    """
+
+    wanted: list[Hashable]
+    unwanted: list[Hashable]
+    texts: list[dict[str, Any]]
+
+
+def prompt_conditions(
+    manifest: Manifest, prompt: str | Sequence[str], options: Mapping[str, Any]
+) -> Conditions:
+    """Check what of a call's options is about prompts.
+
+    Raises:
+        UsageError: No texts, not as many of one as of the other, too many images, a weight that is no number,
+            or an option out of its range.
+    """
+    negative = options.get("negative_prompt")
+    if negative is None and not manifest.force_zeros_for_empty_prompt:
+        negative = ""
+    prompts, unwanted = per_image_texts(prompt, negative, options.get("num_images_per_prompt", 1))
+    plain = flag("plain_prompt", options.get("plain_prompt", False))
+    skip = whole("clip_skip", options.get("clip_skip", 0))
+    check_clip_skip(skip, manifest.limits.max_clip_skip)
+    lookback = whole("comma_lookback", options.get("comma_lookback", COMMA_LOOKBACK))
+    if lookback < 0:
+        raise UsageError(f"comma_lookback is {lookback}: a number of tokens is wanted, 0 for none")
+    for text in dict.fromkeys((*prompts, *unwanted)):
+        for remark in remarks_on(text or "", plain=plain):  # a weight that is no number is refused now
+            warnings.warn(remark, PromptSyntaxWarning, stacklevel=2)
+    how: dict[str, Any] = {"plain": plain, "clip_skip": skip, "comma_lookback": lookback}
+    beyond = {
+        **({"plain_prompt": True} if plain else {}),
+        **({"clip_skip": skip} if skip else {}),
+        **({"comma_lookback": lookback} if lookback != COMMA_LOOKBACK else {}),
+    }
+    return Conditions(
+        [Prompt(text, **how) for text in prompts],
+        [Prompt(text, **how) for text in unwanted],
+        [
+            {"prompt": text, "negative_prompt": other, **beyond}
+            for text, other in zip(prompts, unwanted, strict=True)
+        ],
+    )
 
 
 def per_image_texts(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sdrt.kernels.mt19937 import TorchCPUGenerator
 from sdrt.kernels.philox import philox_normal
+from sdrt.runtime.checks import choice
 from sdrt.runtime.errors import UsageError
 
 Rng = Literal["philox", "cpu"]
@@ -32,10 +33,9 @@ class NoiseSource:
     """Normal noise for N images; image n's numbers depend on ``seeds[n]`` alone.
 
     A stream's draws are numbered from 0 on in the order in which diffusers' pipelines make them
-    (`sdrt.runtime.drawing.starting_point.draws_at_start`, then the rows that add noise), whether or not the
-    others are asked
-    for: a caller who brings latents gets the step noise of a run that drew them. All draws of a stream count
-    as having the shape that is asked for.
+    (`sdrt.runtime.request.picture.draws_at_start`, then the rows that add noise), whether or not the others
+    are asked for: a caller who brings latents gets the step noise of a run that drew them. All draws of a
+    stream count as having the shape that is asked for.
 
     Make one with :func:`noise_source`.
     """
@@ -71,12 +71,11 @@ def noise_source(rng: str, seeds: Sequence[int]) -> NoiseSource:
     Raises:
         UsageError: unknown rng, no seed, or a seed that :func:`validate_seed` refuses.
     """
-    if rng not in _STREAMS:
-        raise UsageError(f"rng is {rng!r}; choose one of {', '.join(RNGS)}")
+    stream = _STREAMS[choice("rng", rng, RNGS, "; choose one of")]
     if not seeds:
         raise UsageError("no seed was given; noise needs one per image")
     valid = [validate_seed(seed) for seed in seeds]
-    return NoiseSource(valid, [_STREAMS[rng](seed) for seed in valid])
+    return NoiseSource(valid, [stream(seed) for seed in valid])
 
 
 def validate_seed(seed: int) -> int:
@@ -94,6 +93,23 @@ def validate_seed(seed: int) -> int:
     if not 0 <= value < 2**64:
         raise UsageError(f"seed is {value}; it must be at least 0 and below 2**64 (0 is a seed)")
     return value
+
+
+def slerp(first: NDArray[np.float32], second: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Spherical interpolation (Shoemake 1985) of two arrays taken as vectors, float32 of their shape.
+
+    Noise stays noise: between two independent draws of unit variance every result has unit variance, which
+    their weighted mean has not. Where the two point the same way, it is the weighted mean.
+    """
+    a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    cosine = float(np.clip(a @ b / norms, -1.0, 1.0)) if norms > 0 else 1.0
+    angle = np.arccos(cosine)
+    if np.sin(angle) < 1e-6:
+        mixed = (1 - share) * a + share * b
+    else:
+        mixed = (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
+    return mixed.astype(np.float32).reshape(first.shape)
 
 
 class _PhiloxStream:

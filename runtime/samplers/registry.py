@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from sdrt.runtime.checks import did_you_mean, whole_from
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers import log_snr, sigma, timestep
 from sdrt.runtime.samplers.sampler import Sampler
-from sdrt.runtime.samplers.schedule import NoiseSchedule, check_integer
+from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NORMAL, SamplerOptions, SamplerTable
 
 _FAMILIES: Final = (timestep, sigma, log_snr)
@@ -67,12 +68,12 @@ def make_table(
     count = given if num_inference_steps is None else num_inference_steps
     if count is None:
         raise UsageError("num_inference_steps is missing: say how many, or give timesteps or sigmas")
-    check_integer("num_inference_steps", count, 1, schedule.num_train_timesteps)
+    whole_from("num_inference_steps", count, 1, schedule.num_train_timesteps)
     if given not in (None, count):
         raise UsageError(
             f"num_inference_steps is {count}, but there are timesteps or sigmas for {given}: leave it out"
         )
-    check_integer("start", start, 0, count - 1)
+    whole_from("start", start, 0, count - 1)
     if options.sigma_schedule == NORMAL:
         options = replace(options, sigma_schedule=None)
     sampler = SAMPLERS[name]
@@ -106,7 +107,7 @@ def _check_options(name: str, options: SamplerOptions, *, karras: bool) -> None:
             shown = "karras" if karras and option == "sigma_schedule" else option
             raise UsageError(f"the sampler {name} has no {shown}: use it with {', '.join(having)}")
     if options.solver_order is not None:
-        check_integer("solver_order", options.solver_order, 1, sampler.max_order)
+        whole_from("solver_order", options.solver_order, 1, sampler.max_order)
 
 
 def _check_edm(name: str, options: SamplerOptions) -> None:
@@ -159,11 +160,8 @@ def a1111_name(sampler: str, options: Mapping[str, Any]) -> str:
 
 def unknown_sampler(name: str) -> str:
     """What is said of a name that is no sampler of ours: the nearest that there is, and all of ours."""
-    import difflib
-
-    known = _by_key()
-    near = difflib.get_close_matches(_key(name), known, n=1, cutoff=0.6)
-    hint = f" did you mean {known[near[0]]}?" if near else ""
+    question = did_you_mean(_key(name), _by_key())
+    hint = f" {question}" if question else ""
     return f"unknown sampler {name[:100]!r}:{hint} allowed are {', '.join(sorted(SAMPLERS))}"
 
 

@@ -71,7 +71,7 @@ def sampler(*, options: str = "", inherits: str = "", **facts: Any) -> Callable[
 
     Args:
         options: Names with spaces between them, beside those that it inherits.
-        inherits: Likewise.
+        inherits: Names of those that it takes from a checkpoint's scheduler, with spaces between them.
         **facts: The other fields of `Sampler` that are not as they are by default.
     """
     own = frozenset(inherits.split())

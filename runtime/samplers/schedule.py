@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.runtime.checks import choice, flag, whole_from
 from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.samplers.edm import EDM_PREDICTION_TYPES, EdmScaling
 
@@ -69,16 +70,16 @@ class NoiseSchedule:
     edm: EdmScaling | None = None
 
     def __post_init__(self) -> None:
-        check_integer("num_train_timesteps", self.num_train_timesteps, 2, MAX_TRAIN_TIMESTEPS)
-        check_integer("steps_offset", self.steps_offset, 0, self.num_train_timesteps - 1)
-        _check_choice("beta_schedule", self.beta_schedule, tuple(BETA_SCHEDULES))
+        whole_from("num_train_timesteps", self.num_train_timesteps, 2, MAX_TRAIN_TIMESTEPS)
+        whole_from("steps_offset", self.steps_offset, 0, self.num_train_timesteps - 1)
+        choice("beta_schedule", self.beta_schedule, tuple(BETA_SCHEDULES))
         predictions = PREDICTION_TYPES if self.edm is None else EDM_PREDICTION_TYPES
-        _check_choice("prediction_type", self.prediction_type, predictions)
+        choice("prediction_type", self.prediction_type, predictions)
         if self.timestep_spacing is not None:
-            _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+            choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         if self.set_alpha_to_one is not None:
-            _check_flag("set_alpha_to_one", self.set_alpha_to_one)
-        _check_flag("rescale_betas_zero_snr", self.rescale_betas_zero_snr)
+            flag("set_alpha_to_one", self.set_alpha_to_one, ": allowed are true and false")
+        flag("rescale_betas_zero_snr", self.rescale_betas_zero_snr, ": allowed are true and false")
         _check_beta("beta_start", self.beta_start)
         _check_beta("beta_end", self.beta_end)
         if self.trained_betas is not None:
@@ -238,7 +239,7 @@ def spaced_timesteps(
     ``num_train_timesteps``, or where ``leading`` has no room for so many.
     """
     num_train = schedule.num_train_timesteps
-    check_integer("num_inference_steps", num_inference_steps, 1, num_train)
+    whole_from("num_inference_steps", num_inference_steps, 1, num_train)
     if schedule.timestep_spacing == "trailing":
         return trailing_timesteps(num_train, num_inference_steps)
     spread = num_inference_steps + drop_last
@@ -296,22 +297,6 @@ def _edm_from_dict(data: object) -> EdmScaling:
     if not isinstance(data, dict) or sorted(data) != sorted(names):
         raise UsageError(f"edm is {str(data)[:100]!r}: it must have just {', '.join(names)}")
     return EdmScaling(**data)
-
-
-def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Raises ``UsageError`` unless ``value`` is a whole number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name} is {value!r}: allowed are whole numbers from {low} to {high}")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name} is {value!r}: allowed are {', '.join(allowed)}")
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise UsageError(f"{name} is {value!r}: allowed are true and false")
 
 
 def _check_beta(name: str, value: object) -> None:

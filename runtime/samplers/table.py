@@ -31,9 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
+from sdrt.runtime.checks import choice, whole_from
 from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.samplers.edm import EdmScaling
-from sdrt.runtime.samplers.schedule import TIMESTEP_SPACINGS, FloatArray, NoiseSchedule, check_integer
+from sdrt.runtime.samplers.schedule import TIMESTEP_SPACINGS, FloatArray, NoiseSchedule
 from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES
 
 IntArray = NDArray[np.int64]
@@ -167,10 +168,14 @@ class SamplerOptions:
     euler_at_final: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("spacing", self.spacing, SPACINGS)
-        _check_choice("sigma_schedule", self.sigma_schedule, (*SIGMA_SCHEDULES, NORMAL))
-        _check_choice("algorithm_type", self.algorithm_type, ("dpmsolver",))
-        _check_choice("solver_type", self.solver_type, ("heun", "bh1"))
+        for name, allowed in (
+            ("spacing", SPACINGS),
+            ("sigma_schedule", (*SIGMA_SCHEDULES, NORMAL)),
+            ("algorithm_type", ("dpmsolver",)),
+            ("solver_type", ("heun", "bh1")),
+        ):
+            if (given := getattr(self, name)) is not None:
+                choice(name, given, allowed)
         if self.final_sigmas_type not in FINAL_SIGMAS:
             raise UsageError(
                 f"final_sigmas_type is {self.final_sigmas_type!r}: allowed are {', '.join(FINAL_SIGMAS)}"
@@ -184,7 +189,7 @@ class SamplerOptions:
         for name in ("lower_order_final", "euler_at_final"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} is {getattr(self, name)!r}: allowed are True and False")
-        check_integer("original_inference_steps", self.original_inference_steps, 1, 100_000)
+        whole_from("original_inference_steps", self.original_inference_steps, 1, 100_000)
         levels = [
             name for name in ("sigma_schedule", "timesteps", "sigmas") if getattr(self, name) is not None
         ]
@@ -213,7 +218,7 @@ class SamplerOptions:
         try:
             options = cls(**data)
             if options.solver_order is not None:
-                check_integer("solver_order", options.solver_order, 1, HISTORY)
+                whole_from("solver_order", options.solver_order, 1, HISTORY)
         except UsageError as error:
             raise BundleError(f"sampler options: {error}") from error
         return options
@@ -295,11 +300,6 @@ def given_timesteps(schedule: NoiseSchedule, timesteps: tuple[float, ...], *, wh
             kind = "whole numbers" if whole else "numbers"
             raise UsageError(f"timesteps hold {timestep}: for this sampler they are {kind} from 0 to {last}")
     return np.array(timesteps, dtype=np.float64)
-
-
-def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    if value is not None and value not in allowed:
-        raise UsageError(f"{name} is {value!r}: allowed are {', '.join(allowed)}")
 
 
 def _check_falling(name: str, values: tuple[float, ...] | None, *, least: int) -> None:

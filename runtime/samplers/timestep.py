@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.checks import whole_from
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.sampler import sampler
-from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule, check_integer, spaced_timesteps
+from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule, spaced_timesteps
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, given_timesteps, model_rows
 
 SIGMA_DATA = 0.5  # of LCM's boundary condition, as the models were distilled
@@ -76,7 +77,7 @@ def inversion_table(schedule: NoiseSchedule, num_inference_steps: int, start: in
         )
     schedule = schedule.with_defaults(timestep_spacing="leading", set_alpha_to_one=True)
     timesteps = np.round(spaced_timesteps(schedule, num_inference_steps))
-    check_integer("start", start, 0, num_inference_steps - 1)
+    whole_from("start", start, 0, num_inference_steps - 1)
     timesteps = timesteps[start:][::-1].copy()
     begins = timesteps - _stride(schedule, num_inference_steps)
     sees_noise = schedule.prediction_type != "sample"

@@ -217,7 +217,7 @@ def check_clip_skip(clip_skip: object, most: int) -> None:
         allowed = (
             f"0 to {most} layers of its text encoders can be left out"
             if most
-            else "it always runs all layers of its text encoders; export it again with this sdrt"
+            else "it always runs all layers of its text encoders"
         )
         raise UsageError(f"clip_skip is {clip_skip!r}, and of this bundle {allowed}")
 

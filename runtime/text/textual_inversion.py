@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.registry import FAMILIES
+from sdrt.runtime.bundle.limits import MAX_EMBEDDING_BYTES, MAX_EMBEDDING_NAME
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.system.untrusted import library_errors, read_limited
 
 PICKLES: Final = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
-MAX_BYTES: Final = 16 << 20  # 75 vectors for both of SDXL's text encoders in float64 are 1.2 MB
-MAX_NAME: Final = 100  # characters
 WEBUI: Final = "emb_params"
 _DTYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -75,10 +74,10 @@ def checked_token(token: str) -> str:
         UsageError: Empty, too long, not printable, or a word that means something else in a prompt.
     """
     name = token.strip() if isinstance(token, str) else ""
-    if not name or len(name) > MAX_NAME or not name.isprintable() or name == "BREAK":
+    if not name or len(name) > MAX_EMBEDDING_NAME or not name.isprintable() or name == "BREAK":
         raise UsageError(
-            f"the token of an embedding is {str(token)[:MAX_NAME]!r}: 1 to {MAX_NAME} printable characters, "
-            "such as <cat-toy>, and not BREAK"
+            f"the token of an embedding is {str(token)[:MAX_EMBEDDING_NAME]!r}: "
+            f"1 to {MAX_EMBEDDING_NAME} printable characters, such as <cat-toy>, and not BREAK"
         )
     return name
 
@@ -90,7 +89,7 @@ def _content(file: Path) -> bytes:
             "safetensors"
         )
     try:
-        content = read_limited(file, MAX_BYTES)
+        content = read_limited(file, MAX_EMBEDDING_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"there is no file {file}: give an embedding in the safetensors format") from None
     except ValueError as error:

@@ -315,4 +315,4 @@ def test_chunks_of_prompts_are_an_axis_and_a_limit(tiny_checkpoint: Path, chunks
     checkpoint = open_checkpoint(str(tiny_checkpoint))
     asked = replace(options(AxisRange(16, 16), AxisRange(16, 16)), chunks=chunks)
     assert graph_axes(checkpoint, asked)["context"] == AxisRange(77, 77 * chunks, 77)
-    assert bundle_manifest.manifest_of(checkpoint, asked, {}, [None]).limits.max_chunks == chunks  # type: ignore[list-item]
+    assert bundle_manifest.draft_manifest(checkpoint, asked, []).limits.max_chunks == chunks

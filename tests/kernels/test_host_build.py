@@ -165,6 +165,7 @@ def step_cases(draw: st.DrawFn) -> StepBuffers:
         buffers.factors = random.uniform(0.3, 1.1, shape[0]).astype(np.float32)
     halves = draw(st.sampled_from([1, 2]))
     buffers.sample = np.zeros((halves * shape[0], *shape[1:]), buffers.sample.dtype)
+    buffers.timestep = np.zeros(halves * shape[0], np.float32)
     for array in (buffers.latents, buffers.history, buffers.saved, buffers.noise):
         array[...] = random.standard_normal(array.shape)
     buffers.latents.flat[0] = draw(FLOATS)

@@ -13,7 +13,7 @@ import pytest
 from support.runs.step_runs import artificial_table, make_buffers, make_run
 
 from sdrt.kernels import check_finite, guidance_rescale, guided_step, image_to_uint8, philox_normal
-from sdrt.kernels.compile import MODULES, sources
+from sdrt.kernels.compile import modules, sources
 from sdrt.kernels.guided_step import StepBuffers
 from sdrt.kernels.host_build import HostArray, on_host
 from sdrt.kernels.launch import BLOCK, MAX_GRID, Launch, blocks
@@ -56,7 +56,7 @@ def test_blocks_are_no_larger_than_the_kernels_are_compiled_for() -> None:
         if name.endswith(".cu")
         for bound in re.findall(r"__launch_bounds__\((\d+)\)", text)
     ]
-    assert len(bounds) >= len(MODULES)
+    assert len(bounds) >= len(modules())
     assert set(bounds) == {BLOCK, guidance_rescale.LANES}
     (lanes,) = re.findall(r"LANES = (\d+)", sources()["guidance_rescale.cuh"])
     assert int(lanes) == guidance_rescale.LANES
@@ -104,6 +104,7 @@ WRONG = [
     ("history", (3, 1, 4, 64, 64), "float32", r"history has shape"),
     ("rows", (12, COLUMNS + 1), "float32", r"rows has shape"),
     ("timesteps", (12,), "float64", r"timesteps is float64"),
+    ("timestep", (1,), "float32", r"timestep has shape \(1,\): it must be \(2,\)"),
     ("factors", (), "float32", r"factors has shape \(\)"),
     ("guidance_rescale", (1,), "float64", r"guidance_rescale is float64"),
     ("denoised", (1, 4, 64, 32), "float32", r"denoised has shape"),
@@ -137,6 +138,7 @@ def test_rows_read_and_rows_written_are_independent(evaluated: int, prepared: in
     buffers = on_host(step_buffers())
     for name, rows in (("noise_pred", evaluated), ("sample", prepared)):
         buffers = changed(buffers, name, array((rows, *SD15_512[1:]), "float16"))
+    buffers = changed(buffers, "timestep", array((prepared,), "float32"))
     params = guided_step.launch(buffers).params
     assert (params.guided, params.halves) == (evaluated - 1, prepared)
 

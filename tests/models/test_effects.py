@@ -18,10 +18,9 @@ from PIL import Image
 
 import tolerances
 from sdrt.benchmarks.gallery.sections import Entry, Section
-from sdrt.runtime.drawing.starting_point import slerp
 from sdrt.runtime.pipeline import Pipeline
-from sdrt.runtime.request.request import build_request
-from sdrt.runtime.samplers.noise import noise_source
+from sdrt.runtime.request.build import build_request
+from sdrt.runtime.samplers.noise import noise_source, slerp
 
 RECIPE = Path(__file__).parents[2] / "models" / "emoji"
 FACES = ("a fox face", "a tiger face", "a lion face", "a dog face", "a cat face", "a bear face", "an owl")
@@ -178,7 +177,7 @@ def test_inversion_ends_where_any_sampler_begins(gallery: Gallery, pipeline: Pip
     apple = pictures(gallery, "Prompts")[0]
     task = build_request(pipeline.bundle.manifest, None, {"image": apple}).picture
     assert task is not None
-    known = pipeline._pictures.known(task).latents.mean
+    known = pipeline._parts.vae_encoder.encode(task.canvas).latents.mean
     options: dict[str, Any] = {"image": apple, "variation": 0.0, "guidance_scale": 1.0, "sampler": sampler}
     errors = []
     for steps in (10, 80):

@@ -18,11 +18,12 @@ from support.runs.pipeline_spies import OpenPipeline, assert_close, assert_diffe
 
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu import discovery
-from sdrt.runtime.drawing import generation
+from sdrt.runtime.drawing import shapes
 from sdrt.runtime.drawing import text_conditioning as prompts
+from sdrt.runtime.drawing.finished_images import BlackImageWarning
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder, PromptTruncatedWarning
 from sdrt.runtime.errors import BackendError, BundleError, NumericsError, UsageError
-from sdrt.runtime.pipeline import BlackImageWarning, Pipeline
+from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.samplers.noise import RNGS, noise_source
 from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 
@@ -531,7 +532,7 @@ def test_shapes_change_and_come_back(fresh: OpenPipeline) -> None:
     sizes = [(16, 20), (20, 16), (20, 20), (24, 16), (28, 16), (32, 32)]
     for height, width in sizes:
         fresh("a", seed=1, height=height, width=width, **SHORT)
-        assert len(fresh._generations) <= generation.MAX_CACHED_SHAPES
+        assert len(fresh._parts.shapes) <= shapes.MAX_CACHED_SHAPES
     assert_equal(fresh("a", seed=1, **SHORT), first)
     assert len(unet.bound) == len(sizes) + 2  # the first shape had to make room and came back
     fresh("a", seed=1, height=32, width=32, **SHORT)
@@ -762,7 +763,7 @@ def test_bad_argument(
 ) -> None:
     """Refused in one line that says what is allowed, before any component has run."""
     monkeypatch.setattr(
-        pipeline._generations, "ready", lambda *_, **__: pytest.fail("something was computed")
+        pipeline._parts.shapes, "ready", lambda *_, **__: pytest.fail("something was computed")
     )
     with pytest.raises(UsageError, match=words) as caught:
         pipeline(**{"prompt": "a", **arguments})

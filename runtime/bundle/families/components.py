@@ -45,9 +45,8 @@ def text_encoder(name: str, width: str, outputs: tuple[TensorSpec, ...]) -> Comp
         ("batch", "tokens", width),
         "of textual inversion; read where input_ids is -1",
     )
-    # Bundles of format version 3 have both in every text encoder.
     skip = TensorSpec(CLIP_SKIP, "int64", ("skips",), "how many of the last layers are left out: 0 for none")
-    return ComponentSpec(name, (ids, custom, skip), outputs, optional=frozenset({custom.name, skip.name}))
+    return ComponentSpec(name, (ids, custom, skip), outputs)
 
 
 def hidden_state(name: str, width: str, about: str = "") -> TensorSpec:
@@ -70,7 +69,7 @@ def unet(*more: TensorSpec, of_request: tuple[str, ...] = ()) -> ComponentSpec:
             "noisy latents, scaled as the sampler says",
         ),
         # float32 in every precision: a fractional timestep must not be rounded to fp16.
-        TensorSpec(TIMESTEP, "float32", (1,), "0 … num_train_timesteps − 1, may be fractional"),
+        TensorSpec(TIMESTEP, "float32", ("rows",), "0 … num_train_timesteps − 1, may be fractional"),
         TensorSpec(ENCODER_HIDDEN_STATES, FLOAT, ("rows", "context", "cross_width"), "text embeddings"),
     )
     of_some_checkpoints = (

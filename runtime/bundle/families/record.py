@@ -70,8 +70,8 @@ class ComponentSpec:
         name: The component's.
         inputs: What it takes.
         outputs: What it gives.
-        optional: Inputs that not every graph has: of some kinds of checkpoints, or of bundles that were
-            written since they exist. Each has at least one axis whose size only those checkpoints give.
+        optional: Inputs that only the graphs of some kinds of checkpoints have. Each has at least one axis
+            whose size only those checkpoints give.
         of_request: Inputs that are numbers of the request or of its picture, which no component makes.
         recurring: Groups of inputs whose values come again, from step to step or in every picture. What
             depends on one group alone may be kept and need not be computed anew.

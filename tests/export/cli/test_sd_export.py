@@ -120,7 +120,7 @@ def test_the_manifest_describes_the_checkpoint(tiny_bundle: Path) -> None:
     side = {"minimum": 16, "maximum": 32, "multiple": 4}
     text = {"max_chunks": 4, "max_clip_skip": 1}
     assert manifest["limits"] == {"min_batch": 1, "max_batch": 2, "height": side, "width": side, **text}
-    tokenizer = {key: manifest["tokenizer"][key] for key in ("max_length", "bos", "eos", "pad")}
+    tokenizer = {key: manifest["tokenizers"][0][key] for key in ("max_length", "bos", "eos", "pad")}
     assert tokenizer == {"max_length": 77, "bos": 712, "eos": 713, "pad": 713}
 
 

@@ -179,5 +179,5 @@ def test_input_shapes_are_the_corners_of_the_profile(manifest: Manifest) -> None
     shapes = input_shapes(unet, profile)
     side = manifest.defaults.height // manifest.latents.factor
     assert shapes["sample"] == ((1, 4, 16, 16), (2, 4, side, side), (16, 4, 32, 32))
-    assert shapes["timestep"] == ((1,), (1,), (1,))
+    assert shapes["timestep"] == ((1,), (2,), (16,))
     assert [shape[:2] for shape in shapes["encoder_hidden_states"]] == [(1, 77), (2, 77), (16, 77)]

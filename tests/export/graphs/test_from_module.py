@@ -208,12 +208,12 @@ def test_the_text_encoder_gives_transformers_last_and_penultimate_states(
 
 
 @pytest.mark.parametrize(("rows", "context"), [(1, 77), (2 * BATCH, 77), (2, 308)])
-def test_the_unet_gives_diffusers_prediction_at_any_size(
+def test_the_unet_gives_diffusers_prediction_at_any_size_and_timestep_of_each_row(
     tiny_bundle: Path, tiny_checkpoint: Path, rows: int, context: int
 ) -> None:
     model: Any = load_module(open_checkpoint(str(tiny_checkpoint)), "unet")
     sample, states = noise(rows, 4, HEIGHT // 2, WIDTH // 2), noise(rows, context, 16, seed=8)
-    timestep = np.array([987.65], np.float32)
+    timestep = np.linspace(987.65, 3.2, rows, dtype=np.float32)
     with torch.no_grad():
         expected = model(*map(torch.from_numpy, (sample, timestep, states))).sample
     (actual,) = run(tiny_bundle, "unet", sample=sample, timestep=timestep, encoder_hidden_states=states)
@@ -253,7 +253,7 @@ def test_a_fractional_timestep_is_not_rounded_in_an_fp16_graph(
     assert np.float16(900.2) == 900.0
     ours, reference = [], []
     for time in (900.0, 900.2):
-        timestep = np.array([time], np.float32)
+        timestep = np.array([time, 12.5], np.float32)
         half = {"sample": sample.astype(np.float16), "encoder_hidden_states": states.astype(np.float16)}
         ours.append(run(fp16_bundle, "unet", timestep=timestep, **half)[0].astype(np.float64))
         with torch.no_grad():

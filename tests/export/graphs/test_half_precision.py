@@ -123,7 +123,7 @@ def feeds_of(model: ir.Model) -> dict[str, Any]:
         open_sizes = {"rows": 2, "context": 77}
         shape = [size if isinstance(size, int) else open_sizes[str(size)] for size in value.shape]
         feeds[str(value.name)] = generator.standard_normal(shape).astype(value.dtype.numpy())
-    return feeds | ({"timestep": np.array([500], np.float32)} if "timestep" in feeds else {})
+    return feeds | ({"timestep": np.full(2, 500, np.float32)} if "timestep" in feeds else {})
 
 
 # --- mended ---

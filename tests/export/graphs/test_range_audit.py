@@ -99,7 +99,7 @@ def test_every_tensor_of_a_unet_is_seen_at_its_true_size(fp16_bundle: Path, tmp_
     generator = np.random.default_rng(1)
     feeds: dict[str, NDArray[Any]] = {
         "sample": generator.standard_normal((2, 4, 9, 8)).astype(np.float16),
-        "timestep": np.array([500], np.float32),
+        "timestep": np.array([500, 20], np.float32),
         "encoder_hidden_states": generator.standard_normal((2, 77, 16)).astype(np.float16),
     }
     audit = audit_ranges(path, [feeds], threads=1)

@@ -181,7 +181,7 @@ def test_the_unet_takes_text_embeds_and_time_ids(sdxl_bundle: Path, sdxl_checkpo
         for shape in ((4, 4, 8, 8), (4, 77, sum(WIDTHS)), (4, PROJECTION))
     )
     time_ids = torch.tensor([[16.0, 20, 1, 2, 16, 16], [8, 8, 0, 0, 16, 16]]).repeat(2, 1)
-    timestep = torch.tensor([321.5])
+    timestep = torch.tensor([321.5, 7.25, 321.5, 7.25])
     with torch.no_grad():
         expected = model(
             sample, timestep, states, added_cond_kwargs={"text_embeds": embeds, "time_ids": time_ids}

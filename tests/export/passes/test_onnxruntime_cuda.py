@@ -100,7 +100,7 @@ def unet_feeds(height: int, width: int, dtype: Any) -> dict[str, Array]:
     generator = np.random.default_rng(1)
     return {
         "sample": generator.standard_normal((2, 4, height, width)).astype(dtype),
-        "timestep": np.array([500], np.float32),
+        "timestep": np.array([500, 20], np.float32),
         "encoder_hidden_states": generator.standard_normal((2, 77, 16)).astype(dtype),
     }
 

@@ -121,7 +121,7 @@ def test_a_widened_bfloat16_graph_computes_with_the_rounded_weights(
     module = load_module(checkpoint, "unet").bfloat16()
     generator = torch.Generator().manual_seed(5)
     sample, states = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 77, 16)))
-    timestep = torch.tensor([321.5])
+    timestep = torch.tensor([321.5, 7.25])
     axes = {**AXES, "latent_height": AxisRange(8, 8), "latent_width": AxisRange(8, 8)}
     inputs = (sample.bfloat16(), timestep, states.bfloat16())
     model = onnx_from_module(UNet(module), inputs, spec, axes, 23)

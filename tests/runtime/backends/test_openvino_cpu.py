@@ -152,7 +152,7 @@ def test_what_is_computed_once(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) ->
     evaluate = openvino(tiny, threads=2).bind(inputs, outputs)
     for picture in range(2):
         for timestep in (900.0, 500.0, 100.5):
-            inputs["timestep"][0] = timestep
+            inputs["timestep"][...] = timestep
             evaluate()
         inputs["encoder_hidden_states"] += 1.0
         assert runs.count(("timestep",)) == 3  # the second stream, and the second picture, know them

@@ -462,8 +462,8 @@ def _without(mapping: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda device, inputs: _without(inputs, "timestep"), "needs a buffer for its input timestep"),
         (lambda device, inputs: {**inputs, "x": inputs["sample"]}, "has no input x, only sample"),
         (
-            lambda device, inputs: {**inputs, "timestep": device.zeros((1,), "float16")},
-            r"unet\.timestep is float32\[1\], given float16\[1\]",
+            lambda device, inputs: {**inputs, "timestep": device.zeros((2,), "float16")},
+            r"unet\.timestep is float32\[rows\], given float16\[2\]",
         ),
         (
             lambda device, inputs: {**inputs, "sample": device.zeros((2, 5, 16, 16), "float32")},

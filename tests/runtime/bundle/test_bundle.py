@@ -106,18 +106,19 @@ def test_truncated_manifest(bundle_copy: Path, cut: int) -> None:
     assert "not valid JSON" in refused(bundle_copy)
 
 
-def test_newer_format(bundle_copy: Path) -> None:
-    edit_manifest(bundle_copy, lambda document: document.update(format_version=FORMAT_VERSION + 1))
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_another_format(bundle_copy: Path, version: int) -> None:
+    edit_manifest(bundle_copy, lambda document: document.update(format_version=version))
     message = refused(bundle_copy)
-    assert f"format version {FORMAT_VERSION + 1}" in message
-    assert "upgrade sdrt" in message
+    assert f"format version {version}" in message
+    assert "export the bundle again" in message
 
 
 ALL_FILES = [
     f"{part}/model.onnx{end}"
     for part in ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     for end in ("", ".data")
-] + ["tokenizer.json"]
+] + ["tokenizer.json", "weights.json"]
 
 
 @pytest.mark.parametrize("name", ALL_FILES)
@@ -163,7 +164,7 @@ def test_path_in_the_manifest_that_points_outside(bundle_copy: Path, tmp_path: P
     (tmp_path / "secret").write_text("secret")
 
     def point(document: dict[str, Any]) -> None:
-        document["tokenizer"]["file"]["path"] = path
+        document["tokenizers"][0]["file"]["path"] = path
 
     edit_manifest(bundle_copy, point)
     for verify in (True, False):
@@ -210,7 +211,7 @@ def test_links_in_a_circle(bundle_copy: Path) -> None:
 
 def test_path_too_long_for_the_system(bundle_copy: Path) -> None:
     def lengthen(document: dict[str, Any]) -> None:
-        document["tokenizer"]["file"]["path"] = "x" * 5000
+        document["tokenizers"][0]["file"]["path"] = "x" * 5000
 
     edit_manifest(bundle_copy, lengthen)
     assert "cannot be read" in refused(bundle_copy)

@@ -115,8 +115,8 @@ def test_unknown_field(holder: KeyPath) -> None:
     ("path", "value", "words"),
     [
         (("format",), "sdrt-bundle", '"format": "sdrt-engine"'),
-        (("format_version",), 2, "reads up to 1: upgrade sdrt"),
-        (("format_version",), 0, "not a positive number"),
+        (("format_version",), 2, "reads version 1 alone: build the engine again"),
+        (("format_version",), 0, "format version 0"),
         (("key", "flavour"), "openvino", "flavour is one of tensorrt, tensorrt-rtx, onnxruntime-cuda"),
         (("key", "component"), "../unet", "component is a name"),
         (("key", "flavour_version"), "1.7/../..", "flavour_version is a version"),

@@ -184,11 +184,11 @@ def newer(bundle: Path) -> None:
 
 def outside(bundle: Path) -> None:
     (bundle.parent / "tokenizer.json").write_bytes((bundle / "tokenizer.json").read_bytes())
-    edit_manifest(bundle, lambda document: document["tokenizer"]["file"].update(path="../tokenizer.json"))
+    edit_manifest(bundle, lambda document: document["tokenizers"][0]["file"].update(path="../tokenizer.json"))
 
 
 def absolute(bundle: Path) -> None:
-    edit_manifest(bundle, lambda document: document["tokenizer"]["file"].update(path="/etc/passwd"))
+    edit_manifest(bundle, lambda document: document["tokenizers"][0]["file"].update(path="/etc/passwd"))
 
 
 def linked_outside(bundle: Path) -> None:

@@ -18,8 +18,10 @@ from safetensors.numpy import save_file
 from support.runs.sd_run_terminal import A_STEP, OnTerminal
 
 from sdrt.runtime.cli import interactive
+from sdrt.runtime.cli import work as command_work
 from sdrt.runtime.cli.main import main
 from sdrt.runtime.drawing.loop import DenoiseLoop
+from sdrt.runtime.pictures import reading
 from sdrt.runtime.pipeline import Pipeline
 
 CPU = ("--backend", "onnxruntime-cpu")
@@ -267,6 +269,49 @@ def test_a_negative_prompt_for_a_model_that_is_told_its_guidance(
     _, err = run("x", "--negative-prompt", "y", "-o", "a.png", bundle=lcm_bundle)
     reason = "this model is told its guidance and runs one half"
     assert err == f"sd-run: warning: {reason}: the negative prompt is not used\n"
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["x"],
+        ["x", "--mask", "mask.png"],
+        ["x y", "--num-images", "3"],
+        [],
+        ["x", "--to-prompt", "y", "--frames", "2"],
+        ["x", "--to-seed", "9", "--frames", "2"],
+    ],
+    ids=" ".join,
+)
+def test_a_picture_is_read_once(
+    run: Run, work: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    read: list[object] = []
+
+    def note(source: object) -> Any:
+        read.append(source)
+        return read_image(source)
+
+    read_image = reading.read_image
+    monkeypatch.setattr(reading, "read_image", note)
+    run(*arguments, "--image", "picture.png", "--quiet")
+    assert read == ["picture.png"]
+
+
+def test_pictures_that_are_too_many_to_wait_are_read_again(
+    run: Run, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the seeds stay those that were drawn when the line was checked."""
+    line = json.dumps({"prompt": "x", "image": "picture.png"})
+    (work / "many.jsonl").write_text(f"{line}\n" * 3)
+    run("--prompts", "many.jsonl", "--output", "kept.png", "--seed", "5", "--quiet")
+    monkeypatch.setattr(command_work, "MAX_WAITING_BYTES", 1)
+    run("--prompts", "many.jsonl", "--output", "read.png", "--seed", "5", "--quiet")
+    for number in (1, 2, 3):
+        assert (work / f"read-{number}.png").read_bytes() == (work / f"kept-{number}.png").read_bytes()
 
 
 # --- on a terminal, and interrupted

@@ -26,9 +26,10 @@ from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu.arrays import DeviceArray
 from sdrt.runtime.devices.gpu.device import CudaDevice
 from sdrt.runtime.devices.gpu.discovery import Gpu
-from sdrt.runtime.drawing import generation, loading
+from sdrt.runtime.drawing import loading, shapes
 from sdrt.runtime.errors import BackendError, DeviceMemoryError, NumericsError, UsageError
-from sdrt.runtime.pipeline import Pipeline, PipelineOutput
+from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.request.output import PipelineOutput
 from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.table import SamplerTable
 
@@ -361,7 +362,7 @@ def test_other_shapes_make_room_where_memory_is_short(host: Pipeline) -> None:
             "width": 32,
         }
         assert_equal(pipeline("a", **options), host("a", **options))
-    assert len(pipeline._generations) < generation.MAX_CACHED_SHAPES
+    assert len(pipeline._parts.shapes) < shapes.MAX_CACHED_SHAPES
     for one in (probe, pipeline):
         one.close()
         assert one.driver.live == {}

@@ -20,13 +20,13 @@ from sdrt.runtime.backends.cuda_backends import needed_components
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.drawing import loading
 from sdrt.runtime.drawing.loading import longest_prompt
-from sdrt.runtime.drawing.starting_point import slerp
 from sdrt.runtime.drawing.text_encoders import open_tokenizers
 from sdrt.runtime.errors import CancelledError, UsageError
 from sdrt.runtime.pictures.preview import rgb_from_latents
-from sdrt.runtime.pipeline import Pipeline, PipelineOutput
-from sdrt.runtime.request.interpolation import interpolated_request
-from sdrt.runtime.request.request import build_request
+from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.request.build import build_interpolation, build_request
+from sdrt.runtime.request.output import PipelineOutput
+from sdrt.runtime.samplers.noise import slerp
 from sdrt.runtime.samplers.registry import make_table
 from sdrt.runtime.text.tokenizer import Tokenizer
 
@@ -247,17 +247,6 @@ def test_denoised_and_preview_are_what_they_say(pipeline: Pipeline) -> None:
         assert np.array_equal(after["preview"], rgb_from_latents(after["denoised"], preview))
 
 
-def test_an_older_bundle_has_no_preview(pipeline: Pipeline) -> None:
-    from dataclasses import replace
-
-    from sdrt.runtime.bundle.bundle import Bundle
-
-    older = Bundle(pipeline.bundle.path, replace(pipeline.bundle.manifest, preview=None))
-    blind = Pipeline(older, pipeline._executors, pipeline._device, "host")
-    with pytest.raises(UsageError, match="without a preview: export it again"):
-        blind("x", callback_on_step_end=print, callback_on_step_end_tensor_inputs=("preview",))
-
-
 @pytest.mark.parametrize("task", [{"prompt": "x"}, {"image": PICTURE, "variation": 0.5}])
 def test_cancel_from_a_callback(pipeline: Pipeline, task: dict[str, Any]) -> None:
     steps: list[int] = []
@@ -349,7 +338,7 @@ def test_the_longest_prompt_is_known_before_anything_is_loaded(
     for options, chunks in (({}, 1), ({"negative_prompt": long}, 2), ({"negative_prompt": "a BREAK b"}, 2)):
         assert longest_prompt(bundle, [build_request(manifest, "a", options)]) == chunks
     many = [build_request(manifest, text, {}) for text in ("a", *(long + word for word in ("b", "c", "d")))]
-    many.append(interpolated_request(manifest, "a", "a " * 200, 3, None, {}))
+    many.append(build_interpolation(manifest, "a", "a " * 200, 3, None, {}))
     opened.clear()
     assert longest_prompt(bundle, many[:1]) == 1
     assert opened == []

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 from sdrt.runtime.bundle.families.sdxl import SDXL
 from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION as SD
+from sdrt.runtime.bundle.limits import MAX_EMBEDDING_BYTES
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.text.textual_inversion import MAX_BYTES, read_embedding
+from sdrt.runtime.text.textual_inversion import read_embedding
 
 WIDTH, WIDTH_2 = 6, 10
 Tensors = dict[str, NDArray[Any]]
@@ -84,7 +85,7 @@ def cut(folder: Path) -> Path:
 def huge(folder: Path) -> Path:
     file = folder / "toy.safetensors"
     file.touch()
-    os.truncate(file, MAX_BYTES + 1)
+    os.truncate(file, MAX_EMBEDDING_BYTES + 1)
     return file
 
 

@@ -62,6 +62,7 @@ def example(**changes: Any) -> Manifest:
         components=components("sd", SIZES),
         latents=LatentGeometry(4, 8),
         schedule=NoiseSchedule(),
+        weights=entry("weights.json"),
         tokenizers=(TokenizerFacts(entry("tokenizer.json"), 77, 1, 2, 2),),
         text_output="last_hidden_state",
         defaults=Defaults(64, 64, 20, 7.5, "dpmpp_2m"),

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from support.fakes.recording import RecordedExecutor, RecordingDriver, recording_device
 
-from sdrt.runtime.pipeline import Pipeline, PipelineOutput
+from sdrt.runtime.drawing.loading import executor_of
+from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.request.output import PipelineOutput
 
 
 class Network(RecordedExecutor):
@@ -35,7 +37,7 @@ class Recorded(Pipeline):
         executors = {name: kind(one, self.cuda, self.driver) for name, one in networks}
 
         def load_more(name: str) -> Network:
-            return kind(host._executor(name), self.cuda, self.driver)
+            return kind(executor_of(host._executors, host._load_more, name), self.cuda, self.driver)
 
         super().__init__(host.bundle, executors, self.cuda, "recording", ["for a test"], load_more)
 

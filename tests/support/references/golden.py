@@ -20,8 +20,8 @@ from sdrt.kernels.image_to_uint8 import image_to_uint8
 from sdrt.kernels.philox import philox4x32
 from sdrt.kernels.philox_normal import NO_DRAW
 from sdrt.kernels.sampler_row import HISTORY, Column
-from sdrt.runtime.drawing.starting_point import draws_at_start
 from sdrt.runtime.pictures.canvas import image_to_float, latent_mask
+from sdrt.runtime.request.picture import draws_at_start
 from sdrt.runtime.samplers.guidance import guidance_embedding, guidance_weights
 from sdrt.runtime.samplers.noise import noise_source
 from sdrt.runtime.samplers.registry import SAMPLERS, first_step, make_table

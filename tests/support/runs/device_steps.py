@@ -40,7 +40,7 @@ def host_buffers(dtype: str, *, guided: bool, masked: bool = False, halves: int 
         counter=np.zeros(1, np.int32),
         fault=np.full(1, NO_FAULT, np.int32),
         sample=np.zeros((prepared, *rest), dtype),
-        timestep=np.zeros(1, np.float32),
+        timestep=np.zeros(prepared, np.float32),
         mask=generator.uniform(size=(images, 1, *rest[1:])).astype(np.float32) if masked else None,
         known=normal(state) if masked else None,
         known_noise=normal(state) if masked else None,

@@ -51,7 +51,8 @@ class FakeUNet:
         self.bindings += 1
 
         def evaluate() -> None:
-            self.timesteps.append(float(inputs["timestep"][0]))
+            (timestep,) = set(inputs["timestep"].tolist())  # the same in every row
+            self.timesteps.append(timestep)
             self.rows.append(len(inputs["sample"]))
             outputs["noise_pred"][...] = predict(**inputs)
 
@@ -63,7 +64,7 @@ class FakeUNet:
 
 def predict(sample: Array, timestep: Any, encoder_hidden_states: Array, **more: Array) -> Array:
     """A quarter of x, more or less by the text, and what every other input adds to it."""
-    t = float(np.asarray(timestep).ravel()[0])
+    t = np.broadcast_to(np.asarray(timestep, np.float32), len(sample))[:, None, None, None]
     text = encoder_hidden_states.mean(axis=(1, 2))[:, None, None, None]
     result: Array = (0.25 + text) * sample + t / 4000 + text
     for value in more.values():

@@ -12,7 +12,8 @@ import tolerances
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.device import Device
-from sdrt.runtime.pipeline import Pipeline, PipelineOutput
+from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.request.output import PipelineOutput
 from sdrt.runtime.text.tokenizer import Tokenizer
 
 Array = NDArray[Any]

@@ -118,7 +118,7 @@ def make_buffers(
         counter=np.zeros(1, np.int32),
         fault=np.full(1, NO_FAULT, np.int32),
         sample=np.zeros_like(run.predictions[0]),
-        timestep=np.zeros(1, np.float32),
+        timestep=np.zeros(len(run.predictions[0]), np.float32),
         ticket=np.zeros(1, np.uint32),
         count=np.array([steps], np.int32) if count else None,
     )

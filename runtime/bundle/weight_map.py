@@ -1,0 +1,77 @@
+"""The weight map: which initializers of a bundle's graphs hold which tensor of the checkpoint.
+
+``weights.json`` lies beside the manifest, which names it. A program that changes weights (a LoRA, a refit)
+finds in it where to put them, without knowing how the export named and turned them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Final
+
+WEIGHTS_NAME: Final = "weights.json"
+# What may have happened to a tensor between the checkpoint and the graph.
+CONSTANT_FOLDING: Final = "constant_folding"  # the exporter turned it round, or looked all of it up
+WEIGHT_STORAGE: Final = "weight_storage"  # it is stored as float16, and a Cast behind it widens it
+SHARED: Final = "deduplication"  # one initializer holds several tensors, which were equal
+PASSES: Final = (CONSTANT_FOLDING, WEIGHT_STORAGE, SHARED)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One initializer that holds a tensor: transposed, then of ``shape``, rounded to ``dtype``.
+
+    Attributes:
+        component: Whose graph.
+        initializer: Its name there.
+        dtype: In which it is stored.
+        shape: Likewise: the transposed tensor's, but for axes of 1 that a constant may have gained.
+        permutation: Axis i of the transposed tensor is axis ``permutation[i]`` of the checkpoint's.
+        passes: What was done to it, of `PASSES`.
+    """
+
+    component: str
+    initializer: str
+    dtype: str
+    shape: tuple[int, ...]
+    permutation: tuple[int, ...]
+    passes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointTensor:
+    """One tensor of the checkpoint.
+
+    Attributes:
+        dtype: In the checkpoint's file.
+        shape: In the checkpoint's file.
+        held_by: Each initializer that holds it.
+        absent: Why there is none; empty where there is one.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    held_by: tuple[Holder, ...] = ()
+    absent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMap:
+    """Subfolder of the checkpoint → name of the tensor, as the file there has it → where it is."""
+
+    tensors: dict[str, dict[str, CheckpointTensor]]
+
+    def to_json(self) -> str:
+        """As JSON text, a line for each tensor."""
+        folders = [
+            f"{json.dumps(folder)}: {{\n"
+            + ",\n".join(_line(*item) for item in sorted(tensors.items()))
+            + "\n}"
+            for folder, tensors in self.tensors.items()
+        ]
+        return '{"tensors": {\n' + ",\n".join(folders) + "\n}}\n"
+
+
+def _line(name: str, tensor: CheckpointTensor) -> str:
+    return f"{json.dumps(name)}: {json.dumps(asdict(tensor), separators=(',', ':'))}"

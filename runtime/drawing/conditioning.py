@@ -1,0 +1,26 @@
+"""What turns the conditions of images, prompts or pictures, into what the U-Net reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from sdrt.runtime.drawing.faults import Faults
+from sdrt.runtime.drawing.loop import DenoiseLoop
+from sdrt.runtime.samplers.table import SamplerTable
+
+
+class ConditionEncoder(Protocol):
+    """Text encoders or an image encoder, with what they gave last."""
+
+    def chunks(self, condition: Any) -> int:
+        """How many times the tokens of one text a condition takes; nothing is computed."""
+        ...
+
+    def write(self, rows: Sequence[Any], loop: DenoiseLoop, chunks: int) -> None:
+        """Put what each row of the U-Net's batch is drawn from into the loop's conditioning."""
+        ...
+
+    def raise_faults(self, faults: Faults, table: SamplerTable, rows: Sequence[Any]) -> None:
+        """Raise what a run's fault words say."""
+        ...

@@ -1,0 +1,123 @@
+"""What a run starts from: noise, a picture at some level of noise, or the noise that a picture came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdrt.kernels.sampler_row import Column
+from sdrt.runtime.bundle.families.components import INPAINTING, TIMESTEP_COND
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.drawing.vae import EncodedImage, Posterior
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.request.picture import LATENTS, MASKED_LATENTS, NOISE, draws_at_start
+from sdrt.runtime.request.request import Request, is_device_array, latent_shape
+from sdrt.runtime.samplers.guidance import guidance_embedding
+from sdrt.runtime.samplers.noise import NoiseSource
+
+FloatArray = NDArray[np.float32]
+
+
+def start_arguments(
+    request: Request, images: Sequence[int], rows: int, source: NoiseSource, image: EncodedImage | None
+) -> dict[str, Any]:
+    """What `DenoiseLoop.start` is to be given for a batch, beside table and guidance.
+
+    Args:
+        request: The call.
+        images: Numbers of its images that are drawn together.
+        rows: Size of the U-Net's batch.
+        source: Noise, a stream for each image of the batch.
+        image: The request's picture, where the run starts from it.
+    """
+    order = draws_at_start(request.picture, request.manifest)
+    shape = latent_shape(request.manifest, request.height, request.width)
+
+    def sample(posterior: Posterior | None, name: str) -> FloatArray | None:
+        if posterior is None or name not in order:
+            return None
+        return posterior.sample(source.draw(order.index(name), shape))
+
+    kept = None if image is None else sample(image.latents, LATENTS)
+    noise = _noise(request, images, source, order.index(NOISE), shape, on_host=image is not None)
+    masked = None if image is None else sample(image.masked_latents, MASKED_LATENTS)
+    arguments: dict[str, Any] = {
+        "seeds": source.seeds,
+        "drawn": len(order),
+        "latents": noise,
+        "scale": request.latents_scale,
+        "guidance_rescale": request.sampling.guidance_rescale,
+        "inputs": _inputs(request, rows, image, masked),
+    }
+    if image is None or kept is None:
+        return arguments
+    if request.picture is None or not request.picture.starts_from_noise:
+        first = request.sampling.table.rows[0]
+        arguments["latents"] = (
+            np.float32(first[Column.SIGNAL]) * kept + np.float32(first[Column.NOISE]) * noise
+        )
+        arguments["scale"] = 1.0
+    if image.mask is not None and masked is None:
+        mask = np.broadcast_to(image.mask, (len(images), 1, *shape[1:]))
+        arguments |= {"known": kept, "known_noise": noise, "mask": mask}
+    return arguments
+
+
+def with_device_latents(device: Device, request: Request) -> Request:
+    """The request with a foreign device array as buffers of our device, one for each image.
+
+    Raises:
+        UsageError: It is of another shape or dtype, or on another device.
+    """
+    if not is_device_array(request.latents):
+        return request
+    count = len(request.conditions)
+    shape = latent_shape(request.manifest, request.height, request.width)
+    array = device.from_cuda_array(request.latents)
+    if tuple(array.shape) != (count, *shape) or array.dtype != np.float32:
+        raise UsageError(f"latents are {array.dtype}{list(array.shape)}: float32{[count, *shape]} is wanted")
+    each = array.nbytes // count
+    rows = [array.part(each * image, (1, *shape), np.float32) for image in range(count)]
+    return replace(request, latents=rows)
+
+
+def _noise(
+    request: Request,
+    images: Sequence[int],
+    source: NoiseSource,
+    number: int,
+    shape: tuple[int, ...],
+    *,
+    on_host: bool,
+) -> Any:
+    """Unit-variance noise: given, draw ``number`` made on the host, or None for draw 0 on the device."""
+    if isinstance(request.latents, np.ndarray):
+        return request.latents[list(images)]
+    if request.latents is not None:
+        return [request.latents[image] for image in images]
+    return None if request.rng == "philox" and not on_host else source.draw(number, shape)
+
+
+def _inputs(
+    request: Request, rows: int, image: EncodedImage | None, masked: FloatArray | None
+) -> dict[str, NDArray[np.float32]]:
+    """The U-Net's inputs that are numbers of the request or of the picture (``masked``: its latents)."""
+    inputs = {}
+    for name, options in request.manifest.record.pixels.items():
+        one = [entry for option in options for entry in request.sizes[option.name]]
+        inputs[name] = np.array([one] * rows, np.float32)
+    embedding = request.manifest.components["unet"].spec.input(TIMESTEP_COND)
+    if embedding is not None and request.sampling.embedded_guidance is not None:
+        width = embedding.shape[1]
+        assert isinstance(width, int)  # in every manifest that was read
+        one_row = guidance_embedding(request.sampling.embedded_guidance - 1.0, width)  # as in diffusers
+        inputs[TIMESTEP_COND] = np.broadcast_to(one_row, (rows, width))
+    if image is not None and image.mask is not None and masked is not None:
+        mask = np.broadcast_to(image.mask, (len(masked), *image.mask.shape[1:]))
+        both = np.concatenate([mask, masked], axis=1)
+        inputs[INPAINTING] = np.concatenate([both] * (rows // len(both)))  # of each half
+    return inputs

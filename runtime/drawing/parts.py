@@ -1,0 +1,27 @@
+"""What pictures of a bundle are drawn with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdrt.runtime.devices.device import Device
+from sdrt.runtime.drawing.conditioning import ConditionEncoder
+from sdrt.runtime.drawing.shapes import ShapeCache
+from sdrt.runtime.drawing.vae import VaeEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A bundle's components, bound to buffers of one device.
+
+    Attributes:
+        device: The place of everything below.
+        encoder: The text encoders, or CLIP's image encoder where pictures are varied.
+        vae_encoder: The encoder of pictures that a run starts from.
+        shapes: U-Net and VAE decoder, with their buffers and graphs.
+    """
+
+    device: Device
+    encoder: ConditionEncoder
+    vae_encoder: VaeEncoder
+    shapes: ShapeCache

@@ -1,0 +1,182 @@
+"""A call's arguments become a request: checked, with defaults, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from sdrt.runtime.bundle.families.registry import FAMILIES
+from sdrt.runtime.bundle.manifest import Manifest
+from sdrt.runtime.checks import choice, whole
+from sdrt.runtime.errors import UsageError
+from sdrt.runtime.request.options import OPTIONS, check_names
+from sdrt.runtime.request.output import build_callbacks, checked_output_type
+from sdrt.runtime.request.picture import PictureTask, build_picture
+from sdrt.runtime.request.recipes import OF_FRAMES, checked_embeddings, playable
+from sdrt.runtime.request.request import Request, checked_size, is_device_array, latent_shape
+from sdrt.runtime.request.sampling import build_sampling
+from sdrt.runtime.request.texts import per_image_seeds, prompt_conditions
+from sdrt.runtime.samplers.noise import DEFAULT_RNG, RNGS
+
+MAX_SIZE: Final = 16_384  # pixels that SDXL may be told of; no picture is larger
+
+
+def build_request(
+    manifest: Manifest, prompt: str | Sequence[str] | None, options: Mapping[str, Any]
+) -> Request:
+    """Check the arguments of `Pipeline.__call__` against a bundle's manifest.
+
+    Args:
+        manifest: The bundle's manifest.
+        prompt: One text, P texts, or None where a picture alone says what to draw.
+        options: See `sdrt.runtime.request.options.DrawOptions`; None stands for what was not given.
+
+    Raises:
+        UsageError: An argument is unknown, of a wrong type or out of range; the message says what is allowed.
+    """
+    check_names(options, OPTIONS, "the pipeline")
+    given = playable(options, manifest)
+    if given.get("frames") is None:
+        return _one_request(manifest, prompt, given, options)
+    rest = {name: value for name, value in given.items() if name not in OF_FRAMES}
+    to_prompt, to_seed, frames, frame = (given.get(name) for name in OF_FRAMES)
+    return build_interpolation(manifest, prompt, to_prompt, frames, to_seed, {**rest, "frame": frame})
+
+
+def build_interpolation(
+    manifest: Manifest,
+    prompt: Any,
+    to_prompt: Any,
+    frames: Any,
+    to_seed: Any,
+    options: Mapping[str, Any],
+) -> Request:
+    """Check the arguments of `Pipeline.interpolate`: the request whose images are the frames.
+
+    Args:
+        manifest: The bundle's manifest.
+        prompt: The first frame's prompt.
+        to_prompt: The last frame's prompt; None for the same.
+        frames: How many.
+        to_seed: The seed of the last frame's noise; None for the same.
+        options: As for `build_request`; with ``frame`` the request is for the frame of that number alone.
+
+    Raises:
+        UsageError: An argument is out of range, or nothing differs between the ends.
+    """
+    from sdrt.runtime.request.interpolation import check_ends, frames_between, only_frame
+
+    count = check_ends(manifest, prompt, to_prompt, frames, to_seed, options)
+    options = dict(options)
+    frame = options.pop("frame", None)
+    if frame is not None and not 0 <= whole("frame", frame) < count:
+        raise UsageError(f"frame is {frame}: of {count} frames the first is 0 and the last {count - 1}")
+    check_names(options, OPTIONS, "the pipeline")
+    given = playable(options, manifest)
+    first = _one_request(manifest, prompt, given, options)
+    last = prompt_conditions(manifest, prompt if to_prompt is None else to_prompt, given)
+    last_seed = None if to_seed is None else per_image_seeds(to_seed, 1)[0]
+    every = frames_between(first, last, last_seed, count)
+    return every if frame is None else only_frame(every, whole("frame", frame))
+
+
+def _one_request(
+    manifest: Manifest,
+    prompt: str | Sequence[str] | None,
+    options: Mapping[str, Any],
+    as_given: Mapping[str, Any],
+) -> Request:
+    """The request of a call without frames.
+
+    Args:
+        manifest: The bundle's manifest.
+        prompt: See `build_request`.
+        options: What `playable` leaves of the call's options.
+        as_given: The call's options before that: None is no way to leave out what is given back.
+    """
+    rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
+    picture = None
+    if not manifest.record.reads_text:
+        from sdrt.runtime.request.variations import image_conditions
+
+        conditions = image_conditions(manifest, prompt, options)
+    else:
+        picture = build_picture(manifest, options, has_prompt=prompt is not None)
+        if prompt is None and picture is None:
+            raise UsageError("the prompt is missing: what shall be drawn?")
+        if prompt is None and options.get("guidance_scale") is None:
+            options = {**options, "guidance_scale": 1.0}  # guidance from the empty text to itself
+        conditions = prompt_conditions(manifest, "" if prompt is None else prompt, options)
+    size, strength = _size_and_strength(manifest, options, picture)
+    masked = picture is not None and picture.canvas.mask is not None
+    request = Request(
+        manifest=manifest,
+        conditions=conditions.wanted,
+        negatives=conditions.unwanted,
+        texts=conditions.texts,
+        seeds=per_image_seeds(options.get("seed"), len(conditions.wanted)),
+        height=size[0],
+        width=size[1],
+        sampling=build_sampling(manifest, options, strength),
+        rng=rng,
+        latents=options.get("latents"),
+        latents_scale=None,
+        latents_given=options.get("latents") is not None,
+        sizes=_sizes(manifest, options, size),
+        picture=picture,
+        embeddings=checked_embeddings(options.get("embeddings")),
+        output_type=checked_output_type(as_given.get("output_type", "pil"), masked=masked),
+        callbacks=build_callbacks(as_given),
+    )
+    _check_latents(manifest, request)
+    return request
+
+
+def _size_and_strength(
+    manifest: Manifest, options: Mapping[str, Any], picture: PictureTask | None
+) -> tuple[tuple[int, int], float | None]:
+    """Height and width, and the share of the schedule that is run on a picture, None for all of it."""
+    if picture is None:
+        return checked_size(manifest, options.get("height"), options.get("width")), None
+    height, width = picture.canvas.image.shape[:2]
+    return (height, width), None if picture.variation is not None else picture.strength
+
+
+def _sizes(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, list[int]]:
+    """What the U-Net is told in pixels, height or top first, with defaults for what was not given."""
+    known = manifest.record.pixel_options
+    for family in FAMILIES.values():
+        for option in family.pixel_options:
+            name, value = option.name, options.get(option.name)
+            if option not in known and value is not None:
+                raise UsageError(
+                    f"{name} is {value!r}: only {family.title} has it, this bundle is {manifest.family}"
+                )
+    sizes = {}
+    for option in known:
+        name, value = option.name, options.get(option.name)
+        pair = option.usual(size) if value is None else value
+        if isinstance(value, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise UsageError(f"{name} is {pair!r}: two whole numbers are wanted, as (height, width)")
+        sizes[name] = [whole(name, entry) for entry in pair]
+        if not all(0 <= entry <= MAX_SIZE for entry in sizes[name]):
+            raise UsageError(f"{name} is {pair!r}: from 0 to {MAX_SIZE} pixels")
+    return sizes
+
+
+def _check_latents(manifest: Manifest, request: Request) -> None:
+    given = request.latents
+    if given is None:
+        return
+    want = (len(request.conditions), *latent_shape(manifest, request.height, request.width))
+    if is_device_array(given):
+        if request.picture is not None:
+            raise UsageError("latents on a device are given beside an image: give them as a NumPy array")
+        return  # the device knows how to read its shape and dtype
+    if not isinstance(given, np.ndarray) or given.shape != want or given.dtype != np.float32:
+        shown = f"{given.dtype}{list(given.shape)}" if isinstance(given, np.ndarray) else type(given)
+        raise UsageError(f"latents are {shown}: a NumPy array float32{list(want)} is wanted")
+    if not np.isfinite(given).all():
+        raise UsageError("latents hold NaN or infinity")
