@@ -164,7 +164,7 @@ def test_what_an_exporter_does_is_told_while_it_runs(monkeypatch: pytest.MonkeyP
         "echo 'FutureWarning: old' >&2; printf 'step 1\\rstep 2'; sleep 1.5; for last; do :; done; "
         'echo onnx > "$last/model"',
     )
-    monkeypatch.setattr("sdrt.benchmarks.harness.told_process.TICK_SECONDS", 0.2)
+    monkeypatch.setattr("sdrt.runtime.system.child_process.TICK_SECONDS", 0.2)
     told: list[tuple[str, float]] = []
     folder = prepared("optimum-onnx", str(CHECKPOINT), lambda line, seconds: told.append((line, seconds)))
     assert (folder / "model").is_file()
