@@ -214,9 +214,6 @@ def backend_plans(
     limit = math.inf if arguments.seconds is None else arguments.seconds * ENGINES_SHARE
     found = []
     for name in every if automatic else names(arguments.backends):
-        backend = find_backend(name)
-        device = "cuda" if backend.needs_gpu else "cpu"
-        subject = Subject(name, LABELS.get(name, name), "backend", device=device)
         try:
             bundle = _runnable(
                 model.bundle, name, settings, progress, limit, builds=not automatic or arguments.gpu
@@ -225,10 +222,12 @@ def backend_plans(
             if not automatic or not (arguments.gpu or isinstance(error, BackendError)):
                 raise
             progress.note(f"{name} is left out: {str(error).partition('; ')[0]}")
-            if arguments.gpu:
-                recorder.set_subject(subject)
+            if arguments.gpu:  # no subject of the report: its first one is what ratios compare
                 recorder.fail(model.name, name, "engines", error)
             continue
+        backend = find_backend(name)
+        device = "cuda" if backend.needs_gpu else "cpu"
+        subject = Subject(name, LABELS.get(name, name), "backend", device=device)
         words = (sys.executable, str(peers.WORKERS / "worker_sdrt.py"), "--backend", name)
         size = _installed_bytes(f"sdrt[{backend.extra}]", settings, progress.note)
         found.append(SubjectPlan(subject, words, bundle.path.resolve(), installed_bytes=size))

@@ -121,7 +121,7 @@ def test_on_the_gpu_alone_what_cannot_be_had_is_a_row(
     assert [(entry.subject, entry.error) for entry in found.failures] == [
         (name, f"no {name} for a test") for name in flavours
     ]
-    assert [subject.device for subject in found.subjects] == ["cuda"] * 3
+    assert found.subjects == ()  # the first one is what ratios compare, and must have figures
     assert export_options(parser().parse_args(["sd15", "--gpu"])) == ["--batch", "1..4", "--fp16"]
 
 

@@ -52,7 +52,7 @@ class Child:
         """Close its input; the exit status."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        return self.process.wait(10)
+        return self.process.wait(60)
 
     def __call__(self, op: str, **fields: Any) -> dict[str, Any]:
         return self.send(json.dumps({"op": op, **{key: _plain(value) for key, value in fields.items()}}))
