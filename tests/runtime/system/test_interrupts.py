@@ -235,19 +235,20 @@ def test_loading_can_be_interrupted_and_begun_again(tiny_bundle: Path) -> None:
     """Promptly, though a library is in the middle of its work, and the process is as usable as before."""
     code = """
     import os, signal, sys, threading, time
-    from sdrt.runtime import Pipeline, pipeline
-    load = pipeline.load_component
+    from sdrt.runtime import Pipeline
+    from sdrt.runtime.drawing import loading
+    load = loading.load_component
     def slowly(*arguments):
         time.sleep(3)
         return load(*arguments)
-    pipeline.load_component = slowly
+    loading.load_component = slowly
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     try:
         Pipeline.load(sys.argv[1], backend="onnxruntime-cpu")
     except KeyboardInterrupt:
         assert time.monotonic() - began < 2.5, time.monotonic() - began
-    pipeline.load_component = load
+    loading.load_component = load
     output = Pipeline.load(sys.argv[1], backend="onnxruntime-cpu")("x", seed=3, num_inference_steps=1)
     print(output.recipes[0]["seed"])
     """
