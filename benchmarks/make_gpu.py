@@ -87,9 +87,7 @@ class GpuRun:
         """Every stage in its order; whether the tests passed."""
         exports = {name: self.start_export(name) for name in architectures}
         try:
-            tests = self.run(
-                "tests", [sys.executable, *["-m", "pytest", "-m", "gpu", "-q"], str(ROOT / "tests")]
-            )
+            tests = self.run("tests", [*PYTEST, str(ROOT / "tests")])
             self.tell(f"Tests marked gpu: {tests.last_line if tests else TIME_USED_UP}.")
             kept = COMPILED_SHARE if compiles else 0.0
             exported = []

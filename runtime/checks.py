@@ -9,12 +9,17 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from sdrt.runtime.errors import UsageError
 
-Choice = TypeVar("Choice", bound=str)
+Word = TypeVar("Word", bound=str)
 Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number of any real type, NaN and infinity among them; True is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def whole(name: str, value: Any) -> int:
@@ -48,7 +53,7 @@ def number(name: str, value: Any) -> float:
     Raises:
         UsageError: It is none.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value):
         raise UsageError(f"{name} is {value!r}: a number is wanted")
     try:
         result = float(value)
@@ -82,7 +87,7 @@ def flag(name: str, value: Any, words: str = ": True or False is wanted") -> boo
     return value
 
 
-def choice(name: str, value: object, allowed: Sequence[Choice], words: str = ": allowed are") -> Choice:
+def choice(name: str, value: object, allowed: Sequence[Word], words: str = ": allowed are") -> Word:
     """One of the words that are allowed; ``words`` come before them in the message.
 
     Raises:

@@ -4,7 +4,7 @@
 
     SdrtError                 1   something failed while running
     ├── UsageError            2   an argument is wrong: nothing was started (also a ValueError)
-    ├── BundleError           3   a bundle is missing, damaged, of a newer format, or unsafe
+    ├── BundleError           3   a bundle is missing, damaged, of another format, or unsafe
     ├── CheckpointError       4   a checkpoint is missing, incomplete, of wrong shapes, or a pickle
     ├── ParityError           5   an exported component differs from the PyTorch reference
     ├── NumericsError         6   a component gave NaN or infinity
@@ -34,7 +34,7 @@ class UsageError(SdrtError, ValueError):
 
 
 class BundleError(SdrtError):
-    """A bundle cannot be used: missing, altered or truncated file, newer format, unsafe path."""
+    """A bundle cannot be used: missing, altered or truncated file, another format, unsafe path."""
 
     exit_status = 3
 

@@ -124,7 +124,7 @@ class Pipeline:
             request_shape: What will be asked for: ``auto`` then takes a backend that admits it.
 
         Raises:
-            BundleError: The bundle is missing, damaged or of a newer format.
+            BundleError: The bundle is missing, damaged or of another format.
             BackendError: The backend is not installed or cannot run the bundle.
             UsageError: No such backend, a number of threads below 1, or a GPU for a backend of the CPU.
         """

@@ -101,17 +101,10 @@ class Sdrt:
         """See `Subject.stage`: the executor alone, on buffers of its device."""
         if name == "text_encoder":
             return self._text_encoder()
-        factor = self._pipeline.bundle.manifest.latents.factor
-        axes = {
-            "rows": 2 * images,
-            "batch": images,
-            "height": height,
-            "width": width,
-            "latent_height": height // factor,
-            "latent_width": width // factor,
-        }
-        if name == "unet":
-            axes["context"] = self._pipeline.bundle.manifest.tokenizers[0].max_length
+        from sdrt.runtime.backends.backend import RequestShape
+
+        manifest = self._pipeline.bundle.manifest
+        axes = RequestShape(images, height, width).axes(manifest.latents.factor, manifest.tokens)
         _, evaluate = self._bound(name, axes)
         return self._waited(evaluate)
 

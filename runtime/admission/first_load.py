@@ -3,8 +3,7 @@
 `sdrt.runtime.admission.graph_check` refuses what can be seen to be no graph of a bundle. What is left may
 still end an engine library with a crash, or keep it busy for ever. So the component is loaded and evaluated
 once in a process of its own, with limits on time and memory (`sdrt.runtime.backends.first_load_child`). That
-process is no
-sandbox: it is for accidents.
+process is no sandbox: it is for accidents.
 """
 
 from __future__ import annotations

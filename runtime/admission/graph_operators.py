@@ -1,8 +1,8 @@
 """The operators that a bundle's graph may have: how many inputs and outputs, which attributes.
 
 ONNX's own are those of networks that draw, of the opsets that are exported, taken from the schemas of the
-package onnx (``tests/onnx_operator_table.py`` makes the table). Those of com.microsoft are the ones that our
-passes write (docs/ContribOperators.md of ONNX Runtime).
+package onnx (``onnx_operator_table.py`` of the tests makes the table). Those of com.microsoft are the ones
+that our passes write (docs/ContribOperators.md of ONNX Runtime).
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ def find_engine(
     """The engine of a component whose whole key fits; of several, the one with the nearest optimum.
 
     Args:
-        bundle: Opened.
-        component: Its name.
+        bundle: An opened bundle.
+        component: The component's name.
         flavour: ``tensorrt``, ``tensorrt-rtx`` or ``onnxruntime-cuda``.
         version: The installed version of that flavour's library.
         capability: The GPU's compute capability; None compares it with nothing.
@@ -176,7 +176,7 @@ def build_command(
 
     Args:
         bundle: The bundle to add them to.
-        flavour: Which engines.
+        flavour: The flavour of the engines.
         axes: Named axes of one component; ``rows`` counts two for an image under guidance, ``context`` is in
             tokens.
         capability: A compute capability to build for, where the builder's own choice leaves it out.

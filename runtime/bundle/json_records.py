@@ -55,9 +55,10 @@ class JsonReader:
         given = document.pop("format_version", None)
         if type(given) is not int or given != version:
             shown = repr(given)[:_MAX_SHOWN]
+            newer = type(given) is int and given > version
             raise BundleError(
                 f"{self.file} has format version {shown}, this sdrt reads version {version} alone: "
-                f"{self.remedy}"
+                f"{'upgrade sdrt' if newer else self.remedy}"
             )
         return document
 

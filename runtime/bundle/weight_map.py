@@ -23,10 +23,11 @@ class Holder:
     """One initializer that holds a tensor: transposed, then of ``shape``, rounded to ``dtype``.
 
     Attributes:
-        component: Whose graph.
+        component: The component whose graph it is in.
         initializer: Its name there.
-        dtype: In which it is stored.
-        shape: Likewise: the transposed tensor's, but for axes of 1 that a constant may have gained.
+        dtype: The type of number that it is stored in.
+        shape: Its shape in the graph: the transposed tensor's, but for axes of 1 that a constant may have
+        gained.
         permutation: Axis i of the transposed tensor is axis ``permutation[i]`` of the checkpoint's.
         passes: What was done to it, of `PASSES`.
     """
@@ -44,8 +45,8 @@ class CheckpointTensor:
     """One tensor of the checkpoint.
 
     Attributes:
-        dtype: In the checkpoint's file.
-        shape: In the checkpoint's file.
+        dtype: Its type of number in the checkpoint's file.
+        shape: Its shape there.
         held_by: Each initializer that holds it.
         absent: Why there is none; empty where there is one.
     """

@@ -10,12 +10,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from sdrt.runtime.drawing.callbacks import Hook
-from sdrt.runtime.drawing.conditioning import ConditionEncoder
 from sdrt.runtime.drawing.faults import Faults
 from sdrt.runtime.drawing.finished_images import ImageCollector, image_collector
 from sdrt.runtime.drawing.initial_latents import start_arguments
 from sdrt.runtime.drawing.loop import DenoiseLoop
-from sdrt.runtime.drawing.parts import Parts
+from sdrt.runtime.drawing.parts import ConditionEncoder, Parts
 from sdrt.runtime.drawing.shapes import step_kinds
 from sdrt.runtime.drawing.vae import EncodedImage
 from sdrt.runtime.errors import DeviceMemoryError

@@ -1,13 +1,33 @@
-"""What pictures of a bundle are drawn with."""
+"""What pictures of a bundle are drawn with, and what of it turns prompts or pictures into conditioning."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from sdrt.runtime.devices.device import Device
-from sdrt.runtime.drawing.conditioning import ConditionEncoder
+from sdrt.runtime.drawing.faults import Faults
+from sdrt.runtime.drawing.loop import DenoiseLoop
 from sdrt.runtime.drawing.shapes import ShapeCache
 from sdrt.runtime.drawing.vae import VaeEncoder
+from sdrt.runtime.samplers.table import SamplerTable
+
+
+class ConditionEncoder(Protocol):
+    """Text encoders or an image encoder, with what they gave last."""
+
+    def chunks(self, condition: Any) -> int:
+        """How many times the tokens of one text a condition takes; nothing is computed."""
+        ...
+
+    def write(self, rows: Sequence[Any], loop: DenoiseLoop, chunks: int) -> None:
+        """Put what each row of the U-Net's batch is drawn from into the loop's conditioning."""
+        ...
+
+    def raise_faults(self, faults: Faults, table: SamplerTable, rows: Sequence[Any]) -> None:
+        """Raise what a run's fault words say."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

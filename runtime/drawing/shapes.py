@@ -55,7 +55,6 @@ class ShapeResources:
         """
         self._device, self._decoder_executor = device, executors["vae_decoder"]
         self._decoder: VaeDecoder | None = None
-        tokens = manifest.tokenizers[0].max_length if manifest.tokenizers else 1
         self.loop = DenoiseLoop(
             device,
             executors["unet"],
@@ -63,7 +62,7 @@ class ShapeResources:
             (shape.height, shape.width),
             guided=shape.guided,
             factor=manifest.latents.factor,
-            context=tokens * shape.chunks,
+            context=manifest.tokens * shape.chunks,
             encoders=len(manifest.record.encoders),
         )
 

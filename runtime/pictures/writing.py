@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sdrt.runtime.checks import is_number
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.pictures.metadata import exif, png_text, xmp
 from sdrt.runtime.system.files import place_of, write_atomically
@@ -76,7 +77,7 @@ def checked_format(suffix: str, quality: int | None = None) -> str:
     """
     if suffix.lower() not in FORMATS:
         raise UsageError(f"a picture cannot be written as {suffix!r}: one of {', '.join(FORMATS)}")
-    if quality is not None and not (isinstance(quality, int) and 1 <= quality <= 100):
+    if quality is not None and not (is_number(quality) and quality in range(1, 101)):
         raise UsageError(f"quality is {quality!r}: a whole number from 1 to 100")
     if quality is not None and suffix.lower() == ".png":
         raise UsageError(f"quality is {quality}: a .png has none; it is of a .jpg or .webp that is named")

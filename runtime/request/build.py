@@ -59,7 +59,7 @@ def build_interpolation(
         manifest: The bundle's manifest.
         prompt: The first frame's prompt.
         to_prompt: The last frame's prompt; None for the same.
-        frames: How many.
+        frames: The number of frames.
         to_seed: The seed of the last frame's noise; None for the same.
         options: As for `build_request`; with ``frame`` the request is for the frame of that number alone.
 

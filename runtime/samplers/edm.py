@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.runtime.checks import is_number
 from sdrt.runtime.errors import UsageError
 
 EDM_SIGMA_SCHEDULES: Final = ("exponential", "karras")
@@ -38,8 +39,7 @@ class EdmScaling:
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "sigma_data", "rho"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0.0 < value <= MAX_EDM_NUMBER):  # so written that NaN is refused
+            if not (is_number(value) and 0.0 < value <= MAX_EDM_NUMBER):  # so written that NaN is refused
                 raise UsageError(f"{name} is {value!r}: allowed are numbers above 0, to {MAX_EDM_NUMBER:g}")
         if not self.sigma_min < self.sigma_max:
             raise UsageError(

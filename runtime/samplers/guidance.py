@@ -8,11 +8,12 @@ Salimans 2022). w may differ from step to step, and be used in an interval of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, TypeGuard
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.runtime.checks import is_number
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.schedule import FloatArray
 from sdrt.runtime.samplers.table import SamplerTable
@@ -66,7 +67,7 @@ def _step_scales(table: SamplerTable, scale: object) -> FloatArray:
 
 
 def _checked(name: str, value: object) -> float:
-    if not _is_number(value) or not 0.0 <= value <= MAX_GUIDANCE_SCALE:  # so written that NaN is refused
+    if not is_number(value) or not 0.0 <= value <= MAX_GUIDANCE_SCALE:  # so written that NaN is refused
         raise UsageError(f"{name} is {value!r}: allowed are numbers from 0 to {MAX_GUIDANCE_SCALE:g}")
     return float(value)
 
@@ -74,16 +75,12 @@ def _checked(name: str, value: object) -> float:
 def _interval(given: object) -> tuple[float, float]:
     if not isinstance(given, str) and isinstance(given, Sequence) and len(given) == 2:
         start, stop = given
-        if _is_number(start) and _is_number(stop) and 0.0 <= start < stop <= 1.0:
+        if is_number(start) and is_number(stop) and 0.0 <= start < stop <= 1.0:
             return float(start), float(stop)
     raise UsageError(
         f"guidance_interval is {given!r}: two fractions of the steps are wanted, (start, stop) with "
         "0 <= start < stop <= 1; (0, 1) guides every step"
     )
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
 
 
 def guidance_embedding(w: float, width: int) -> NDArray[np.float32]:

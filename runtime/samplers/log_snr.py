@@ -25,7 +25,7 @@ from sdrt.runtime.samplers.schedule import (
     spaced_timesteps,
     timestep_from_sigma,
 )
-from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES, edm_sigmas
+from sdrt.runtime.samplers.sigma_sequences import SIGMA_SCHEDULES, edm_sigmas
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, given_timesteps, model_rows
 
 _STEPS: Final = "sigma_schedule lower_order_final"
@@ -105,8 +105,8 @@ def log_snr_levels(
         sigmas = sigma_from_timestep(schedule, timesteps)
     if options.sigma_schedule is not None or options.sigmas is not None or schedule.edm is not None:
         cut = options.sigma_schedule is not None and (options.sigma_schedule != "karras" or cut_karras)
-        told = timestep_from_sigma(schedule, sigmas)
-        timesteps = told if schedule.edm is not None else np.floor(told) if cut else np.round(told)
+        exact = timestep_from_sigma(schedule, sigmas)
+        timesteps = exact if schedule.edm is not None else np.floor(exact) if cut else np.round(exact)
     levels = np.append(sigmas[start:], lowest if ends_with_noise else 0.0)
     return LogSnrLevels(
         timesteps[start:],

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from sdrt.runtime.checks import did_you_mean, whole_from
+from sdrt.runtime.checks import did_you_mean, is_number, whole_from
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers import log_snr, sigma, timestep
 from sdrt.runtime.samplers.sampler import Sampler
@@ -89,8 +89,7 @@ def first_step(num_inference_steps: int, strength: float) -> int:
 
     Raises ``UsageError`` for another strength.
     """
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not (number and 0.0 < strength <= 1.0):  # so written that NaN is refused
+    if not (is_number(strength) and 0.0 < strength <= 1.0):  # so written that NaN is refused
         raise UsageError(
             f"strength is {strength!r}: allowed are numbers above 0, where the image stays as it is, "
             "to 1, where it is drawn anew"

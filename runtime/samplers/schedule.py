@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.runtime.checks import choice, flag, whole_from
+from sdrt.runtime.checks import choice, flag, is_number, whole_from
 from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.samplers.edm import EDM_PREDICTION_TYPES, EdmScaling
 
@@ -300,7 +300,7 @@ def _edm_from_dict(data: object) -> EdmScaling:
 
 
 def _check_beta(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+    if not is_number(value) or not 0.0 < value < 1.0:
         raise UsageError(f"{name} is {value!r}: allowed are numbers between 0 and 1")
 
 

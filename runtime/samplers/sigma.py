@@ -20,7 +20,7 @@ from sdrt.runtime.samplers.schedule import (
     spaced_timesteps,
     timestep_from_sigma,
 )
-from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES, edm_sigmas
+from sdrt.runtime.samplers.sigma_sequences import SIGMA_SCHEDULES, edm_sigmas
 from sdrt.runtime.samplers.table import IntArray, SamplerOptions, SamplerTable, given_timesteps, model_rows
 
 

@@ -31,11 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
-from sdrt.runtime.checks import choice, whole_from
+from sdrt.runtime.checks import choice, is_number, whole_from
 from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.samplers.edm import EdmScaling
 from sdrt.runtime.samplers.schedule import TIMESTEP_SPACINGS, FloatArray, NoiseSchedule
-from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES
+from sdrt.runtime.samplers.sigma_sequences import SIGMA_SCHEDULES
 
 IntArray = NDArray[np.int64]
 
@@ -308,7 +308,7 @@ def _check_falling(name: str, values: tuple[float, ...] | None, *, least: int) -
     if not isinstance(values, tuple) or len(values) < least:
         raise UsageError(f"{name} are {values!r}: a tuple of at least {least} numbers is wanted")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_LEVEL:
+        if not is_number(value) or not 0 <= value <= MAX_LEVEL:
             raise UsageError(f"{name} hold {value!r}: allowed are numbers from 0 to {MAX_LEVEL:g}")
     for before, after in pairwise(values):
         if not after < before:

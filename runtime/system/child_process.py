@@ -28,7 +28,6 @@ from sdrt.runtime.errors import EXIT_INTERRUPTED, SdrtError
 Tell = Callable[[str, float], None]  # the last line, and seconds since the start
 TICK_SECONDS: Final = 1.0
 _LONGEST_LINE: Final = 1 << 24
-_END_SECONDS: Final = 10.0
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _LIBC: Final = ctypes.CDLL(None)
 

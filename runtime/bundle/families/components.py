@@ -1,6 +1,6 @@
 """Components that several families have: CLIP's text encoders, the U-Net, the VAE; and their tensors' names.
 
-Nothing else in the project spells these names.
+No other part of runtime or export spells the tensors' names.
 """
 
 from __future__ import annotations

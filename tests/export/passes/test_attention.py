@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from support.runs.onnx_runs import run
+from support.runs.onnx_runs import builds, run
 
 import tolerances
 from sdrt.export.parity.components import compare
@@ -232,12 +232,3 @@ def test_the_decision_is_that_of_tensorrt() -> None:
         assert builds(trt, logger, model) == stays, case
         legalize_attention(model)
         assert builds(trt, logger, model), case
-
-
-def builds(trt: Any, logger: Any, model: ir.Model) -> bool:
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(ir.to_proto(model).SerializeToString()):
-        return False
-    return builder.build_serialized_network(network, builder.create_builder_config()) is not None

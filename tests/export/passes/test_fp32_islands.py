@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from support.runs.onnx_runs import run
+from support.runs.onnx_runs import load, run
 
 import tolerances
 from sdrt.export.graphs.from_module import save_graph
@@ -213,9 +213,3 @@ def test_logits_can_be_an_island(fp16_bundle: Path, tmp_path: Path, one_node: bo
     assert operators(model).count("Cast") == 3
     assert report.written_out == ((attention.name,) if one_node else ())
     assert compare(run(model, latents, tmp_path)[0], before)[0] <= tolerances.ISLAND_VAE_FP16
-
-
-def load(path: Path) -> ir.Model:
-    model: ir.Model = ir.load(path)
-    ir.external_data.load_to_model(model)
-    return model

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from support.references.contrib_definitions import written_out
-from support.runs.onnx_runs import run, text_inputs
+from support.runs.onnx_runs import load, run, text_inputs
 
 import tolerances
 from sdrt.export.graphs.from_module import save_graph
@@ -26,12 +26,6 @@ from sdrt.runtime.errors import SdrtError
 Array = NDArray[Any]
 FP32, BOOL = TensorProto.FLOAT, TensorProto.BOOL
 B, H, S, D = 2, 3, 6, 8
-
-
-def load(path: Path) -> ir.Model:
-    model: ir.Model = ir.load(path)
-    ir.external_data.load_to_model(model)
-    return model
 
 
 def counts(model: ir.Model) -> dict[str, int]:

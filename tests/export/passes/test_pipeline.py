@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from support.references.contrib_definitions import written_out
-from support.runs.onnx_runs import run
+from support.runs.onnx_runs import builds, load, run
 
 import tolerances
 from sdrt.export.parity.components import compare
@@ -19,12 +19,6 @@ from sdrt.export.passes.pipeline import prepare_for_onnxruntime_cuda, prepare_fo
 from sdrt.runtime.bundle.families.registry import FAMILIES
 
 Array = NDArray[Any]
-
-
-def load(path: Path) -> ir.Model:
-    model: ir.Model = ir.load(path)
-    ir.external_data.load_to_model(model)
-    return model
 
 
 def inputs_of(model: ir.Model) -> dict[str, Array]:
@@ -124,15 +118,6 @@ def broken_island(model: ir.Model) -> ir.Model:
     assert source is not None
     cast.outputs[0].replace_all_uses_with(source)
     return model
-
-
-def builds(trt: Any, logger: Any, model: ir.Model) -> bool:
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(ir.to_proto(model).SerializeToString()):
-        return False
-    return builder.build_serialized_network(network, builder.create_builder_config()) is not None
 
 
 def test_writing_out_is_the_only_change_to_a_float32_graph(tiny_bundle: Path) -> None:

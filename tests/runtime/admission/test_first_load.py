@@ -280,7 +280,7 @@ def test_a_damaged_record_is_none(stranger: Path, child: Child, damage: Callable
 
 @pytest.mark.parametrize("backend", [CPU, "openvino-cpu"])
 def test_damaged_graphs_are_refused_or_run(fresh: None, tmp_path: Path, backend: str) -> None:
-    """``python tests/graph_fuzz.py`` tries thousands."""
+    """`support.checkpoints.graph_fuzz` tries thousands."""
     outcomes = fuzz(tmp_path, backend, seed=1, count=8)
     assert sum(outcomes.values()) == 8
 

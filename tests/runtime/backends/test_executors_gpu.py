@@ -166,7 +166,7 @@ def test_plan_that_is_cut_short_is_refused_by_the_library_too(
 ) -> None:
     """Without our own check of the hash: the process survives, and the next load works."""
     if gpu_backend == "onnxruntime-cuda":
-        pytest.skip("its engine is a graph: test_executor_onnxruntime.py has that on the CPU")
+        pytest.skip("its engine is a graph: test_onnxruntime.py has that on the CPU")
     trt = import_tensorrt(gpu_backend)
     from sdrt.runtime.backends.trt.errors import ErrorLog
 

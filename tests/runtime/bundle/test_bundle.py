@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints.manifests import edit_manifest
 
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle, sha256
 from sdrt.runtime.bundle.manifest import FORMAT_VERSION, FileEntry
@@ -23,14 +22,6 @@ def refused(path: str | Path, *, verify: bool = True) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a bundle's manifest in place."""
-    file = bundle / "manifest.json"
-    document = json.loads(file.read_text(encoding="utf-8"))
-    change(document)
-    file.write_text(json.dumps(document), encoding="utf-8")
 
 
 def flip_bit(file: Path) -> None:
@@ -106,12 +97,15 @@ def test_truncated_manifest(bundle_copy: Path, cut: int) -> None:
     assert "not valid JSON" in refused(bundle_copy)
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
-def test_another_format(bundle_copy: Path, version: int) -> None:
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [(FORMAT_VERSION - 1, "export the bundle again"), (FORMAT_VERSION + 1, "upgrade sdrt")],
+)
+def test_another_format(bundle_copy: Path, version: int, remedy: str) -> None:
     edit_manifest(bundle_copy, lambda document: document.update(format_version=version))
     message = refused(bundle_copy)
     assert f"format version {version}" in message
-    assert "export the bundle again" in message
+    assert remedy in message
 
 
 ALL_FILES = [

@@ -400,7 +400,7 @@ def _file_in_its_place(folder: Path) -> None:
         (_not_text, "is not valid JSON"),
         (_no_manifest, "is no engine: it has no engine.json"),
         (_huge_manifest, "cannot be read: .* has more than 4194304 bytes"),
-        (_newer, "has format version 2, this sdrt reads version 1 alone: build the engine again"),
+        (_newer, "has format version 2, this sdrt reads version 1 alone: upgrade sdrt"),
         (_manifest_outside, "leads outside the bundle"),
         (_file_in_its_place, "cannot be read: Not a directory|is no engine"),
     ],

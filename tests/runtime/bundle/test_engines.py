@@ -115,7 +115,7 @@ def test_unknown_field(holder: KeyPath) -> None:
     ("path", "value", "words"),
     [
         (("format",), "sdrt-bundle", '"format": "sdrt-engine"'),
-        (("format_version",), 2, "reads version 1 alone: build the engine again"),
+        (("format_version",), 2, "reads version 1 alone: upgrade sdrt"),
         (("format_version",), 0, "format version 0"),
         (("key", "flavour"), "openvino", "flavour is one of tensorrt, tensorrt-rtx, onnxruntime-cuda"),
         (("key", "component"), "../unet", "component is a name"),

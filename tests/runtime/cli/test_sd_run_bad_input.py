@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints.manifests import edit_manifest
+from support.runs.folders import listing
 from support.runs.sd_run_terminal import SD_RUN
 
 from sdrt.runtime import errors
@@ -22,13 +23,6 @@ from sdrt.runtime.samplers.registry import SAMPLERS
 
 USAGE, BUNDLE, NUMERICS, BACKEND, OUTPUT = 2, 3, 6, 7, 8
 Refuse = Callable[..., str]
-
-
-def listing(folder: Path) -> dict[str, bytes | None]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture
@@ -63,13 +57,6 @@ def refuse(work: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) ->
         return line.removeprefix("sd-run: ").rstrip("\n")
 
     return refuse
-
-
-def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    file = bundle / "manifest.json"
-    document = json.loads(file.read_text(encoding="utf-8"))
-    change(document)
-    file.write_text(json.dumps(document), encoding="utf-8")
 
 
 def test_statuses_are_those_of_the_documentation() -> None:

@@ -25,7 +25,7 @@ import tolerances
 from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.samplers.registry import SAMPLERS, first_step, make_table
 from sdrt.runtime.samplers.schedule import PREDICTION_TYPES, TIMESTEP_SPACINGS, FloatArray, NoiseSchedule
-from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES
+from sdrt.runtime.samplers.sigma_sequences import SIGMA_SCHEDULES
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, run_table
 
 STEPS = (1, 2, 5, 20, 50)

@@ -14,7 +14,7 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.edm import EDM_PREDICTION_TYPES, EdmScaling
 from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import FloatArray, NoiseSchedule, sigma_from_timestep, timestep_from_sigma
-from sdrt.runtime.samplers.sigmas import edm_sigmas, exponential_sigmas, karras_sigmas
+from sdrt.runtime.samplers.sigma_sequences import edm_sigmas, exponential_sigmas, karras_sigmas
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, run_table
 from sdrt.runtime.samplers.timestep import inversion_table
 

@@ -16,7 +16,7 @@ import tolerances
 from sdrt.kernels.sampler_row import COLUMNS, HISTORY, Column
 from sdrt.runtime.samplers.registry import SAMPLERS, make_table
 from sdrt.runtime.samplers.schedule import PREDICTION_TYPES, FloatArray, NoiseSchedule
-from sdrt.runtime.samplers.sigmas import SIGMA_SCHEDULES
+from sdrt.runtime.samplers.sigma_sequences import SIGMA_SCHEDULES
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable, run_table
 
 # Smooth in the steps, so that four times as many divide each by four: whole timesteps 1000 / n apart

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.runs.folders import listing
 
 from sdrt.runtime.errors import OutputError
 from sdrt.runtime.system import files
@@ -25,14 +26,6 @@ from sdrt.runtime.system.files import (
     write_atomically,
     writing,
 )
-
-
-def listing(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, with contents."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 @contextmanager

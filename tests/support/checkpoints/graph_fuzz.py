@@ -1,6 +1,7 @@
 """Damaged graphs: a bundle with one of them is refused or draws, and never ends or stops who loads it.
 
-``python tests/graph_fuzz.py --count 2000`` tries as many; the test suite tries a few.
+``PYTHONPATH=tests python -m support.checkpoints.graph_fuzz --count 2000`` tries as many; the test suite tries
+a few.
 """
 
 from __future__ import annotations

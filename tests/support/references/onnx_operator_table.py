@@ -1,6 +1,6 @@
 """The table of `sdrt.runtime.admission.graph_operators`, made from the schemas of the package onnx.
 
-``python tests/onnx_operator_table.py`` prints the table's lines.
+``PYTHONPATH=tests python -m support.references.onnx_operator_table`` prints the table's lines.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Flip single bytes in every kind of file of the cache, with times restored: what is drawn stays the same.
 
-    python tests/cache_fuzz.py [--count 50] [--seed 0] [KIND ...]
+    PYTHONPATH=tests python -m support.runs.cache_fuzz [--count 50] [--seed 0] [KIND ...]
 
 Each flip is followed by a load and a drawing of the embedded model, or by a compilation, compared bit for bit
 with one without a cache. A flip that is still there afterwards was not noticed, and is an error too, but for

@@ -32,3 +32,20 @@ def run(model: ir.Model, feeds: Mapping[str, NDArray[Any]], folder: Path) -> lis
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return [np.asarray(result) for result in session.run(None, dict(feeds))]
+
+
+def load(path: Path) -> ir.Model:
+    """A graph with its weights in memory."""
+    model: ir.Model = ir.load(path)
+    ir.external_data.load_to_model(model)
+    return model
+
+
+def builds(trt: Any, logger: Any, model: ir.Model) -> bool:
+    """Whether TensorRT, or TensorRT for RTX, builds an engine of a graph."""
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(ir.to_proto(model).SerializeToString()):
+        return False
+    return builder.build_serialized_network(network, builder.create_builder_config()) is not None

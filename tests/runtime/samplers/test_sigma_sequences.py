@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tolerances
-from sdrt.runtime.samplers.sigmas import (
+from sdrt.runtime.samplers.sigma_sequences import (
     BETA_SHAPE,
     SIGMA_SCHEDULES,
     beta_sigmas,
