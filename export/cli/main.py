@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import io
 import os
 import shutil
@@ -22,6 +23,7 @@ from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.console.run_command import ReaderGoneError, put, run_command, say
 from sdrt.runtime.errors import OutputError, SdrtError, UsageError
 from sdrt.runtime.system.files import explain, writing
+from sdrt.runtime.system.interrupts import is_watched
 
 if TYPE_CHECKING:
     from sdrt.export.checkpoint.checkpoint import Checkpoint
@@ -67,6 +69,8 @@ def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None
     except ImportError as error:
         raise SdrtError(f"{error}: pip install 'sdrt[export]'") from error
 
+    if is_watched():  # in a process of its own what the libraries have made stays to the end
+        gc.freeze()  # so that no look for garbage, of which an export takes many, goes through it
     if not arguments.quiet:
         for remark in checkpoint.remarks:
             say("sd-export", f"warning: {remark}")
