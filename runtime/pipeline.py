@@ -112,8 +112,8 @@ class Pipeline:
 
         Args:
             path: The bundle's folder, or an opened bundle; by default the embedded one.
-            backend: ``tensorrt``, ``tensorrt-rtx``, ``onnxruntime-cuda``, ``onnxruntime-cpu`` or
-                ``openvino-cpu``; ``auto`` takes the first of these that can run this bundle here.
+            backend: A name in `sdrt.runtime.backends.backend.BACKENDS`; ``auto`` takes the first
+                of these that can run this bundle here.
             device: Number of the GPU; by default 0, or the stream's.
             stream: A caller's CUDA stream to work in, an object with ``__cuda_stream__`` or a handle; by
                 default a private one.

@@ -28,14 +28,6 @@ from sdrt.runtime.system.child_process import Tell
 INDEX: Final = "model_index.json"
 BATCHES: Final = (1, 2, 4, 8)
 GPU_BATCHES: Final = (1, 4)
-# Backend → its label, and what pip installs for it.
-LABELS: Final = {
-    "tensorrt": "sdrt, TensorRT",
-    "tensorrt-rtx": "sdrt, TensorRT for RTX",
-    "onnxruntime-cuda": "sdrt, ONNX Runtime (CUDA)",
-    "onnxruntime-cpu": "sdrt, ONNX Runtime (CPU)",
-    "openvino-cpu": "sdrt, OpenVINO (CPU)",
-}
 ENGINES_SHARE: Final = 0.3  # of the time that was given, for the engines of one backend
 Note = Callable[[str], None]
 
@@ -205,7 +197,8 @@ def backend_plans(
         BackendError: One that was named cannot run here.
         SdrtError: Its engines cannot be built.
     """
-    from sdrt.runtime.backends.registry import BACKENDS, find_backend
+    from sdrt.runtime.backends.backend import BACKENDS
+    from sdrt.runtime.backends.registry import find_backend
 
     if arguments.backends == NONE:
         return []
@@ -227,7 +220,7 @@ def backend_plans(
             continue
         backend = find_backend(name)
         device = "cuda" if backend.needs_gpu else "cpu"
-        subject = Subject(name, LABELS.get(name, name), "backend", device=device)
+        subject = Subject(name, f"sdrt, {backend.label}", "backend", device=device)
         words = (sys.executable, str(peers.WORKERS / "worker_sdrt.py"), "--backend", name)
         size = _installed_bytes(f"sdrt[{backend.extra}]", settings, progress.note)
         found.append(SubjectPlan(subject, words, bundle.path.resolve(), installed_bytes=size))

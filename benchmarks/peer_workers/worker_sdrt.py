@@ -52,7 +52,7 @@ class Sdrt:
     stages: Sequence[str] = STAGES
 
     def __init__(self, backend: str) -> None:
-        """``backend`` is a name in `sdrt.runtime.backends.registry.BACKENDS`, or ``auto``."""
+        """``backend`` is a name in `sdrt.runtime.backends.backend.BACKENDS`, or ``auto``."""
         self._backend = backend
         self._pipeline: Any = None
         self.notes: Sequence[str] = [

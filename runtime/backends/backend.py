@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from sdrt.runtime.backends.executor import Executor
     from sdrt.runtime.bundle.bundle import Bundle, Verify
     from sdrt.runtime.devices.device import Device
     from sdrt.runtime.devices.gpu.discovery import Gpu
+
+# Where each backend's record is, as ``module:attribute``, in the order in which `auto` tries them. Of the two
+# for the CPU the one comes first that draws one picture sooner in a fresh process: OpenVINO takes half a
+# second more to load the embedded model.
+BACKENDS: Final[dict[str, str]] = {
+    "tensorrt": "sdrt.runtime.backends.trt.backend:TENSORRT_BACKEND",
+    "tensorrt-rtx": "sdrt.runtime.backends.trt.backend:TENSORRT_RTX_BACKEND",
+    "onnxruntime-cuda": "sdrt.runtime.backends.onnxruntime_cuda.backend:BACKEND",
+    "onnxruntime-cpu": "sdrt.runtime.backends.onnxruntime_cpu.backend:BACKEND",
+    "openvino-cpu": "sdrt.runtime.backends.openvino_cpu.backend:BACKEND",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +66,7 @@ class Backend:
     """One way to run a bundle.
 
     Attributes:
+        label: What people read of it in reports.
         extra: The extra of sdrt that installs its library: ``pip install 'sdrt[extra]'``.
         needs_gpu: Whether it runs on an NVIDIA GPU, in the memory of a CUDA device; otherwise on the host.
         probe: ``(bundle, gpu, shape) → what it would run``; raises BackendError with the reason if it cannot.
@@ -63,6 +75,7 @@ class Backend:
         by_shape: Whether what it keeps from run to run is for one shape: of no use to a call with another.
     """
 
+    label: str
     extra: str
     needs_gpu: bool
     probe: Callable[[Bundle, Gpu | None, RequestShape | None], str]

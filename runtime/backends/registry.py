@@ -7,7 +7,7 @@ from functools import cache, partial
 from importlib import import_module
 from typing import Any, Final
 
-from sdrt.runtime.backends.backend import Backend, RequestShape
+from sdrt.runtime.backends.backend import BACKENDS, Backend, RequestShape
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.bundle.bundle import Bundle, Verify
 from sdrt.runtime.devices.device import Device
@@ -16,16 +16,6 @@ from sdrt.runtime.devices.gpu.discovery import Gpu
 from sdrt.runtime.errors import BackendError, UsageError
 
 AUTO: Final = "auto"
-# Where each backend's record is, as ``module:attribute``, in the order in which `auto` tries them. Of the two
-# for the CPU the one comes first that draws one picture sooner in a fresh process: OpenVINO takes half a
-# second more to load the embedded model.
-BACKENDS: Final[dict[str, str]] = {
-    "tensorrt": "sdrt.runtime.backends.trt.backend:TENSORRT_BACKEND",
-    "tensorrt-rtx": "sdrt.runtime.backends.trt.backend:TENSORRT_RTX_BACKEND",
-    "onnxruntime-cuda": "sdrt.runtime.backends.onnxruntime_cuda.backend:BACKEND",
-    "onnxruntime-cpu": "sdrt.runtime.backends.onnxruntime_cpu.backend:BACKEND",
-    "openvino-cpu": "sdrt.runtime.backends.openvino_cpu.backend:BACKEND",
-}
 
 
 def find_backend(name: str) -> Backend:

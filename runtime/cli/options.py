@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sdrt
+from sdrt.runtime.backends.backend import BACKENDS
 from sdrt.runtime.cli.prompts import has_prompt
 from sdrt.runtime.cli.saving import STDOUT
 from sdrt.runtime.console.run_command import Parser
@@ -347,12 +348,13 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    *others, last = BACKENDS
     add(
         "--backend",
         default="auto",
         metavar="NAME",
-        help="tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu or openvino-cpu (default: auto, the "
-        "first of these that can run the bundle here)",
+        help=f"{', '.join(others)} or {last} (default: auto, the first of these that can run the bundle "
+        "here)",
     )
     add("--device", type=int, metavar="N", help="number of the GPU (default: 0)")
     add(

@@ -15,7 +15,7 @@ import pytest
 
 from sdrt.benchmarks.cli import main
 from sdrt.benchmarks.document.document import Subject, read
-from sdrt.benchmarks.harness import export_model, measure, plan
+from sdrt.benchmarks.harness import export_model, measure
 from sdrt.benchmarks.harness.plan import default_sizes, growth_steps, settings_for
 from sdrt.benchmarks.harness.run import SubjectPlan
 from sdrt.benchmarks.options import parser
@@ -278,9 +278,3 @@ def test_what_decides_a_graph_decides_the_digest_of_the_exporter(tmp_path: Path,
     with (tmp_path / file).open("a") as stream:
         stream.write("# changed")
     assert export_model.exporter_digest(tmp_path) != before
-
-
-def test_labels_are_of_backends() -> None:
-    from sdrt.runtime.backends.registry import BACKENDS
-
-    assert set(plan.LABELS) <= set(BACKENDS)

@@ -42,9 +42,12 @@ def test_without_a_gpu_it_says_so_and_why(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_stage_is_ended_at_its_limit_and_its_log_is_kept(tmp_path: Path) -> None:
+def test_a_stage_is_ended_at_its_limit_and_its_log_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = a_run(tmp_path)
-    ended = run.run("a stage", python("import time; print('working', flush=True); time.sleep(60)"), 21)
+    monkeypatch.setattr(make_gpu, "LEAST", 1.0)
+    ended = run.run("a stage", python("import time; print('working', flush=True); time.sleep(60)"), 2)
     assert ended is not None
     assert (ended.status, ended.last_line) == (None, "working")
     assert run.log("a stage").read_text() == "working\n"

@@ -67,7 +67,14 @@ def exported_once(
     from sdrt.runtime.admission.records import accept
     from sdrt.runtime.bundle.bundle import Bundle
 
-    manifest = Bundle.open(made_once(name, target, export, *parts)).manifest
+    def without_what_lasts(folder: Path) -> None:
+        import sdrt.export.writer  # noqa: F401 - what it imports, PyTorch above all, lasts
+
+        gc.collect()
+        gc.freeze()
+        export(folder)
+
+    manifest = Bundle.open(made_once(name, target, without_what_lasts, *parts, export)).manifest
     for part in manifest.components.values():
         accept(part.files)
     for facts in manifest.tokenizers:

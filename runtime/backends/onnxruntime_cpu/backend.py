@@ -27,4 +27,4 @@ def load(bundle: Bundle, component: str, _device: Device, threads: int | None, v
     return load_on_cpu(OnnxRuntimeExecutor, bundle, component, threads, verify)
 
 
-BACKEND = Backend(EXTRA, needs_gpu=False, probe=probe, load=load)
+BACKEND = Backend("ONNX Runtime (CPU)", EXTRA, needs_gpu=False, probe=probe, load=load)

@@ -40,4 +40,4 @@ def load(bundle: Bundle, component: str, device: Device, _threads: int | None, v
     return OnnxRuntimeCudaExecutor(bundle, component, cuda_device(device, NAME), verify=bool(verify))
 
 
-BACKEND = Backend(EXTRA, needs_gpu=True, probe=probe, load=load)
+BACKEND = Backend("ONNX Runtime (CUDA)", EXTRA, needs_gpu=True, probe=probe, load=load)

@@ -27,4 +27,4 @@ def load(bundle: Bundle, component: str, _device: Device, threads: int | None, v
     return load_on_cpu(OpenVinoExecutor, bundle, component, threads, verify)
 
 
-BACKEND = Backend(EXTRA, needs_gpu=False, probe=probe, load=load, by_shape=True)
+BACKEND = Backend("OpenVINO (CPU)", EXTRA, needs_gpu=False, probe=probe, load=load, by_shape=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 UNFIT: Final = frozenset({"UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"})
 
 
-def _backend(flavour: str) -> Backend:
+def _backend(flavour: str, label: str) -> Backend:
     def probe(bundle: Bundle, gpu: Gpu | None, shape: RequestShape | None) -> str:
         assert gpu is not None
         return _probe(flavour, bundle, gpu, shape)
@@ -32,7 +32,7 @@ def _backend(flavour: str) -> Backend:
 
         return TensorRTExecutor(bundle, component, cuda_device(device, flavour), flavour, verify=bool(verify))
 
-    return Backend(EXTRAS[flavour], needs_gpu=True, probe=probe, load=load)
+    return Backend(label, EXTRAS[flavour], needs_gpu=True, probe=probe, load=load)
 
 
 def _probe(flavour: str, bundle: Bundle, gpu: Gpu, shape: RequestShape | None) -> str:
@@ -62,5 +62,5 @@ def _refuse_unfit(trt: Any, engine: Engine, component: str, gpu: Gpu) -> None:
         )
 
 
-TENSORRT_BACKEND = _backend(TENSORRT)
-TENSORRT_RTX_BACKEND = _backend(RTX)
+TENSORRT_BACKEND = _backend(TENSORRT, "TensorRT")
+TENSORRT_RTX_BACKEND = _backend(RTX, "TensorRT for RTX")

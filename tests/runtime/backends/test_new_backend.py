@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdrt.runtime.backends.registry import BACKENDS, choose_backend
+from sdrt.runtime.backends.backend import BACKENDS
+from sdrt.runtime.backends.registry import choose_backend
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.cli.main import main
 from sdrt.runtime.errors import BackendError
@@ -54,7 +55,7 @@ def load(bundle, component, device, threads, verify):
 
 
 PACKAGE = "onnxruntime"
-BACKEND = Backend("toy", needs_gpu=False, probe=probe, load=load)
+BACKEND = Backend("Toy", "toy", needs_gpu=False, probe=probe, load=load)
 """
 
 

@@ -21,8 +21,8 @@ from support.fakes.fake_tensorrt import fake_plan, fake_tensorrt
 from support.fakes.recording import RecordingDriver, recording_device
 
 from sdrt.runtime.backends import cpu_backends
-from sdrt.runtime.backends.backend import RequestShape
-from sdrt.runtime.backends.registry import AUTO, BACKENDS, Choice, choose_backend, load_executor, open_device
+from sdrt.runtime.backends.backend import BACKENDS, RequestShape
+from sdrt.runtime.backends.registry import AUTO, Choice, choose_backend, load_executor, open_device
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.record import Precision
 from sdrt.runtime.bundle.manifest import Manifest
