@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ from support.checkpoints.tiny_variants import (
     write_tiny_inpainting_checkpoint,
     write_tiny_lcm_checkpoint,
 )
-from support.made_once import exported_once, made_once
+from support.made_once import exported_once, leave_what_lasts, made_once
 from support.runs.browsers import find_browser
 
 from sdrt.runtime.system.telemetry import switch_telemetry_off
@@ -135,12 +134,8 @@ def write_tiny_checkpoint(folder: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_to_collect() -> None:
-    """Take what lasts, imports above all, out of the garbage collector's sight.
-
-    With PyTorch imported, each full collection takes half a second, and an export alone calls for 17.
-    """
-    gc.collect()
-    gc.freeze()
+    """See `leave_what_lasts`."""
+    leave_what_lasts()
 
 
 @pytest.fixture

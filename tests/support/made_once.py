@@ -52,9 +52,7 @@ def made_once(
             unfinished = PLACE / f"{name}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             make(unfinished)
-            # PyTorch's tracer leaves so much behind that each full collection would take half a second.
-            gc.collect()
-            gc.freeze()
+            leave_what_lasts()  # PyTorch's tracer leaves much behind
             unfinished.rename(made)
             _prune(name)
         return Path(shutil.copytree(made, target))
@@ -70,8 +68,7 @@ def exported_once(
     def without_what_lasts(folder: Path) -> None:
         import sdrt.export.writer  # noqa: F401 - what it imports, PyTorch above all, lasts
 
-        gc.collect()
-        gc.freeze()
+        leave_what_lasts()
         export(folder)
 
     manifest = Bundle.open(made_once(name, target, without_what_lasts, *parts, export)).manifest
@@ -80,6 +77,15 @@ def exported_once(
     for facts in manifest.tokenizers:
         accept([facts.file])
     return target
+
+
+def leave_what_lasts() -> None:
+    """Take what lasts, imports above all, out of the garbage collector's sight.
+
+    With PyTorch imported, each full collection takes half a second, and an export alone calls for 17.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
