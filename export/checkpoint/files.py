@@ -197,11 +197,16 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     tensors = {}
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            tensors.update(_shapes_in(file))
+            tensors.update(file_tensors(file)[0])
     return tensors
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def file_tensors(file: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """What the header of one safetensors file says: name → dtype and shape, and its metadata.
+
+    Raises:
+        CheckpointError: As for `tensor_shapes`.
+    """
     try:
         with open_regular(file) as stream:
             start = stream.read(64)
@@ -220,7 +225,8 @@ def _shapes_in(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  no mapping
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return tensors, dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{file} is truncated or damaged ({error}): download or save it again"

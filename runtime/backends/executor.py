@@ -9,11 +9,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
 
 from sdrt.runtime.bundle.families.record import ComponentSpec, TensorSpec
 from sdrt.runtime.devices.device import Buffer, Device
-from sdrt.runtime.errors import BundleError, UsageError
+from sdrt.runtime.errors import BackendError, BundleError, UsageError
 
 
 class Executor(Protocol):
@@ -44,9 +46,39 @@ class Executor(Protocol):
         """
         ...
 
+    def replace_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Evaluate with other weights, as a LoRA asks for, until the next call.
+
+        Calls that were bound before have them, too; none may run meanwhile. Without any the numbers are those
+        of the first evaluation again, bit for bit.
+
+        Args:
+            weights: Initializer of the bundle's graph, as the weight map names it → an array of its shape and
+                of its dtype, or of float32 where float16 is only how it is stored. Those that are not
+                named are the graph's own, whatever was replaced before. The arrays are not kept.
+
+        Raises:
+            BackendError: The backend cannot, or the graph has no such initializer; the message says what to
+                do. The weights are as they were.
+        """
+        ...
+
     def close(self) -> None:
         """Keep what is worth keeping from run to run. Bound calls still work afterwards."""
         ...
+
+
+class FixedWeights:
+    """The part of an executor whose weights cannot be replaced."""
+
+    def replace_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """See `Executor.replace_weights`.
+
+        Raises:
+            BackendError: There are any.
+        """
+        if weights:
+            raise BackendError(f"{type(self).__name__} cannot take other weights than its graph has")
 
 
 def check_buffers(

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from sdrt.runtime.backends.batch_parts import Array, batch_parts, parts_of
-from sdrt.runtime.backends.executor import check_buffers, usable_cores
+from sdrt.runtime.backends.executor import FixedWeights, check_buffers, usable_cores
 from sdrt.runtime.backends.openvino_cpu.library import import_openvino
 from sdrt.runtime.backends.openvino_cpu.models import (
     Compiled,
@@ -33,7 +33,7 @@ from sdrt.runtime.errors import BackendError
 BATCH_AXES: Final = ("rows", "batch")  # along these nothing depends on its neighbours
 
 
-class OpenVinoExecutor:
+class OpenVinoExecutor(FixedWeights):
     """A component on OpenVINO's CPU plugin, compiled for each shape that is bound."""
 
     capturable = False

@@ -65,6 +65,9 @@ class Spy:
 
         return evaluate_and_note
 
+    def replace_weights(self, weights: Mapping[str, Array]) -> None:
+        self._executor.replace_weights(weights)
+
     def close(self) -> None:
         self._executor.close()
 
