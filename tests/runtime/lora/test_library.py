@@ -70,7 +70,8 @@ def test_what_stable_diffusion_webui_knows_a_file_by(library: LoraLibrary, folde
     [
         (
             "pixl",
-            r"the LoRA 'pixl' is not in .*loras\d*: did you mean pixel\? there is anna, ink, linked, people/new",
+            r"the LoRA 'pixl' is not in .*loras\d*: did you mean pixel\? "
+            "there is anna, ink, linked, people/new",
         ),
         (
             "nothing like it",
