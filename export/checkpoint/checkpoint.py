@@ -34,7 +34,7 @@ class Checkpoint:
         force_zeros_for_empty_prompt: See `sdrt.runtime.bundle.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
         few_steps: How it is drawn by default, if it was distilled to a few steps.
-        read_as: What a single file was taken for, in one line; empty of a folder.
+        read_as: What a single file was taken for, in one line; empty where a folder says it all.
         remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
 

@@ -21,7 +21,7 @@ _SHARED: Final = ("plain_prompt", "comma_lookback", "clip_skip", "negative_promp
 _SPACING: Final = ("num_train_timesteps", "timestep_spacing", "steps_offset")
 _SIGNAL: Final = 1e-5  # relative, of two schedules that are one
 
-Build = Callable[[Manifest, Mapping[str, Any]], Request]
+Build = Callable[[Manifest, Mapping[str, Any], bool], Request]
 
 
 def check_refiner(manifest: Manifest, refiner: Manifest) -> None:
@@ -58,7 +58,7 @@ def build_ensemble(
         manifest: The base bundle's.
         refiner: The refiner's; None where there is none.
         options: The call's.
-        build: Makes a request for one bundle.
+        build: Makes a request for one bundle; told whether that one refines.
 
     Raises:
         UsageError: As `sdrt.runtime.request.build.build_request`, or the two do not fit together.
@@ -77,8 +77,8 @@ def build_ensemble(
     own -= {name for option in manifest.record.told_options for name in option.names}
     begun = {name: value for name, value in options.items() if name not in (REFINE_FROM, *own)}
     try:
-        first = build(manifest, {**begun, END: share})
-        second = build(refiner, _of_refiner(first, refiner, options))
+        first = build(manifest, {**begun, END: share}, False)
+        second = build(refiner, _of_refiner(first, refiner, options), True)
     except UsageError as error:
         raise UsageError(re.sub(f"{START}|{END}", REFINE_FROM, str(error))) from error
     _check_level(first, second)
