@@ -10,6 +10,7 @@ from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES, CheckpointFamil
 from sdrt.export.checkpoint.few_steps import FewSteps
 from sdrt.export.checkpoint.fields import LatentScaling, latent_scaling
 from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer
+from sdrt.runtime.bundle.families.components import DEPTH
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.manifest import ImageProcessorFacts
 from sdrt.runtime.samplers.schedule import NoiseSchedule
@@ -124,7 +125,9 @@ class Checkpoint:
         # Beside the noisy latents an inpainting U-Net takes the mask and the masked picture's latents.
         if unet_channels == 2 * latent_channels + 1:
             sizes["inpainting_channels"] = unet_channels - latent_channels
-        sizes["unet_channels"] = unet_channels - sizes.get("inpainting_channels", 0)
+        depth = self.record.components["unet"].input(DEPTH)
+        beside = sizes.get("inpainting_channels", 0) if depth is None else 1
+        sizes["unet_channels"] = unet_channels - beside
         if self.distilled_guidance:
             sizes["guidance_width"] = int(unet["time_cond_proj_dim"])
         if self.tokenizers:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
+from sdrt.runtime.bundle.families.depth import STABLE_DIFFUSION_DEPTH
 from sdrt.runtime.bundle.families.image_variations import IMAGE_VARIATIONS
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.sdxl import SDXL, SDXL_REFINER, TEXT_EMBEDS
@@ -209,6 +210,17 @@ _FAMILIES: Final = (
         },
     ),
     CheckpointFamily(
+        record=STABLE_DIFFUSION_DEPTH,
+        pipelines=("StableDiffusionDepth2ImgPipeline",),
+        networks=(_TEXT_ENCODER, _UNET, _VAE),
+        draws="StableDiffusionDepth2ImgPipeline",
+        inpaints="StableDiffusionDepth2ImgPipeline",
+        settings={"depth_estimator": None, "feature_extractor": None},
+        embeddings={ENCODER_HIDDEN_STATES: "prompt_embeds"},
+        guidance=7.5,
+        from_picture=True,
+    ),
+    CheckpointFamily(
         record=SDXL,
         pipelines=(
             "StableDiffusionXLPipeline",
@@ -281,5 +293,5 @@ PIPELINES: Final = {
 }
 SUPPORTED: Final = (
     "supported are those of Stable Diffusion 1.x, 2.x and XL for text to image, image to image and "
-    "inpainting, of SDXL's refiner, of latent consistency models and of image variations"
+    "inpainting, with depth maps, of SDXL's refiner, of latent consistency models and of image variations"
 )

@@ -16,6 +16,10 @@ OTHER_KINDS: Final[dict[str, Callable[[int], int]]] = {
     "a depth map": lambda _latents: 1,
     "a small picture to enlarge": lambda _latents: 3,
 }
+# Those that are supported → what to do where model_index.json names another pipeline.
+OF_PIPELINE: Final = {
+    "a depth map": "set _class_name in model_index.json to StableDiffusionDepth2ImgPipeline",
+}
 # What a U-Net's configuration says of inputs that no component has.
 OTHER_INPUTS: Final = {
     "class_embed_type": "a class or an embedding beside the text (as of unCLIP)",
@@ -62,10 +66,13 @@ def _check_kind(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
     unet = checkpoint.configs["unet"]
     takes, gives, latents = int(unet["in_channels"]), int(unet["out_channels"]), sizes["latent_channels"]
     for what, channels in OTHER_KINDS.items():
-        if takes == latents + channels(latents):
+        if takes == latents + channels(latents) and sizes["unet_channels"] != latents:
+            todo = OF_PIPELINE.get(
+                what, "not supported; checkpoints for text to image, inpainting and image variations are"
+            )
             raise CheckpointError(
                 f"the U-Net takes {takes} channels, the VAE's {latents} and {channels(latents)} more for "
-                f"{what}: not supported; checkpoints for text to image, inpainting and image variations are"
+                f"{what}: {todo}"
             )
     if not gives == latents == sizes["unet_channels"]:
         raise CheckpointError(

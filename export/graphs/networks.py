@@ -138,7 +138,7 @@ class UNet(nn.Module):
     Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [rows];
     ``encoder_hidden_states`` [rows, context, cross_width]; ``text_embeds`` [rows, projection_width];
     ``time_ids`` [rows, 6], of the refiner [rows, 5]; ``timestep_cond`` [rows, guidance_width]; ``inpainting``
-    [rows, channels + 1, h, w]; result like ``sample``.
+    [rows, channels + 1, h, w]; ``depth`` [rows, 1, h, w]; result like ``sample``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -156,9 +156,12 @@ class UNet(nn.Module):
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         inpainting: Tensor | None = None,
+        depth: Tensor | None = None,
     ) -> Tensor:
         if inpainting is not None:  # as in diffusers: latents, mask, masked picture's latents
             sample = torch.cat([sample, inpainting], dim=1)
+        if depth is not None:
+            sample = torch.cat([sample, depth], dim=1)
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         noise_pred: Tensor = self.model(
             sample,
@@ -283,7 +286,7 @@ def _example(
         case tensors.TIMESTEP:
             first, last = _timestep_range(checkpoint.schedule)
             return first + torch.rand(shape, generator=generator) * (last - first)
-        case tensors.IMAGE:
+        case tensors.IMAGE | tensors.DEPTH:
             return torch.rand(shape, generator=generator) * 2 - 1
         case tensors.TIMESTEP_COND:  # of guidance scales from 1 to 15
             scales = 14 * torch.rand(shape[0], generator=generator).numpy()

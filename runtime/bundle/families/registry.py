@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
+from sdrt.runtime.bundle.families.depth import STABLE_DIFFUSION_DEPTH
 from sdrt.runtime.bundle.families.image_variations import IMAGE_VARIATIONS
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.sdxl import SDXL, SDXL_REFINER
 from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
 
 FAMILIES: Final[dict[str, Family]] = {
-    family.name: family for family in (STABLE_DIFFUSION, SDXL, SDXL_REFINER, IMAGE_VARIATIONS)
+    family.name: family
+    for family in (STABLE_DIFFUSION, STABLE_DIFFUSION_DEPTH, SDXL, SDXL_REFINER, IMAGE_VARIATIONS)
 }

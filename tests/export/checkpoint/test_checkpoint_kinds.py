@@ -42,6 +42,16 @@ def test_an_inpainting_unet_takes_a_mask_and_latents_beside_the_sample(inpaintin
     assert (default_steps(checkpoint), default_guidance(checkpoint)) == (20, 7.5)
 
 
+def test_a_depth_model_reads_a_map_and_leaves_its_estimator_out(depth_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(str(depth_checkpoint))
+    assert checkpoint.family == "sd-depth"
+    assert checkpoint.sizes() == UNET | TEXT
+    (remark,) = checkpoint.remarks[:1]
+    assert remark.startswith(
+        "depth_estimator (DPTForDepthEstimation) of model_index.json is left out: depth maps"
+    )
+
+
 def test_a_latent_consistency_model_is_told_the_guidance_and_draws_in_few_steps(
     lcm_checkpoint: Path,
 ) -> None:
@@ -111,7 +121,14 @@ OTHER_KINDS: dict[str, tuple[Break, tuple[str, ...]]] = {
         configure(UNET_CONFIG, in_channels=8),
         ("takes 8 channels", "4 more for the latents of a picture to edit", "not supported; checkpoints for"),
     ),
-    "depth": (configure(UNET_CONFIG, in_channels=5), ("takes 5 channels", "1 more for a depth map")),
+    "depth": (
+        configure(UNET_CONFIG, in_channels=5),
+        ("takes 5 channels", "1 more for a depth map: set _class_name", "StableDiffusionDepth2ImgPipeline"),
+    ),
+    "no depth": (
+        configure("model_index.json", _class_name="StableDiffusionDepth2ImgPipeline"),
+        ("takes 4 and gives 4 channels, the VAE has 4",),
+    ),
     "upscaler": (
         configure(UNET_CONFIG, in_channels=7, num_class_embeds=1000),
         ("takes 7 channels", "3 more for a small picture to enlarge"),

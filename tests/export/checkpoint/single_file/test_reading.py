@@ -175,7 +175,6 @@ FIRST, KEYS = (
     [
         (REFINER, "is the SDXL refiner: a second pass"),
         ({FIRST: (320, 8, 3, 3), KEYS: (320, 768)}, "is InstructPix2Pix: not supported"),
-        ({FIRST: (320, 5, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion 2 depth: not supported"),
         ({FIRST: (256, 7, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion x4 upscaler"),
         (
             {FIRST: (320, 4, 3, 3), KEYS: (320, 1024), f"{UNET}label_emb.0.0.weight": (1280, 2048)},
