@@ -163,7 +163,7 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         config = read.configs[folder]
         if folder in parts.others:
             found[folder] = _brought(network, parts.others[folder], config)
-        elif names := names_in(header.tensors, folder, read.prefixes.get(folder)):
+        elif names := names_in(header.tensors, folder, read.family.folders):
             check_storage(header, names.values())
             found[folder] = FilePart(network, header, names, config)
         else:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints.ldm_names import (
     CLIP,
     OPEN_CLIP,
+    REFINER,
     SD1,
     SD2,
     SDXL,
@@ -93,6 +94,7 @@ KINDS: dict[str, tuple[str, dict[str, str], tuple[str, ...], State]] = {
     "LCM": ("lcm_checkpoint", SD1, (), {}),
     "2.x": ("sd2_checkpoint", SD2, ("text_encoder",), LAST),
     "SDXL": ("sdxl_checkpoint", SDXL, ("text_encoder_2",), {}),
+    "refiner": ("refiner_checkpoint", REFINER, ("text_encoder_2",), {}),
     "SDXL, both of open_clip": (
         "sdxl_checkpoint",
         {**SDXL, "text_encoder": "conditioner.embedders.0.model."},
