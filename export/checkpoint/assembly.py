@@ -184,7 +184,7 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         documents=documents,
         tokenizers={name: read.base / name for name in folders if name not in own},
         linked=own,
-        line=read.line,
+        line=", ".join([read.line, *_brought_words(parts)]),
         hint=""
         if not read.published
         else "its sizes are not the published ones: --config FOLDER gives its own",
@@ -215,14 +215,28 @@ def _of_folder(base: Path, parts: Parts) -> Assembly:
         documents[INDEX_FILE] = _index(index, family, parts.others, documents.get(SCHEDULER_FILE))
     written = {name.partition("/")[0] for name in documents} | found.keys()
     linked = sorted(entry.name for entry in base.iterdir() if entry.name not in written)
-    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), _variants(found))
+    words = [*_variant_words(found), *_override_words(overrides), *_brought_words(parts)]
+    line = ", ".join([f"{base.resolve().name} is a {index['_class_name']}", *words]) if words else ""
+    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), line)
 
 
-def _variants(parts: Mapping[str, Part]) -> str:
-    """A line about networks whose weights are there as a variant alone; empty where none is."""
-    given = {folder: part.variant for folder, part in parts.items() if isinstance(part, FolderPart)}
-    words = ", ".join(f"{folder} has the variant {name}" for folder, name in given.items() if name)
-    return words and f"only variants of weights are there, and read: {words}"
+def _variant_words(parts: Mapping[str, Part]) -> Iterator[str]:
+    """About networks whose weights are there as a variant alone."""
+    for folder, part in parts.items():
+        if isinstance(part, FolderPart) and part.variant:
+            yield f"{folder} has the variant {part.variant} alone"
+
+
+def _override_words(overrides: Overrides) -> Iterator[str]:
+    if overrides.prediction_type:
+        yield f"predicts {overrides.prediction_type} (--prediction-type)"
+    if overrides.zero_snr:
+        yield "zero terminal SNR (--zero-snr)"
+
+
+def _brought_words(parts: Parts) -> Iterator[str]:
+    for folder, place in parts.others.items():
+        yield f"{WORDS[folder]} of {place.resolve().name}"
 
 
 def _brought(network: Network, place: Path, config: Mapping[str, Any]) -> Part:

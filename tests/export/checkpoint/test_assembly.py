@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -203,6 +204,7 @@ def test_a_vae_is_replaced(
         assert_equal(state_of(checkpoint.path / "unet"), state_of(tiny_checkpoint / "unet"))
         # Of a file alone nothing says the factor: the model's own stands.
         expected = 0.25 if given.is_dir() else 0.5
+        assert checkpoint.read_as.endswith(f"VAE of {given.name}")
         assert checkpoint.decoded.factor == expected
 
 
@@ -252,7 +254,10 @@ def test_weights_of_other_sizes_say_how_to_give_a_configuration(
 
 def test_the_prediction_of_a_folder_can_be_overruled(tiny_checkpoint: Path, tmp_path: Path) -> None:
     overrides = Overrides(prediction_type="v_prediction", zero_snr=True)
-    with assembly_of(Parts(str(tiny_checkpoint), overrides=overrides)).opened(tmp_path / "out") as checkpoint:
+    assembly = assembly_of(Parts(str(tiny_checkpoint), overrides=overrides))
+    words = "is a StableDiffusionPipeline, predicts v_prediction (--prediction-type), zero terminal SNR (--z"
+    assert words in assembly.line
+    with assembly.opened(tmp_path / "out") as checkpoint:
         schedule = checkpoint.schedule
         assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == ("v_prediction", True)
         assert (schedule.timestep_spacing, checkpoint.sampler) == ("trailing", "ddim")
@@ -324,7 +329,7 @@ def test_a_folder_with_variants_alone_is_read(sharded: bool, checkpoint_copy: Pa
     text = checkpoint_copy / "text_encoder"
     (text / "model.safetensors").rename(text / "model.fp16.safetensors")
     assembly = assembled(checkpoint_copy)
-    assert "text_encoder has the variant fp16, unet has the variant fp16" in assembly.line
+    assert "text_encoder has the variant fp16 alone, unet has the variant fp16 alone" in assembly.line
     assert len(assembly.tensors("unet")) == len(wanted)
     with assembly.opened(tmp_path / "out") as checkpoint:
         assert_equal(load_module(checkpoint, "unet").state_dict(), wanted)
@@ -332,6 +337,35 @@ def test_a_folder_with_variants_alone_is_read(sharded: bool, checkpoint_copy: Pa
     with assembly.opened(tmp_path / "out", {"unet": lambda _name, tensor: tensor * 2}) as checkpoint:
         doubled = load_module(checkpoint, "unet").state_dict()["conv_in.weight"]
         assert torch.equal(doubled, wanted["conv_in.weight"] * 2)
+
+
+def as_hub_cache(checkpoint: Path, folder: Path) -> Path:
+    """The cache of the hub: files by their hashes in ``blobs/``, and links to them in a snapshot."""
+    snapshot = folder / "models--owner--name" / "snapshots" / "0123"
+    blobs, refs = snapshot.parents[1] / "blobs", snapshot.parents[1] / "refs"
+    for place in (blobs, refs):
+        place.mkdir(parents=True)
+    (refs / "main").write_text("0123")
+    for number, file in enumerate(sorted(entry for entry in checkpoint.rglob("*") if entry.is_file())):
+        blob = Path(shutil.copy(file, blobs / f"{number:040}"))
+        link = snapshot / file.relative_to(checkpoint)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot.parents[1]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_cache_of_the_hub_with_links_is_read(
+    parts: bool, tiny_checkpoint: Path, other_vae: Path, tmp_path: Path
+) -> None:
+    cache = as_hub_cache(tiny_checkpoint, tmp_path / "hub")
+    vae = other_vae if parts else tiny_checkpoint / "vae"
+    with opened(cache, tmp_path / "out", **({"vae": vae} if parts else {})) as checkpoint:
+        for name in checkpoint.kind.folders:
+            given = vae if name == "vae" else tiny_checkpoint / name
+            assert_equal(state_of(checkpoint.path / name), state_of(given))
+        check_architectures(checkpoint)
+        load_module(checkpoint, "unet")
 
 
 def test_a_folder_as_it_is_needs_no_copy(tiny_checkpoint: Path, tmp_path: Path) -> None:
