@@ -286,8 +286,10 @@ def _check_options(parts: Parts, family: CheckpointFamily) -> None:
 
 
 def _lacking(path: Path, missing: Sequence[str]) -> CheckpointError:
-    words = " and ".join(f"no {WORDS[folder]}" for folder in missing)
-    options = " ".join(f"{OPTIONS[folder]} FILE|FOLDER" for folder in missing if folder in OPTIONS)
+    words = " and ".join(f"no {WORDS.get(folder, folder)}" for folder in missing)
+    if not OPTIONS.keys() >= set(missing):
+        return CheckpointError(f"{path} has {words}: give such a model as a folder in the diffusers format")
+    options = " ".join(f"{OPTIONS[folder]} FILE|FOLDER" for folder in missing)
     return CheckpointError(f"{path} has {words}: bring what is missing with {options}")
 
 

@@ -118,7 +118,7 @@ def _text_encoder(folder: str, tensors: Mapping[str, Any], config: Mapping[str, 
 
         inner = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
         # Stable Diffusion 2 reads the state before the last layer: diffusers' text encoder has one less.
-        last = str(config.get("num_hidden_layers"))
+        last = str(config.get("num_hidden_layers")) if folder == "text_encoder" else ""
         kept = {
             name: tensor
             for name, tensor in inner.items()

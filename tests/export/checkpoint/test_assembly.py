@@ -216,7 +216,9 @@ def test_a_text_encoder_is_brought_by_a_file(tiny_checkpoint: Path, tmp_path: Pa
         assert_equal(state_of(checkpoint.path / "text_encoder"), state_of(tiny_checkpoint / "text_encoder"))
 
 
-def test_what_does_not_go_together_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused(
+    tiny_checkpoint: Path, variations_checkpoint: Path, tmp_path: Path
+) -> None:
     file = write_single_file(tmp_path / "model.safetensors", tiny_checkpoint)
     unet = write_single_file(tmp_path / "u.safetensors", tiny_checkpoint, {"unet": ""})
     for others, words in (
@@ -235,6 +237,8 @@ def test_what_does_not_go_together_is_refused(tiny_checkpoint: Path, tmp_path: P
             assembly_of(Parts(str(tiny_checkpoint), overrides=overrides))
     with pytest.raises(UsageError, match=r"--config is .*: a diffusers folder is wanted"):
         assembled(file, tmp_path)
+    with pytest.raises(CheckpointError, match="has no image_encoder: give such a model as a folder"):
+        assembled(file, variations_checkpoint)
 
 
 def test_weights_of_other_sizes_say_how_to_give_a_configuration(
