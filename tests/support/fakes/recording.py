@@ -34,6 +34,10 @@ class RecordedExecutor:
         self._driver = driver
         self._device = device
 
+    @property
+    def generation(self) -> int:
+        return self._executor.generation
+
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], None]:
         """See `Executor.bind`; the buffers are the device's."""
         evaluate = self._executor.bind(
