@@ -29,14 +29,10 @@ class RecordedExecutor:
         """``executor`` computes when the stream runs."""
         self._executor = executor
         self.spec: ComponentSpec = executor.spec
-        self.capturable = True
+        self.capturable, self.generation = True, 0
         self._stream = device.stream
         self._driver = driver
         self._device = device
-
-    @property
-    def generation(self) -> int:
-        return self._executor.generation
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], None]:
         """See `Executor.bind`; the buffers are the device's."""
