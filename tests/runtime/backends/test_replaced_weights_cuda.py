@@ -90,7 +90,7 @@ class Bench:
         outputs = buffers(self.bundle)[1]
         spec = self.bundle.component("unet").spec
         OnnxRuntimeExecutor(folder / "exported.onnx", spec).bind(self.inputs, outputs)()
-        (result,) = outputs.values()
+        result: Array = outputs["noise_pred"]
         return result
 
 

@@ -130,9 +130,10 @@ class Weights:
 
     @property
     def array(self) -> NDArray[Any]:
-        dtype = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16}[self.dtype.name]
-        raw = (ctypes.c_uint8 * (self.size * np.dtype(dtype).itemsize)).from_address(self.address)
-        return np.frombuffer(raw, dtype).copy()
+        dtype = np.dtype({"FLOAT": "float32", "HALF": "float16", "BF16": "uint16"}[self.dtype.name])
+        raw = (ctypes.c_uint8 * (self.size * dtype.itemsize)).from_address(self.address)
+        array: NDArray[Any] = np.frombuffer(memoryview(raw).cast("B"), dtype).copy()
+        return array
 
 
 class _Part:
