@@ -232,6 +232,14 @@ UNET_LOOP = 300 * EPS32
 # Seen: 0.84.
 PREVIEW_EXPLAINED = 0.75
 
+# SDXL's refiner alone or after a base, ten steps on ONNX Runtime against diffusers' pipelines, over the
+# largest latent: as SDXL_RUN, with ten steps in place of four: 15 * 7 * 10. What a score or the last steps'
+# guidance change is 10 times that and more.
+REFINER_RUN = 1050 * EPS32
+
+# Pictures beside diffusers', decibels: what the project promises for every kind of checkpoint.
+PICTURE_PSNR = 50.0
+
 # A task on ONNX Runtime against diffusers' pipeline of that task, over the largest latent. One evaluation of
 # a tiny network is 15 EPS32 from PyTorch's (seen, GRAPH_FP32), guidance of 3 weighs the halves by 3 and 2,
 # and five steps add up: 15 * 5 * 5; a picture's latents are off by an evaluation more. Seen: 16.
@@ -258,3 +266,9 @@ FP16_PSNR_DB = 50.0
 # equations, where a step is shorter than its neighbours, multiply that by up to some 50. Seen between AVX-512
 # and no vector units: 2**-51.
 GOLDEN_COEFFICIENT = 2.0**-44
+
+# A tensor with a LoRA merged into it against its formula in float64, relative to the largest number. Products
+# are rounded once, factors of LoKr and LoHa twice more, scale, product with it and sum once each: 6 EPS32.
+# DoRA rounds the changed tensor (2), lengths and quotient, takes the tensor away, adds it (3): 9. It does it
+# to numbers up to 6 times the largest of the result, where what was changed is longer than it becomes.
+LORA_FORMULA = 54 * EPS32

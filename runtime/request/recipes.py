@@ -17,9 +17,12 @@ from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.errors import UsageError
 
 # Nothing is drawn otherwise for them; the model is compared, for another one draws another picture.
-INFORMING: Final = ("backend", "model", "model_sha256", "version", "output_size", "fps", "timings")
+INFORMING: Final = (
+    *("backend", "model", "model_sha256", "refiner", "refiner_sha256"),
+    *("version", "output_size", "fps", "timings", "lora_hashes"),
+)
 # What must be there, and the same, for the picture to be the same.
-CHECKED: Final = ("image_sha256", "mask_sha256", "embeddings", "interrupted_after_step")
+CHECKED: Final = ("image_sha256", "mask_sha256", "embeddings", "lora_sha256", "interrupted_after_step")
 # Of `Pipeline.interpolate`; ``frame`` is the number of the one frame that is wanted.
 OF_FRAMES: Final = ("to_prompt", "to_seed", "frames", "frame")
 FIELDS: Final = (*INFORMING, *CHECKED, *OF_FRAMES)
@@ -33,20 +36,12 @@ class RecipeWarning(UserWarning):
 
 
 def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """The arguments of a call without what only informs.
+    """The arguments of a call without what only informs. A recipe says all LoRAs that it was drawn with.
 
     Raises:
         UsageError: Something that the recipe was drawn from is missing, or it is of an unfinished picture.
     """
-    digest, own = options.get("model_sha256"), manifest.provenance.get("source_sha256")
-    if digest and own and digest != own:
-        here, there = manifest.provenance.get("source", "unknown"), options.get("model", "unknown")
-        warnings.warn(
-            f"the recipe is of the model {there} (SHA-256 {str(digest)[:12]}…), and this bundle is of {here} "
-            f"({str(own)[:12]}…): the picture will be another",
-            RecipeWarning,
-            stacklevel=2,
-        )
+    warn_of_another_model(options, manifest)
     unfinished = options.get("interrupted_after_step")
     if unfinished is not None:
         raise UsageError(
@@ -61,7 +56,27 @@ def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
                 f"the recipe was drawn from a picture that was not a file (SHA-256 of its pixels "
                 f"{str(options[field])[:12]}…): give it as {name}"
             )
-    return {name: value for name, value in options.items() if value is not None and name not in INFORMING}
+    found = {name: value for name, value in options.items() if value is not None and name not in INFORMING}
+    return {"loras": {}, **found} if options.get("version") is not None else found
+
+
+def warn_of_another_model(options: Mapping[str, Any], manifest: Manifest, role: str = "model") -> None:
+    """Warn where a recipe is of another model than the bundle's.
+
+    Args:
+        options: The recipe's fields.
+        manifest: The bundle's.
+        role: ``model``, or ``refiner`` for the second of an ensemble.
+    """
+    digest, own = options.get(f"{role}_sha256"), manifest.provenance.get("source_sha256")
+    if digest and own and digest != own:
+        here, there = manifest.provenance.get("source", "unknown"), options.get(role, "unknown")
+        warnings.warn(
+            f"the recipe is of the {role} {there} (SHA-256 {str(digest)[:12]}…), and this bundle is of "
+            f"{here} ({str(own)[:12]}…): the picture will be another",
+            RecipeWarning,
+            stacklevel=3,
+        )
 
 
 def pixels_sha256(pixels: NDArray[Any]) -> str:
@@ -91,8 +106,12 @@ def check_pixels(options: Mapping[str, Any], name: str, digest: str) -> None:
         )
 
 
-def checked_embeddings(wanted: object) -> Mapping[str, Any]:
-    """The textual inversions that a recipe needs, name → SHA-256 of the file; of None none.
+def checked_digests(field: str, wanted: object) -> Mapping[str, Any]:
+    """What a recipe says of files that it needs, name → SHA-256; of None nothing.
+
+    Args:
+        field: The recipe's, for messages.
+        wanted: What it holds.
 
     Raises:
         UsageError: It is no such table.
@@ -100,15 +119,33 @@ def checked_embeddings(wanted: object) -> Mapping[str, Any]:
     if wanted is None:
         return {}
     if not isinstance(wanted, Mapping):
-        raise UsageError(f"embeddings is {type(wanted).__name__}: names with the SHA-256 of their files")
+        raise UsageError(f"{field} is {type(wanted).__name__}: names with the SHA-256 of their files")
     return wanted
+
+
+def check_lora(name: str, digest: str, wanted: Mapping[str, Any]) -> None:
+    """Refuse a LoRA that is not the one that a recipe was drawn with.
+
+    Args:
+        name: The LoRA's, as the recipe has it.
+        digest: The SHA-256 of its file.
+        wanted: What `checked_digests` gave.
+
+    Raises:
+        UsageError: It is another.
+    """
+    if wanted.get(name) not in (None, digest):
+        raise UsageError(
+            f"the LoRA {name[:200]!r} is not the one that the recipe was drawn with (a file with SHA-256 "
+            f"{digest[:12]}…, not {str(wanted[name])[:12]}…): give that one, or leave lora_sha256 out"
+        )
 
 
 def check_embeddings(wanted: Mapping[str, Any], loaded: Mapping[str, str]) -> None:
     """Refuse a recipe whose textual inversions are not there.
 
     Args:
-        wanted: What `checked_embeddings` gave.
+        wanted: What `checked_digests` gave.
         loaded: The pipeline's, name → SHA-256 of the file.
 
     Raises:
