@@ -48,6 +48,7 @@ COMPONENT: Final = "pipeline"  # in the report, where the others have the name o
 # Capitals, a digit, an apostrophe and an accent: what tokenizers differ in.
 PROMPT: Final = "A café's red 2CV"
 SEED: Final = 20240304
+STRENGTH: Final = 0.75  # of a kind that draws on a picture
 # diffusers computes the coefficients of a step, and most of its schedulers x itself, in float32: some eight
 # independent roundings a step, of numbers up to the first sigma (or its like where x stays small, 15) times
 # the result's size. With zero terminal SNR that is 4,096.
@@ -102,12 +103,16 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What both sides are asked: a size in pixels, our sampler, and a picture where the kind takes one."""
+    """What both sides are asked: a size in pixels, our sampler, and a picture where the kind takes one.
+
+    ``strength`` is the share of the schedule that is run on it, for a kind that has such a thing.
+    """
 
     side: int
     sampler: str
     picture: Array | None = None
     mask: Array | None = None
+    strength: float | None = None
 
 
 def check_reading(
@@ -231,13 +236,18 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         kind = getattr(diffusers, stand_in)
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, clip_sample=False)
     side, draws = compared_side(checkpoint), np.random.default_rng(SEED)
+    picture = draws.integers(0, 256, (side, side, 3), np.uint8)
     if not checkpoint.record.reads_text:
-        return Task(side, sampler, draws.integers(0, 256, (side, side, 3), np.uint8))
-    if not inpainting:
-        return Task(side, sampler)
-    mask = np.zeros((side, side), np.uint8)
-    mask[side // 2 :] = 255
-    return Task(side, sampler, draws.integers(0, 256, (side, side, 3), np.uint8), mask)
+        return Task(side, sampler, picture)
+    if inpainting:
+        mask = np.zeros((side, side), np.uint8)
+        mask[side // 2 :] = 255
+        return Task(side, sampler, picture, mask, 1.0)
+    return (
+        Task(side, sampler, picture, strength=STRENGTH)
+        if checkpoint.kind.from_picture
+        else Task(side, sampler)
+    )
 
 
 def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Drawn:
@@ -253,11 +263,13 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
     if task.picture is not None:
         given["image"] = Image.fromarray(task.picture)
     if task.mask is not None:
-        given |= {"mask_image": Image.fromarray(task.mask), "strength": 1.0}
+        given["mask_image"] = Image.fromarray(task.mask)
+    if task.strength is not None:
+        given["strength"] = task.strength
+    if task.mask is not None or not checkpoint.kind.from_picture:  # whose picture has the size
+        given |= {"height": task.side, "width": task.side}
     drawn = pipeline(
         **given,
-        height=task.side,
-        width=task.side,
         num_inference_steps=SAMPLING_STEPS,
         guidance_scale=SAMPLING_GUIDANCE,
         generator=torch.Generator().manual_seed(SEED),
@@ -277,7 +289,7 @@ def _drawn_by_runtime(
         )
         for name, row in table.items()
     }
-    given: dict[str, Any] = {"seed": SEED, "rng": "cpu", "sampler": task.sampler}
+    given: dict[str, Any] = {"seed": SEED, "rng": "cpu", "sampler": task.sampler, "strength": task.strength}
     if task.picture is not None:
         given["image"] = task.picture
     if task.mask is not None:

@@ -18,14 +18,8 @@ from sdrt.runtime.errors import UsageError
 
 # Nothing is drawn otherwise for them; the model is compared, for another one draws another picture.
 INFORMING: Final = (
-    "backend",
-    "model",
-    "model_sha256",
-    "version",
-    "output_size",
-    "fps",
-    "timings",
-    "lora_hashes",
+    *("backend", "model", "model_sha256", "refiner", "refiner_sha256"),
+    *("version", "output_size", "fps", "timings", "lora_hashes"),
 )
 # What must be there, and the same, for the picture to be the same.
 CHECKED: Final = ("image_sha256", "mask_sha256", "embeddings", "lora_sha256", "interrupted_after_step")
@@ -52,15 +46,7 @@ def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     Raises:
         UsageError: Something that the recipe was drawn from is missing, or it is of an unfinished picture.
     """
-    digest, own = options.get("model_sha256"), manifest.provenance.get("source_sha256")
-    if digest and own and digest != own:
-        here, there = manifest.provenance.get("source", "unknown"), options.get("model", "unknown")
-        warnings.warn(
-            f"the recipe is of the model {there} (SHA-256 {str(digest)[:12]}…), and this bundle is of {here} "
-            f"({str(own)[:12]}…): the picture will be another",
-            RecipeWarning,
-            stacklevel=2,
-        )
+    warn_of_another_model(options, manifest)
     unfinished = options.get("interrupted_after_step")
     if unfinished is not None:
         raise UsageError(
@@ -77,6 +63,25 @@ def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
             )
     found = {name: value for name, value in options.items() if value is not None and name not in INFORMING}
     return {"loras": {}, **found} if is_recipe(options) else found
+
+
+def warn_of_another_model(options: Mapping[str, Any], manifest: Manifest, role: str = "model") -> None:
+    """Warn where a recipe is of another model than the bundle's.
+
+    Args:
+        options: The recipe's fields.
+        manifest: The bundle's.
+        role: ``model``, or ``refiner`` for the second of an ensemble.
+    """
+    digest, own = options.get(f"{role}_sha256"), manifest.provenance.get("source_sha256")
+    if digest and own and digest != own:
+        here, there = manifest.provenance.get("source", "unknown"), options.get(role, "unknown")
+        warnings.warn(
+            f"the recipe is of the {role} {there} (SHA-256 {str(digest)[:12]}…), and this bundle is of "
+            f"{here} ({str(own)[:12]}…): the picture will be another",
+            RecipeWarning,
+            stacklevel=3,
+        )
 
 
 def pixels_sha256(pixels: NDArray[Any]) -> str:
