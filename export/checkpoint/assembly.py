@@ -74,7 +74,7 @@ class Assembly:
         documents: Files that are written: path in the folder → JSON.
         tokenizers: Folders of tokenizers that are written with CLIP's vocabulary → their configuration.
         linked: Entries of ``base`` that the folder has as well.
-        line: What a single file is, for people; empty for a folder.
+        line: What a single file is, for people, or what is taken of a folder; usually empty there.
         hint: What to do where the configurations do not fit the weights.
     """
 
@@ -103,7 +103,7 @@ class Assembly:
                 what lies in the temporary folder is called as the user named it.
             OutputError: There is no room, or no permission, beside ``out``.
         """
-        if not (self.documents or edit):
+        if not (self.documents or edit or self.line):
             with reading(self.source):
                 checkpoint = read_checkpoint(self.base, self.source)
             check_fit(checkpoint)
@@ -215,7 +215,14 @@ def _of_folder(base: Path, parts: Parts) -> Assembly:
         documents[INDEX_FILE] = _index(index, family, parts.others, documents.get(SCHEDULER_FILE))
     written = {name.partition("/")[0] for name in documents} | found.keys()
     linked = sorted(entry.name for entry in base.iterdir() if entry.name not in written)
-    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked))
+    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), _variants(found))
+
+
+def _variants(parts: Mapping[str, Part]) -> str:
+    """A line about networks whose weights are there as a variant alone; empty where none is."""
+    given = {folder: part.variant for folder, part in parts.items() if isinstance(part, FolderPart)}
+    words = ", ".join(f"{folder} has the variant {name}" for folder, name in given.items() if name)
+    return words and f"only variants of weights are there, and read: {words}"
 
 
 def _brought(network: Network, place: Path, config: Mapping[str, Any]) -> Part:

@@ -32,7 +32,7 @@ class Checkpoint:
         image_processor: Of the image encoder; None where there is none.
         force_zeros_for_empty_prompt: See `sdrt.runtime.bundle.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
-        read_as: What a single file was taken for, in one line; empty of a folder.
+        read_as: What a single file was taken for, in one line; empty where a folder says it all.
         remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
 

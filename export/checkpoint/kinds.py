@@ -36,7 +36,7 @@ _BY_TENSORS: Final = (
         "a ControlNet alone",
         _STEERS,
     ),
-    (re.compile(r"model\.diffusion_model\..*"), "a single file", f"give a folder ({CONVERT} makes one)"),
+    (re.compile(r"model\.diffusion_model\..*"), "a single file", "give that file itself to sd-export"),
     (re.compile(r"(emb_params|clip_[lg]|string_to_param.*)"), "a textual inversion alone", _WHOLE),
     (re.compile(r"(down_blocks|mid_block|time_embedding|input_blocks)\..*"), "a U-Net alone", _WHOLE),
     (re.compile(r"(decoder|encoder|first_stage_model)\.(?!layers).*"), "a VAE alone", _WHOLE),
@@ -67,7 +67,7 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
         with open_regular(path) as stream:
             start = stream.read(64)
     except ValueError as error:
-        raise CheckpointError(f"{error}; give a folder in the diffusers format") from None
+        raise CheckpointError(f"{error}; give a single file or a folder in the diffusers format") from None
     if is_lfs_pointer(start):
         return "a Git LFS pointer, not the file itself", "run `git lfs pull` where it was cloned"
     if path.suffix in PICKLE_SUFFIXES:
@@ -88,7 +88,10 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
         for pattern, what, todo in _BY_TENSORS:
             if any(pattern.fullmatch(name) for name in names):
                 return what, todo
-    return "a single file", f"give a folder in the diffusers format ({CONVERT} makes one)"
+    return (
+        "no checkpoint that is known",
+        "give a single file in LDM's names (.safetensors), or a folder in the diffusers format",
+    )
 
 
 def refuse_pickle(path: Path) -> None:

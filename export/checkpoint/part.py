@@ -6,6 +6,7 @@ written under diffusers' names. Either may be edited on the way, tensor by tenso
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 from safetensors import SafetensorError
 
 from sdrt.export.checkpoint.families import Network
-from sdrt.export.checkpoint.files import file_tensors, tensor_shapes, weight_files
+from sdrt.export.checkpoint.files import file_tensors, tensor_shapes, variant_of, weight_files
 from sdrt.export.checkpoint.single_file.header import Header, load_tensors
 from sdrt.export.checkpoint.single_file.names import renamed
 from sdrt.runtime.errors import CheckpointError, OutputError
+from sdrt.runtime.system.files import temporary_folder
 
 if TYPE_CHECKING:
     import torch
@@ -33,14 +35,20 @@ SHARD_BYTES: Final = 1 << 30  # of one file: what of a network is in memory twic
 
 @dataclass(frozen=True, slots=True)
 class FolderPart:
-    """A network that lies as diffusers saves it."""
+    """A network that lies as diffusers saves it; its weights may be there as a variant alone."""
 
     network: Network
     place: Path
 
+    @property
+    def variant(self) -> str:
+        """The variant that stands for the weights, such as ``fp16``; empty where they are there as usual."""
+        return variant_of(self.place, self.network.weights)[0]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Its tensors by the names that its files give them, without their numbers."""
-        return {name: shape for name, (_, shape) in tensor_shapes(self.place).items()}
+        with self._plain() as place:
+            return {name: shape for name, (_, shape) in tensor_shapes(place, self.network.weights).items()}
 
     def write(self, folder: Path, edit: Edit | None = None) -> None:
         """Make ``folder`` this network: a link, or with ``edit`` its files with weights of their own.
@@ -49,22 +57,40 @@ class FolderPart:
             CheckpointError: The weights cannot be read.
             OutputError, OSError: ``folder`` cannot be written.
         """
-        if edit is None:
+        if edit is None and not self.variant:
             folder.symlink_to(self.place.resolve(), target_is_directory=True)
             return
         folder.mkdir()
-        weights = weight_files(self.place)
+        if edit is None:
+            self._link(folder)
+            return
         for entry in self.place.iterdir():
-            if entry not in weights and entry.is_file() and entry.suffix in (".json", ".txt"):
+            if entry.is_file() and entry.suffix in (".json", ".txt") and ".safetensors." not in entry.name:
                 (folder / entry.name).symlink_to(entry.resolve())
-        files = [file for file in weights if file.suffix == ".safetensors"]
-        headers = [Header(file, *file_tensors(file)) for file in files]
+        with self._plain() as place:
+            files = weight_files(place, self.network.weights)
+            headers = [Header(file, *file_tensors(file)) for file in files if file.suffix == ".safetensors"]
+            tensors = (
+                pair for header in headers for pair in load_tensors(header, header.tensors, meta=False)
+            )
+            write_weights(folder, self.network.weights, tensors, edit)
 
-        def tensors() -> Iterator[tuple[str, Any]]:
-            for header in headers:
-                yield from load_tensors(header, header.tensors, meta=False)
+    @contextlib.contextmanager
+    def _plain(self) -> Iterator[Path]:
+        """The folder with weights that have their usual names."""
+        if not self.variant:
+            yield self.place
+            return
+        with temporary_folder() as folder:
+            self._link(folder)
+            yield folder
 
-        write_weights(folder, self.network.weights, tensors(), edit)
+    def _link(self, folder: Path) -> None:
+        """Link the files into ``folder``, the variant's under the names that loaders look for."""
+        _, renamed_files = variant_of(self.place, self.network.weights)
+        plain = {entry.name: entry for entry in self.place.iterdir() if entry.is_file()}
+        for name, entry in {**plain, **renamed_files}.items():
+            (folder / name).symlink_to(entry.resolve())
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,8 @@ class Executor(Protocol):
         Args:
             weights: Initializer of the bundle's graph, as the weight map names it → an array of its shape and
                 of its dtype, or of float32 where float16 is only how it is stored. Those that are not
-                named are the graph's own, whatever was replaced before. The arrays are not kept.
+                named are the graph's own, whatever was replaced before. Nobody may change the arrays
+                afterwards: they may be read in place.
 
         Raises:
             BackendError: The backend cannot, or the graph has no such initializer; the message says what to
@@ -127,6 +128,34 @@ def check_buffer(component: str, spec: TensorSpec, buffer: Buffer) -> None:
     flags = getattr(buffer, "flags", None)  # of a NumPy array; device buffers are always contiguous
     if flags is not None and not flags.c_contiguous:
         raise UsageError(f"{component}.{spec.name}: the buffer must be C-contiguous")
+
+
+def check_weights(
+    weights: Mapping[str, NDArray[Any]], own: Callable[[str], tuple[str, tuple[int, ...]] | None], where: str
+) -> None:
+    """Refuse weights that a graph does not have.
+
+    Args:
+        weights: See `Executor.replace_weights`.
+        own: Gives the dtype and shape of an initializer of the graph; None where there is none.
+        where: The graph, for messages.
+
+    Raises:
+        BackendError: A name that is not an initializer's, another shape or another dtype.
+    """
+    for name, array in weights.items():
+        found = own(name)
+        if found is None:
+            raise BackendError(
+                f"{where} has no initializer {name!r}; the bundle's weight map has their names"
+            )
+        dtype, shape = found
+        allowed = {dtype, "float32"} if dtype == "float16" else {dtype}
+        if array.shape != shape or str(array.dtype) not in allowed:
+            raise BackendError(
+                f"the initializer {name} of {where} is {dtype}{list(shape)}, "
+                f"given {array.dtype}{list(array.shape)}"
+            )
 
 
 class GraphTensor(NamedTuple):

@@ -21,8 +21,12 @@ _WAYS: Final = ("down_blocks", "up_blocks", "mid_block")
 # Class of a module → the layers in it that are counted, in their order.
 _ATTENTION: Final = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT: Final = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj")
+_RESNET: Final = ("conv1", "time_emb_proj", "conv2", "conv_shortcut")
 _ATTENTIONS: Final = frozenset({"CrossAttention", "Attention"})  # the class was renamed
-_KNOWN: Final = {UNET: _ATTENTIONS | {"GEGLU"}, TEXT_ENCODER: frozenset({"CLIPAttention"})}
+_KNOWN: Final = {
+    UNET: _ATTENTIONS | {"GEGLU", "ResnetBlock2D"},
+    TEXT_ENCODER: frozenset({"CLIPAttention"}),
+}
 
 
 def is_numbered(keys: Sequence[str]) -> bool:
@@ -94,23 +98,28 @@ def _order(network: str, classes: frozenset[str], weights: WeightMap) -> list[La
 
 
 def _unet_layers(paths: set[str], classes: frozenset[str]) -> Iterator[str]:
-    mark = ".attn1.to_q"
-    blocks = sorted((path.removesuffix(mark) for path in paths if path.endswith(mark)), key=_place)
-    parts = [
+    inner = [
         *(f"attn1.{layer}" for layer in _ATTENTION if classes & _ATTENTIONS),
         *(["ff.net.0.proj"] if "GEGLU" in classes else []),
         *(f"attn2.{layer}" for layer in _ATTENTION if classes & _ATTENTIONS),
     ]
-    yield from (f"{block}.{part}" for block in blocks for part in parts)
+    parts = {".attn1.to_q": inner, ".conv1": _RESNET if "ResnetBlock2D" in classes else ()}
+    found = {path.removesuffix(mark): mark for path in paths for mark in parts if path.endswith(mark)}
+    for block in sorted(found, key=_place):
+        layers = (f"{block}.{part}" for part in parts[found[block]])
+        yield from (layer for layer in layers if layer in paths)
 
 
 def _text_layers(paths: set[str], _: frozenset[str]) -> Iterator[str]:
     mark = ".self_attn.k_proj"
-    layers = sorted((path.removesuffix(mark) for path in paths if path.endswith(mark)), key=_place)
+    layers = [path.removesuffix(mark) for path in paths if path.endswith(mark)]
+    layers.sort(key=lambda layer: int(layer.rpartition(".")[2]))
     yield from (f"{layer}.{part}" for layer in layers for part in _TEXT)
 
 
-def _place(path: str) -> tuple[int, list[int]]:
-    """Where a block stands: on which way through the U-Net, then by its numbers."""
-    way = path.partition(".")[0]
-    return _WAYS.index(way) if way in _WAYS else 0, [int(number) for number in re.findall(r"\d+", path)]
+def _place(block: str) -> tuple[int, int, bool, list[int]]:
+    """Where a block of a U-Net stands; of those side by side residual blocks come last."""
+    way, _, rest = block.partition(".")
+    numbers = [int(number) for number in re.findall(r"\d+", rest)]
+    outer = 0 if way == _WAYS[-1] else numbers.pop(0)
+    return _WAYS.index(way), outer, ".resnets." in block, numbers

@@ -110,6 +110,11 @@ def _by_config(header: Header, base: Path, overrides: Overrides) -> Reading:
 
 def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
     """The published kind, and by what it is known where that is not the tensors alone."""
+    if len(header.shape(_FIRST)) != 4:
+        raise CheckpointError(
+            f"{header.path} has no {_FIRST}, the first layer of a U-Net: a transformer in place of a U-Net "
+            "(as in Stable Diffusion 3 and FLUX) is not supported"
+        )
     context, channels = _context(header), header.shape(_FIRST)[1]
     fitting = [kind for kind in KINDS if all(name in header.tensors for name in kind.markers)]
     if overrides.family:

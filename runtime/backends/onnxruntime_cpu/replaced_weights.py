@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.runtime.backends.executor import first_line
+from sdrt.runtime.backends.executor import check_weights, first_line
 from sdrt.runtime.backends.onnx_graph import Node, read_graph, with_initializers
 from sdrt.runtime.backends.onnxruntime_sessions import cpu_options
 from sdrt.runtime.errors import BackendError
@@ -174,7 +174,7 @@ class ReplaceableWeights:
         Raises:
             BackendError: A name that is not an initializer's, another shape, or another type.
         """
-        self._check(weights)
+        check_weights(weights, self._own, str(self._model))
         arrays = self._for_prepared(weights)
         prepared = None
         if self._prepared_graph is not None and arrays is not None:
@@ -182,19 +182,9 @@ class ReplaceableWeights:
         plain = partial(with_initializers, self._graph.content, dict(weights))
         return ReplacedWeights(self._ort, prepared, plain, self._graph.folder)
 
-    def _check(self, weights: Mapping[str, Array]) -> None:
-        for name, array in weights.items():
-            own = self._graph.initializers.get(name)
-            if own is None:
-                raise BackendError(
-                    f"{self._model} has no initializer {name!r}; the bundle's weight map has their names"
-                )
-            allowed = {own.dtype, "float32"} if own.dtype == "float16" else {own.dtype}
-            if array.shape != own.shape or str(array.dtype) not in allowed:
-                raise BackendError(
-                    f"the initializer {name} of {self._model} is {own.dtype}{list(own.shape)}, "
-                    f"given {array.dtype}{list(array.shape)}"
-                )
+    def _own(self, name: str) -> tuple[str, tuple[int, ...]] | None:
+        found = self._graph.initializers.get(name)
+        return None if found is None else (found.dtype, found.shape)
 
     def _for_prepared(self, weights: Mapping[str, Array]) -> dict[str, Array] | None:
         """The initializers of the prepared graph that hold these; None where it does not have all of them."""

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from support.runs.cache_runs import source_of
 
+from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
+from sdrt.runtime.backends.openvino_cpu.executor import OpenVinoExecutor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import BackendError
 
@@ -74,7 +76,7 @@ def merged(bundle: Bundle, component: str, weights: Mapping[str, Array], folder:
 class Bound:
     """A component's call on buffers of some rows."""
 
-    def __init__(self, executor: OnnxRuntimeExecutor, rows: int = 1) -> None:
+    def __init__(self, executor: Executor, rows: int = 1) -> None:
         axes = {"batch": rows, "rows": rows, "context": 77}
         axes |= {"latent_height": 16, "latent_width": 8, "height": 64, "width": 32}
         generator = np.random.default_rng(5)
@@ -95,7 +97,7 @@ def loaded(bundle: Bundle, component: str = "unet", *, prepared: bool = True) ->
 
 
 def attention(name: str) -> bool:
-    return ".attn" in name and name.endswith(".weight")
+    return "attn" in name and name.endswith(".weight")
 
 
 def everything(_name: str) -> bool:
@@ -151,6 +153,30 @@ def test_in_and_out_again(emoji: Bundle) -> None:
             np.testing.assert_array_equal(Bound(executor, rows)(), first)
     for index in range(2):
         assert len({results[index].tobytes() for results in seen.values()}) == len(seen)
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet"])
+def test_openvino(emoji: Bundle, tmp_path: Path, component: str) -> None:
+    """As compiled from a graph that was exported with them; in and out again, before and after a binding."""
+    one, other = changed(emoji, component), changed(emoji, component, attention, 1)
+    part = emoji.component(component)
+    executor = OpenVinoExecutor(emoji.path / part.model, part.spec, threads=2)
+    evaluate = Bound(executor)
+    own = evaluate()
+    executor.replace_weights(one)
+    got = evaluate()
+    exported = OpenVinoExecutor(merged(emoji, component, one, tmp_path), part.spec, threads=2)
+    np.testing.assert_array_equal(got, Bound(exported)())
+    executor.replace_weights(other)
+    assert len({own.tobytes(), got.tobytes(), evaluate().tobytes()}) == 3
+    executor.replace_weights(one)
+    np.testing.assert_array_equal(evaluate(), got)
+    np.testing.assert_array_equal(Bound(executor)(), got)
+    with pytest.raises(BackendError, match="has no initializer 'nothing'"):
+        executor.replace_weights({"nothing": np.zeros(1, np.float32)})
+    np.testing.assert_array_equal(evaluate(), got)
+    executor.replace_weights({})
+    np.testing.assert_array_equal(evaluate(), own)
 
 
 @pytest.mark.usefixtures("cache")

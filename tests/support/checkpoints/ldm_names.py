@@ -116,22 +116,27 @@ def open_clip_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str
     yield "logit_scale", torch.tensor(4.6)
 
 
-def network_tensors(folder: Path, open_clip: tuple[str, ...] = ()) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of one folder of a checkpoint in LDM's names, without the prefix of the network."""
-    from safetensors.torch import load_file
+def ldm_tensors(
+    folder: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], *, open_clip: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one network in LDM's names, without the prefix of the network.
 
-    (file,) = folder.glob("*.safetensors")
-    tensors, config = load_file(file), read_json(folder / "config.json")
-    if folder.name == "unet":
+    Args:
+        folder: Of the network in diffusers' format.
+        tensors: In the names of diffusers or transformers; may be on the device ``meta``.
+        config: Its ``config.json``.
+        open_clip: Whether a text encoder gets the names of open_clip, not those of transformers.
+    """
+    if folder == "unet":
         # The last level has no upsampler; one with attentions has it behind them.
         kinds = dict(enumerate(config["up_block_types"]))
         upsampled = {level: 2 if kind.startswith("Cross") else 1 for level, kind in kinds.items()}
         for name, tensor in tensors.items():
             yield unet_name(name, config["layers_per_block"], upsampled), tensor
-    elif folder.name == "vae":
+    elif folder == "vae":
         for name, tensor in tensors.items():
             yield vae_tensor(name, tensor, len(config["block_out_channels"]))
-    elif folder.name in open_clip:
+    elif open_clip:
         yield from open_clip_tensors(tensors)
     else:
         for name, tensor in tensors.items():
@@ -144,18 +149,23 @@ def single_file_tensors(
     """All tensors of a checkpoint as a single file has them.
 
     Args:
-        checkpoint: A diffusers folder.
+        checkpoint: A diffusers folder, with one file of weights for each network.
         prefixes: Folder of a network → what its tensors' names begin with.
         open_clip: The text encoders that have open_clip's names.
     """
-    return {
-        f"{prefix}{name}": tensor.contiguous()
-        for folder, prefix in prefixes.items()
-        for name, tensor in network_tensors(checkpoint / folder, open_clip)
-    }
+    from safetensors.torch import load_file
+
+    result = {}
+    for folder, prefix in prefixes.items():
+        (file,) = (checkpoint / folder).glob("*.safetensors")
+        config = read_json(checkpoint / folder / "config.json")
+        given = ldm_tensors(folder, load_file(file), config, open_clip=folder in open_clip)
+        result |= {f"{prefix}{name}": tensor.contiguous() for name, tensor in given}
+    return result
 
 
 SD1 = {"unet": UNET, "vae": VAE, "text_encoder": CLIP}
+SD2 = {"unet": UNET, "vae": VAE, "text_encoder": OPEN_CLIP}
 SDXL = {"unet": UNET, "vae": VAE, "text_encoder": XL_CLIP, "text_encoder_2": XL_OPEN_CLIP}
 
 
