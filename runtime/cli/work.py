@@ -126,7 +126,7 @@ def _request_of_defaults(bundle: Bundle, options: dict[str, Any]) -> Request | N
     from sdrt.runtime.request.build import build_request
     from sdrt.runtime.request.picture import PICTURE_OPTIONS
 
-    if not bundle.manifest.record.reads_text or bundle.manifest.reads_mask:
+    if bundle.manifest.needs_picture:
         return None  # without a picture there is nothing to check
     if "image" not in options:  # requests may bring one; until then there is nothing to do with it
         options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}

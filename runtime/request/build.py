@@ -97,6 +97,7 @@ def _one_request(
         as_given: The call's options before that: None is no way to leave out what is given back.
     """
     rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
+    _check_of_family(manifest, options)
     picture = None
     if not manifest.record.reads_text:
         from sdrt.runtime.request.variations import image_conditions
@@ -141,7 +142,26 @@ def _size_and_strength(
     if picture is None:
         return checked_size(manifest, options.get("height"), options.get("width")), None
     height, width = picture.canvas.image.shape[:2]
-    return (height, width), None if picture.variation is not None else picture.strength
+    whole = picture.variation is not None or picture.input
+    return (height, width), None if whole else picture.strength
+
+
+def _check_of_family(manifest: Manifest, options: Mapping[str, Any]) -> None:
+    """Refuse options that a family has no use for, and those that only others have."""
+    record = manifest.record
+    for name in record.without:
+        if options.get(name) is not None and record.reads_text:  # without text: `image_conditions`
+            raise UsageError(f"{name} is given: a bundle of {record.title} has no such thing")
+    others: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        for name in family.own:
+            others.setdefault(name, []).append(family.title)
+    for name, titles in others.items():
+        if name not in record.own and options.get(name) is not None:
+            raise UsageError(
+                f"{name} is {options[name]!r}: only {' and '.join(titles)} have it, this bundle is "
+                f"{record.name}"
+            )
 
 
 def _sizes(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, list[int]]:

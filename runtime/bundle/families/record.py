@@ -162,6 +162,11 @@ class Family:
         spare: Components that only some drawings need.
         zeros_for_no_text: Whether its checkpoints say if a negative prompt that was not given is zeros in
             place of the empty text's embeddings.
+        guided_rows: Rows of the U-Net's batch that a guided picture takes, the one of nothing first and that
+            of all that is wanted last: 2, or 3 where a given picture guides beside the text.
+        picture_input: Input of the U-Net that the given picture becomes. A request must have one, and what is
+            drawn starts from noise. Empty where a picture, if any, is what is started from.
+        own: Options of a request that only such families have.
     """
 
     name: str
@@ -172,6 +177,9 @@ class Family:
     without: tuple[str, ...] = ()
     spare: frozenset[str] = frozenset({"vae_encoder"})
     zeros_for_no_text: bool = False
+    guided_rows: int = 2
+    picture_input: str = ""
+    own: tuple[str, ...] = ()
 
     @property
     def reads_text(self) -> bool:

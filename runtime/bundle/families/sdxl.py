@@ -38,7 +38,7 @@ _TEXT_ENCODER_2: Final = text_encoder(
         ),
     ),
 )
-_UNET: Final = unet(
+UNET_INPUTS: Final = (
     TensorSpec(TEXT_EMBEDS, FLOAT, ("rows", "projection_width"), "text_encoder_2's text_embeds"),
     TensorSpec(
         TIME_IDS,
@@ -46,13 +46,18 @@ _UNET: Final = unet(
         ("rows", 2 * len(_SIZES)),
         "original height and width, top and left of the crop, target height and width; pixels",
     ),
-    of_request=(TIME_IDS,),
 )
 
 SDXL: Final = Family(
     name="sdxl",
     title="SDXL",
-    components=by_name(TEXT_ENCODER, _TEXT_ENCODER_2, _UNET, VAE_DECODER, VAE_ENCODER),
+    components=by_name(
+        TEXT_ENCODER,
+        _TEXT_ENCODER_2,
+        unet(*UNET_INPUTS, of_request=(TIME_IDS,)),
+        VAE_DECODER,
+        VAE_ENCODER,
+    ),
     encoders=(
         Encoder(
             TEXT_ENCODER.name,
