@@ -236,6 +236,7 @@ def with_figures(
     provenance: dict[str, Any] = {
         "source": _source(checkpoint),
         "source_sha256": fingerprint(checkpoint),
+        **({"read_as": checkpoint.read_as} if checkpoint.read_as else {}),
         "licence": _licence(checkpoint),
         "sdrt": sdrt.__version__,
         "python": platform.python_version(),

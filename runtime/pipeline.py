@@ -23,16 +23,17 @@ import sdrt
 from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.registry import AUTO, choose_backend, open_device
-from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify, sha256
+from sdrt.runtime.bundle.bundle import ALWAYS, Bundle, Verify
 from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing import loading
+from sdrt.runtime.drawing.adapter_loader import AdapterLoader
+from sdrt.runtime.drawing.adapters import Adapters
 from sdrt.runtime.drawing.callbacks import Hook
 from sdrt.runtime.drawing.draw import draw, split_into_batches
 from sdrt.runtime.drawing.initial_latents import with_device_latents
 from sdrt.runtime.drawing.parts import Parts
 from sdrt.runtime.drawing.shapes import ShapeCache
-from sdrt.runtime.drawing.text_conditioning import PromptEncoder
 from sdrt.runtime.drawing.text_encoders import open_tokenizers
 from sdrt.runtime.drawing.vae import VaeEncoder
 from sdrt.runtime.errors import UsageError
@@ -50,7 +51,7 @@ from sdrt.runtime.text.tokenizer import Tokenizer
 MAX_THREADS: Final = 1024  # a mistyped number must not start a million
 
 
-class Pipeline:
+class Pipeline(AdapterLoader):
     """Draws from one bundle. Components are loaded once and stay loaded; calls reuse all buffers.
 
     Several may live in one process. One draws for one call at a time, and refuses another meanwhile: give
@@ -71,12 +72,13 @@ class Pipeline:
         reasons: Sequence[str] = (),
         load_more: Callable[[str], Executor] | None = None,
         tokenizers: Sequence[Tokenizer] | None = None,
+        lora_dir: str | Path | None = None,
     ) -> None:
         """Use `Pipeline.load`. The pipeline owns the device and the executors.
 
         ``load_more`` loads a component that not every drawing needs; ``tokenizers`` are opened if need be.
         """
-        self.bundle = bundle
+        super().__init__(bundle, lora_dir)
         self.backend = backend
         self.backend_reasons = tuple(reasons)
         self._device = device
@@ -87,8 +89,8 @@ class Pipeline:
         load = partial(loading.executor_of, self._executors, load_more, "vae_encoder")
         vae_encoder = VaeEncoder(load, device, bundle.manifest)
         shapes = ShapeCache(device, self._executors, bundle.manifest)
-        self._parts = Parts(device, self._encoder, vae_encoder, shapes)
-        self._embeddings: dict[str, str] = {}  # name → SHA-256 of its file
+        adapters = Adapters(bundle, executors, self._encoder, device)
+        self._parts = Parts(device, adapters, self._encoder, vae_encoder, shapes)
         self._closed = False
         self._cancelled = threading.Event()
         self._interrupt = False  # see `sdrt.runtime.drawing.callbacks.Interruptible`
@@ -107,6 +109,7 @@ class Pipeline:
         threads: int | None = None,
         verify: Verify = True,
         request_shape: RequestShape | None = None,
+        lora_dir: str | Path | None = None,
     ) -> Self:
         """Open a bundle, choose a backend and load the components on it.
 
@@ -122,11 +125,14 @@ class Pipeline:
                 was not touched since; ``"always"``: also then, and what was prepared of the files too; False:
                 only the sizes.
             request_shape: What will be asked for: ``auto`` then takes a backend that admits it.
+            lora_dir: A folder of LoRAs, with all that is below: where names in prompts (``<lora:name:0.8>``)
+                and in ``loras`` are looked for.
 
         Raises:
             BundleError: The bundle is missing, damaged or of another format.
             BackendError: The backend is not installed or cannot run the bundle.
-            UsageError: No such backend, a number of threads below 1, or a GPU for a backend of the CPU.
+            UsageError: No such backend, no such folder, a number of threads below 1, or a GPU for a backend
+                of the CPU.
         """
         if threads is not None:
             whole_from("threads", threads, 1, MAX_THREADS)
@@ -152,7 +158,7 @@ class Pipeline:
             undo.callback(components.leave, opened.close)
             tokenizers = open_tokenizers(bundle)  # meanwhile
             executors = components.results()
-            pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load, tokenizers)
+            pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load, tokenizers, lora_dir)
             undo.pop_all()
         return pipeline
 
@@ -234,12 +240,12 @@ class Pipeline:
             **options: As for a call.
 
         Returns:
-            What `draw` takes. Seeds that were left to us are drawn already.
+            What `draw` takes. Seeds that were left to us are drawn already, files of LoRAs are read.
 
         Raises:
             UsageError: As a call.
         """
-        return build_request(self.bundle.manifest, prompt, options)
+        return build_request(self.bundle.manifest, prompt, options, self._loras)
 
     def draw(self, request: Request) -> PipelineOutput:
         """Draw a request as it is; drawing it again gives the same pictures.
@@ -267,9 +273,10 @@ class Pipeline:
     ) -> PipelineOutput:
         """Draw pictures on the way from one prompt or seed to another, both ends included.
 
-        Embeddings are mixed linearly, the noise spherically; a sampler's fresh noise and a given image's
-        latents are the same in all frames. Of two prompts with different numbers of chunks the shorter is
-        filled up with chunks of the empty text, so that its end is not quite the picture of the prompt alone.
+        Embeddings and weights of LoRAs are mixed linearly, the noise spherically; a sampler's fresh noise and
+        a given image's latents are the same in all frames. Of two prompts with different numbers of chunks
+        the shorter is filled up with chunks of the empty text, so that its end is not quite the picture of
+        the prompt alone.
 
         Args:
             prompt: The first frame's prompt.
@@ -285,34 +292,9 @@ class Pipeline:
             UsageError: As a call, or nothing differs between the ends.
         """
         started = time.perf_counter()
-        request = build_interpolation(self.bundle.manifest, prompt, to_prompt, frames, to_seed, options)
+        manifest = self.bundle.manifest
+        request = build_interpolation(manifest, prompt, to_prompt, frames, to_seed, options, self._loras)
         return self._draw(request, started)
-
-    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> str:
-        """Teach the text encoder a word from a textual-inversion file, for prompts that hold it.
-
-        Args:
-            path: A ``.safetensors`` file.
-            token: The word; by default the file's name without its ending.
-
-        Returns:
-            The word.
-
-        Raises:
-            UsageError: The file cannot be read or does not fit the text encoder, or the bundle's text encoder
-                takes no embeddings.
-        """
-        from sdrt.runtime.text.textual_inversion import read_embedding
-
-        with self._alone():
-            self._check_open()
-            if not isinstance(self._encoder, PromptEncoder):
-                raise UsageError("this bundle reads no text: there is nothing to teach it a word")
-            widths, family = self._encoder.widths, self.bundle.manifest.record
-            embedding = read_embedding(path, token, family=family, widths=widths)
-            self._encoder.add_embedding(embedding.name, embedding.vectors)
-            self._embeddings[embedding.name] = sha256(Path(path))
-        return embedding.name
 
     def _check_open(self) -> None:
         if self._closed:
@@ -321,7 +303,7 @@ class Pipeline:
     def count_batches(self, request: Request) -> int:
         """How often the loop will run for a request: for progress bars."""
         self._check_open()
-        return len(split_into_batches(request, self._encoder))
+        return len(split_into_batches(request, self._parts))
 
     def cancel(self) -> None:
         """End the call that is drawing, from its callback or from another thread, before its next step.

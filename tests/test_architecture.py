@@ -23,7 +23,7 @@ ROOMS = {
     "kernels": (),
     "runtime": (
         *("errors", "checks", "system", "console", "samplers", "bundle", "admission", "devices", "backends"),
-        *("text", "pictures", "request", "drawing", "pipeline", "cli"),
+        *("lora", "text", "pictures", "request", "drawing", "pipeline", "cli"),
     ),
     "export": (
         *("options", "schema", "passes", "checkpoint", "graphs", "parity", "engines", "manifest", "writer"),

@@ -260,3 +260,9 @@ FP16_PSNR_DB = 50.0
 # equations, where a step is shorter than its neighbours, multiply that by up to some 50. Seen between AVX-512
 # and no vector units: 2**-51.
 GOLDEN_COEFFICIENT = 2.0**-44
+
+# A tensor with a LoRA merged into it against its formula in float64, relative to the largest number. Products
+# are rounded once, factors of LoKr and LoHa twice more, scale, product with it and sum once each: 6 EPS32.
+# DoRA rounds the changed tensor (2), lengths and quotient, takes the tensor away, adds it (3): 9. It does it
+# to numbers up to 6 times the largest of the result, where what was changed is longer than it becomes.
+LORA_FORMULA = 54 * EPS32

@@ -14,7 +14,8 @@ from sdrt.export.checkpoint.fit import check_fit
 from sdrt.export.checkpoint.reader import read_checkpoint
 from sdrt.runtime.errors import UsageError
 
-_FOLDER: Final = Path(__file__).parents[1] / "data" / "architectures"
+# Configurations of published models, in diffusers' format without weights and vocabularies.
+FOLDER: Final = Path(__file__).parents[1] / "data" / "architectures"
 # Stable Diffusion 1.5; 2.1 for 768 pixels, which predicts v; SDXL base 1.0.
 ARCHITECTURES: Final = ("sd15", "sd21", "sdxl")
 
@@ -33,6 +34,6 @@ def open_architecture(name: str, *, seed: int = 0) -> Checkpoint:
         raise UsageError(f"the architecture is {name!r}: one of {', '.join(ARCHITECTURES)}")
     if seed < 0:
         raise UsageError(f"the seed of the weights is {seed}: a whole number of 0 or more")
-    checkpoint = read_checkpoint(_FOLDER / name, f"{name} with random weights, seed {seed}", seed)
+    checkpoint = read_checkpoint(FOLDER / name, f"{name} with random weights, seed {seed}", seed)
     check_fit(checkpoint)
     return checkpoint

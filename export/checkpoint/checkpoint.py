@@ -32,6 +32,7 @@ class Checkpoint:
         image_processor: Of the image encoder; None where there is none.
         force_zeros_for_empty_prompt: See `sdrt.runtime.bundle.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
+        read_as: What a single file was taken for, in one line; empty where a folder says it all.
         remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
 
@@ -48,6 +49,7 @@ class Checkpoint:
     random_seed: int | None = None
     sampler_options: SamplerOptions = NO_OPTIONS
     remarks: tuple[str, ...] = ()
+    read_as: str = ""
 
     @property
     def record(self) -> Family:

@@ -27,6 +27,8 @@ WEIGHT_NAMES: Final = {network.folder: network.weights for network in _NETWORKS}
 _TOKENIZERS: Final = {
     folder: None for family in CHECKPOINT_FAMILIES.values() for folder in family.tokenizers.values()
 }
+# Names of variants, what is taken first of several: the nearest to what was trained.
+VARIANTS: Final = ("fp32", "bf16", "fp16", "non_ema")
 IMAGE_PROCESSOR: Final = "feature_extractor/preprocessor_config.json"
 HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 # What an export reads, and nothing else: a repository often holds every network three times more, as
@@ -67,7 +69,9 @@ def find_checkpoint(model: str, revision: str | None) -> Path:
         CheckpointError: Empty, a single file, neither a folder nor a hub id, or the hub cannot be reached.
     """
     if not model.strip():
-        raise CheckpointError("MODEL is empty: give a folder in the diffusers format or a hub id owner/name")
+        raise CheckpointError(
+            "MODEL is empty: give a single file, a folder in the diffusers format or a hub id owner/name"
+        )
     path = Path(model)
     if path.exists() and not path.is_dir():
         refuse_file(path)
@@ -76,7 +80,7 @@ def find_checkpoint(model: str, revision: str | None) -> Path:
 
 def _download(model: str, revision: str | None) -> Path:
     if not HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model!r} is neither a folder nor a hub id of the form owner/name")
+        raise CheckpointError(f"{model!r} is no file or folder here, and no hub id of the form owner/name")
     from huggingface_hub import snapshot_download  # 0.3 s to import, needed only here
 
     try:
@@ -107,23 +111,52 @@ def read_json(file: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return document
 
 
-def weight_files(folder: Path) -> tuple[Path, ...]:
+def weight_files(folder: Path, stem: str | None = None) -> tuple[Path, ...]:
     """The files that a loader takes the weights of one network from: one file, or an index and its shards.
 
     Args:
-        folder: One of `WEIGHT_NAMES` in a checkpoint.
+        folder: Of one network.
+        stem: The name of its weights without ``.safetensors``; by default what `WEIGHT_NAMES` has for the
+            folder's name.
 
     Raises:
         CheckpointError: There is none: only a variant (``.fp16.``, ``.non_ema.``), only a pickle, or nothing.
     """
-    name = f"{WEIGHT_NAMES[folder.name]}.safetensors"
+    stem = WEIGHT_NAMES[folder.name] if stem is None else stem
+    name = f"{stem}.safetensors"
     whole, index = folder / name, folder / f"{name}.index.json"
     # Where both are there, diffusers takes the shards and transformers the whole file.
-    if whole.is_file() and (WEIGHT_NAMES[folder.name] == "model" or not index.is_file()):
+    if whole.is_file() and (stem == "model" or not index.is_file()):
         return (whole,)
     if index.is_file():
         return (index, *_shards(index))
-    raise CheckpointError(_no_weights(folder, name))
+    raise CheckpointError(_no_weights(folder, stem))
+
+
+def variant_of(folder: Path, stem: str) -> tuple[str, dict[str, Path]]:
+    """A variant of a network's weights, for a folder that has no others.
+
+    Args:
+        folder: Of one network.
+        stem: The name of its weights without ``.safetensors``.
+
+    Returns:
+        The variant, such as ``fp16``, and the name that its file or index would have without it → where it
+        is; both empty where the weights have no variant, or are there without one. Of several the first of
+        `VARIANTS` is taken, else the first by name.
+    """
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    if f"{stem}.safetensors" in names or f"{stem}.safetensors.index.json" in names:
+        return "", {}
+    pattern = re.compile(
+        rf"{re.escape(stem)}\.(?:(\w+)\.safetensors(?:\.index\.json)?|safetensors\.index\.(\w+)\.json)"
+    )
+    found = {match[1] or match[2]: name for name in names if (match := pattern.fullmatch(name))}
+    if not found:
+        return "", {}
+    variant = next((name for name in VARIANTS if name in found), min(found))
+    plain = f"{stem}.safetensors{'.index.json' if found[variant].endswith('.json') else ''}"
+    return variant, {plain: folder / found[variant]}
 
 
 def _shards(index: Path) -> Iterator[Path]:
@@ -139,9 +172,9 @@ def _shards(index: Path) -> Iterator[Path]:
         yield shard
 
 
-def _no_weights(folder: Path, name: str) -> str:
+def _no_weights(folder: Path, stem: str) -> str:
+    name = f"{stem}.safetensors"
     files = sorted(file.name for file in folder.iterdir() if not file.name.startswith("._"))
-    stem = WEIGHT_NAMES[folder.name]
     if any(re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", file) for file in files):
         return (
             f"{folder} has shards of its weights but no {name}.index.json, which says what is in which: "
@@ -187,21 +220,30 @@ def check_weights(folder: Path) -> None:
     tensor_shapes(folder)
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def tensor_shapes(folder: Path, stem: str | None = None) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name → dtype as safetensors writes it, and shape, of one network's tensors, from the files' headers.
+
+    Args:
+        folder: Of one network.
+        stem: As for `weight_files`.
 
     Raises:
         CheckpointError: As for `weight_files`, or a file is truncated, no safetensors file, or has a header
             above the limit.
     """
     tensors = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, stem):
         if file.suffix == ".safetensors":
-            tensors.update(_shapes_in(file))
+            tensors.update(file_tensors(file)[0])
     return tensors
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def file_tensors(file: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """What the header of one safetensors file says: name → dtype and shape, and its metadata.
+
+    Raises:
+        CheckpointError: As for `tensor_shapes`.
+    """
     try:
         with open_regular(file) as stream:
             start = stream.read(64)
@@ -220,7 +262,8 @@ def _shapes_in(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  no mapping
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            return tensors, dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{file} is truncated or damaged ({error}): download or save it again"

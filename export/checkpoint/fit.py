@@ -29,6 +29,10 @@ OTHER_INPUTS: Final = {
 LEAST_GUIDANCE_WIDTH: Final = 4
 
 
+class MisfitError(CheckpointError):
+    """The weights are not those of the network that ``config.json`` describes."""
+
+
 def check_fit(checkpoint: Checkpoint) -> None:
     """The parts must agree about the sizes that they hand to each other.
 

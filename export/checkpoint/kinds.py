@@ -18,6 +18,11 @@ CONVERT: Final = "StableDiffusionPipeline.from_single_file(...).save_pretrained(
 _STEERS: Final = "it only steers a checkpoint; give the folder of that one"
 _WHOLE: Final = "give the folder of the whole pipeline, which has model_index.json"
 
+_PICKLE: Final = (
+    "a pickle, which can run code when loaded",
+    f"refused; convert it on a machine you can lose: {CONVERT}, then give FOLDER",
+)
+
 # What the names of a safetensors file's tensors say of it, the first that fits: what it is, what to do.
 _BY_TENSORS: Final = (
     (
@@ -31,7 +36,7 @@ _BY_TENSORS: Final = (
         "a ControlNet alone",
         _STEERS,
     ),
-    (re.compile(r"model\.diffusion_model\..*"), "a single file", f"give a folder ({CONVERT} makes one)"),
+    (re.compile(r"model\.diffusion_model\..*"), "a single file", "give that file itself to sd-export"),
     (re.compile(r"(emb_params|clip_[lg]|string_to_param.*)"), "a textual inversion alone", _WHOLE),
     (re.compile(r"(down_blocks|mid_block|time_embedding|input_blocks)\..*"), "a U-Net alone", _WHOLE),
     (re.compile(r"(decoder|encoder|first_stage_model)\.(?!layers).*"), "a VAE alone", _WHOLE),
@@ -62,14 +67,13 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
         with open_regular(path) as stream:
             start = stream.read(64)
     except ValueError as error:
-        raise CheckpointError(f"{error}; give a folder in the diffusers format") from None
+        raise CheckpointError(f"{error}; give a single file or a folder in the diffusers format") from None
     if is_lfs_pointer(start):
         return "a Git LFS pointer, not the file itself", "run `git lfs pull` where it was cloned"
     if path.suffix in PICKLE_SUFFIXES:
-        return (
-            "a pickle, which can run code when loaded",
-            f"refused; convert it on a machine you can lose: {CONVERT}, then give FOLDER",
-        )
+        return _PICKLE
+    if _is_pickle(start):
+        return f"{_PICKLE[0]}, whatever its name says", _PICKLE[1]
     if start.startswith(b"GGUF") or path.suffix == ".gguf":
         return (
             "a GGUF file, whose weights are quantised",
@@ -84,7 +88,35 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
         for pattern, what, todo in _BY_TENSORS:
             if any(pattern.fullmatch(name) for name in names):
                 return what, todo
-    return "a single file", f"give a folder in the diffusers format ({CONVERT} makes one)"
+    return (
+        "no checkpoint that is known",
+        "give a single file in LDM's names (.safetensors), or a folder in the diffusers format",
+    )
+
+
+def refuse_pickle(path: Path) -> None:
+    """Tell a pickle by its bytes.
+
+    Raises:
+        CheckpointError: It is one, or the file cannot be read.
+    """
+    try:
+        with open_regular(path) as stream:
+            start = stream.read(64)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if _is_pickle(start):
+        raise CheckpointError(f"{path} is {_PICKLE[0]}, whatever its name says: {_PICKLE[1]}")
+
+
+def _is_pickle(start: bytes) -> bool:
+    """Whether a file that begins so is PyTorch's: a zip, or the bare stream of older versions.
+
+    A safetensors file whose header has 640 bytes begins with the same two bytes as the latter, and then
+    with a brace in the ninth place.
+    """
+    bare = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return start.startswith(b"PK\x03\x04") or (bare and start[8:9] != b"{")
 
 
 def is_lfs_pointer(start: bytes) -> bool:

@@ -16,6 +16,7 @@ import torch
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.families import TRANSFORMERS, Network
 from sdrt.export.checkpoint.files import tensor_shapes
+from sdrt.export.checkpoint.fit import MisfitError
 from sdrt.export.checkpoint.random_weights import fill_with_random_weights, network_from_config
 from sdrt.runtime.errors import CheckpointError, NumericsError
 
@@ -228,15 +229,15 @@ def _refuse_tensors(
     """Refuse tensors that are not the network's; ``mismatched`` is (name, shape, shape by config.json)."""
     if wrong := sorted(mismatched):
         key, given, wanted = wrong[0]
-        raise CheckpointError(
+        raise MisfitError(
             f"{folder}: {key} has the shape {list(given)}, by config.json it is {list(wanted)} "
             f"({len(wrong)} of wrong shape in all)"
         )
     if absent := sorted(key for key in missing if not str(key).endswith("position_ids")):
-        raise CheckpointError(f"{folder}: the tensor {absent[0]} is missing ({len(absent)} missing in all)")
+        raise MisfitError(f"{folder}: the tensor {absent[0]} is missing ({len(absent)} missing in all)")
     spare = network.spare
     if extra := sorted(key for key in unexpected if not (spare and spare.fullmatch(key))):
-        raise CheckpointError(
+        raise MisfitError(
             f"{folder}: the tensor {extra[0]} has no place in the network that config.json describes "
             f"({len(extra)} such in all): the two are not of one model"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import gc
 import io
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from sdrt.export.cli.options import DEFAULT_BATCH, DEFAULT_CHUNKS, parse
+from sdrt.export.cli.options import DEFAULT_BATCH, DEFAULT_CHUNKS, PARTS, parse
 from sdrt.export.engines.flavours import check_flavour
 from sdrt.export.engines.options import parse_extent
 from sdrt.export.options import AxisRange, ExportOptions
@@ -64,10 +65,17 @@ def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     try:
-        checkpoint = _checkpoint(arguments)
-        from sdrt.export.writer import write_bundle
+        opened = _opened(arguments, out, show)
+        with opened as checkpoint:
+            _write(arguments, checkpoint, out, show, started)
     except ImportError as error:
         raise SdrtError(f"{error}: pip install 'sdrt[export]'") from error
+
+
+def _write(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, out: Path, show: _Lines, started: float
+) -> None:
+    from sdrt.export.writer import write_bundle
 
     if is_watched():  # in a process of its own what the libraries have made stays to the end
         gc.freeze()  # so that no look for garbage, of which an export takes many, goes through it
@@ -97,14 +105,29 @@ def _export(arguments: argparse.Namespace, show: _Lines, started: float) -> None
         show(line)
 
 
-def _checkpoint(arguments: argparse.Namespace) -> Checkpoint:
+def _opened(
+    arguments: argparse.Namespace, out: Path, show: _Lines
+) -> contextlib.AbstractContextManager[Checkpoint]:
+    """The checkpoint that was asked for, for as long as it is exported."""
     if arguments.architecture is not None:
         from sdrt.export.checkpoint.architectures import open_architecture
 
-        return open_architecture(arguments.architecture, seed=arguments.weights_seed)
-    from sdrt.export.checkpoint.reader import open_checkpoint
+        return contextlib.nullcontext(open_architecture(arguments.architecture, seed=arguments.weights_seed))
+    from sdrt.export.checkpoint.assembly import Parts, assembly_of
+    from sdrt.export.checkpoint.overrides import Overrides
 
-    return open_checkpoint(arguments.model, revision=arguments.revision)
+    config = arguments.config
+    overrides = Overrides(
+        family=arguments.family or "",
+        prediction_type=arguments.prediction_type or "",
+        zero_snr=arguments.zero_snr,
+        config=None if config is None else Path(config),
+    )
+    others = {name: Path(text) for name in PARTS if (text := getattr(arguments, name)) is not None}
+    assembly = assembly_of(Parts(arguments.model, arguments.revision, others, overrides))
+    if assembly.line:
+        show(assembly.line)
+    return assembly.opened(out)
 
 
 def _build_engines(arguments: argparse.Namespace, bundle: Path, show: _Lines, started: float) -> None:

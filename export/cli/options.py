@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from sdrt.export.checkpoint.single_file.published import FAMILIES
 from sdrt.export.engines.options import (
     MAX_LEVEL,
     EngineOptions,
@@ -23,6 +24,7 @@ from sdrt.runtime.bundle.families.record import PRECISIONS
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.console.run_command import Parser
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.samplers.schedule import PREDICTION_TYPES
 
 ARCHITECTURES: Final = ("sd15", "sd21", "sdxl")
 MAX_BATCH: Final = 64
@@ -30,9 +32,14 @@ SIZES: Final = ("batch", "height", "width", "chunks")
 DEFAULT_BATCH: Final = "1..4"
 MAX_CHUNKS: Final = 16
 DEFAULT_CHUNKS: Final = 4
+# Options that bring or replace one network of the checkpoint.
+PARTS: Final = ("vae", "text_encoder", "text_encoder_2")
+# Options that say what MODEL is and what belongs to it.
+_OF_MODEL: Final = (*PARTS, "config", "family", "prediction_type", "zero_snr", "revision")
 
 EPILOG: Final = """examples:
   sd-export stable-diffusion-v1-5/stable-diffusion-v1-5 sd15 --fp16 --engine tensorrt-rtx
+  sd-export model.safetensors OUT --vae vae-ft-mse-840000.safetensors
   sd-export sd15 --engine tensorrt --batch 1 --height 512 --width 512
   sd-export sd15 --engine tensorrt-rtx --profile batch=1 --profile batch=2..4,height=512,width=512
   sd-export --architecture sd15 --random-weights random --fp16
@@ -57,10 +64,14 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     result.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a diffusers folder, a hub id owner/name, or a bundle"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a single file (.safetensors), a diffusers folder, a hub id owner/name, or a bundle",
     )
     result.add_argument("out", metavar="OUT", nargs="?", help="the bundle's folder, made by this")
     _add_sizes(result)
+    _add_checkpoint(result.add_argument_group("checkpoint"))
     _add_export(result.add_argument_group("export"))
     _add_engines(result.add_argument_group("engines"))
     result.add_argument("--force", action="store_true", help="replace an older bundle, or older engines")
@@ -90,6 +101,36 @@ def _add_sizes(result: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_checkpoint(group: Any) -> None:
+    group.add_argument("--vae", metavar="FILE|FOLDER", help="a VAE in place of MODEL's, or where it has none")
+    for option, words in (("--text-encoder", "a text encoder"), ("--text-encoder-2", "SDXL's second one")):
+        group.add_argument(option, metavar="FILE|FOLDER", help=f"{words}, likewise")
+    group.add_argument(
+        "--config",
+        metavar="FOLDER",
+        help="of a single file: configurations and tokenizer of this diffusers folder (default: those of the "
+        "published kind that the file is found to be)",
+    )
+    group.add_argument(
+        "--family",
+        choices=FAMILIES,
+        metavar="NAME",
+        help=f"of a single file: what it is, one of {', '.join(FAMILIES)} (default: what its tensors say)",
+    )
+    group.add_argument(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the U-Net predicts (default: what the file or the scheduler's configuration says)",
+    )
+    group.add_argument(
+        "--zero-snr",
+        action="store_true",
+        help="the model was trained with zero terminal SNR: betas are rescaled, steps begin at the last "
+        "timestep (default: as above)",
+    )
+    group.add_argument("--revision", help="branch, tag or commit on the hub")
+
+
 def _add_export(group: Any) -> None:
     precision = group.add_mutually_exclusive_group()
     precision.add_argument("--dtype", choices=PRECISIONS, help="of weights and arithmetic (default: fp32)")
@@ -113,7 +154,6 @@ def _add_export(group: Any) -> None:
         help="compare a large model at its own size too, minutes longer (default: small pictures only)",
     )
     group.add_argument("--opset", type=int, help=f"ONNX opset, 18 to 23 (default: {MAX_OPSET})")
-    group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument(
         "--architecture",
         choices=ARCHITECTURES,
@@ -186,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _place_names(arguments)
     _check_architecture(arguments)
     arguments.mode = _mode(arguments)
-    for name in ("dtype", "vae_dtype", "opset", "fp16_weights", "full_parity", "revision"):
+    for name in ("dtype", "vae_dtype", "opset", "fp16_weights", "full_parity", *_OF_MODEL):
         if arguments.mode == "engines" and _given(arguments, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} is for exporting; {arguments.model} is a bundle already: "
@@ -228,8 +268,11 @@ def _check_architecture(arguments: argparse.Namespace) -> None:
         )
     if arguments.weights_seed is not None and not arguments.random_weights:
         raise UsageError("--weights-seed is for --random-weights")
-    if arguments.architecture is not None and arguments.revision is not None:
-        raise UsageError("--revision is for models of the hub, not for --architecture")
+    for name in _OF_MODEL:
+        if arguments.architecture is not None and _given(arguments, name):
+            raise UsageError(f"--{name.replace('_', '-')} is for a MODEL, not for --architecture")
+    if arguments.config is not None and arguments.family is not None:
+        raise UsageError("--config and --family both say what a single file is: give one of them")
     arguments.weights_seed = arguments.weights_seed or 0
     if arguments.weights_seed < 0:
         raise UsageError(f"--weights-seed is {arguments.weights_seed}: 0 or more")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from sdrt.runtime.backends.executor import check_buffers, first_line
+from sdrt.runtime.backends.executor import FixedWeights, check_buffers, first_line
 from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.devices.device import Buffer
 from sdrt.runtime.errors import BackendError
@@ -47,7 +47,7 @@ class OneSession:
         self._model = self._session = None
 
 
-class FrugalExecutor:
+class FrugalExecutor(FixedWeights):
     """An executor (see `sdrt.runtime.backends.executor.Executor`) that loads its graph when it is called."""
 
     capturable: bool = False

@@ -34,7 +34,7 @@ from sdrt.export.parity.frugal_executor import give_memory_back
 from sdrt.export.parity.reference import reference_kind
 from sdrt.export.parity.rounding import UNIT_ROUNDOFF, CountSums, Sums, rounding_tolerance
 from sdrt.export.parity.sampling import SAMPLING_FACTOR, SAMPLING_GUIDANCE, SAMPLING_STEPS
-from sdrt.runtime.backends.executor import check_buffers
+from sdrt.runtime.backends.executor import FixedWeights, check_buffers
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.manifest import Manifest
@@ -61,7 +61,7 @@ OWN_SAMPLER: Final = {"PNDMScheduler": "pndm"}
 NONE_EQUAL: Final = ("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler")
 
 
-class TorchExecutor:
+class TorchExecutor(FixedWeights):
     """An executor (`sdrt.runtime.backends.executor.Executor`) of a wrapped PyTorch module on host buffers.
 
     ``module`` is called at the first evaluation; ``sums`` are those of the last one.

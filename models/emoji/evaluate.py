@@ -60,7 +60,7 @@ class Artist:
         self.pipeline.set_progress_bar_config(disable=True)
         self.batch = batch
 
-    def draw(self, tasks: list[Task], guidance: float = GUIDANCE) -> Tensor:
+    def draw(self, tasks: list[Task], guidance: float = GUIDANCE, steps: int = STEPS) -> Tensor:
         """Pictures in 0…1: [N, 3, 64, 64]."""
         parts = []
         for start in range(0, len(tasks), self.batch):
@@ -69,7 +69,7 @@ class Artist:
                 [task.prompt for task in part],
                 negative_prompt=[task.negative for task in part],
                 generator=[torch.Generator().manual_seed(task.seed) for task in part],
-                num_inference_steps=STEPS,
+                num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="np",
             ).images

@@ -9,11 +9,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
 
 from sdrt.runtime.bundle.families.record import ComponentSpec, TensorSpec
 from sdrt.runtime.devices.device import Buffer, Device
-from sdrt.runtime.errors import BundleError, UsageError
+from sdrt.runtime.errors import BackendError, BundleError, UsageError
 
 
 class Executor(Protocol):
@@ -44,9 +46,40 @@ class Executor(Protocol):
         """
         ...
 
+    def replace_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Evaluate with other weights, as a LoRA asks for, until the next call.
+
+        Calls that were bound before have them, too; none may run meanwhile. Without any the numbers are those
+        of the first evaluation again, bit for bit.
+
+        Args:
+            weights: Initializer of the bundle's graph, as the weight map names it → an array of its shape and
+                of its dtype, or of float32 where float16 is only how it is stored. Those that are not
+                named are the graph's own, whatever was replaced before. Nobody may change the arrays
+                afterwards: they may be read in place.
+
+        Raises:
+            BackendError: The backend cannot, or the graph has no such initializer; the message says what to
+                do. The weights are as they were.
+        """
+        ...
+
     def close(self) -> None:
         """Keep what is worth keeping from run to run. Bound calls still work afterwards."""
         ...
+
+
+class FixedWeights:
+    """The part of an executor whose weights cannot be replaced."""
+
+    def replace_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """See `Executor.replace_weights`.
+
+        Raises:
+            BackendError: There are any.
+        """
+        if weights:
+            raise BackendError(f"{type(self).__name__} cannot take other weights than its graph has")
 
 
 def check_buffers(
@@ -95,6 +128,34 @@ def check_buffer(component: str, spec: TensorSpec, buffer: Buffer) -> None:
     flags = getattr(buffer, "flags", None)  # of a NumPy array; device buffers are always contiguous
     if flags is not None and not flags.c_contiguous:
         raise UsageError(f"{component}.{spec.name}: the buffer must be C-contiguous")
+
+
+def check_weights(
+    weights: Mapping[str, NDArray[Any]], own: Callable[[str], tuple[str, tuple[int, ...]] | None], where: str
+) -> None:
+    """Refuse weights that a graph does not have.
+
+    Args:
+        weights: See `Executor.replace_weights`.
+        own: Gives the dtype and shape of an initializer of the graph; None where there is none.
+        where: The graph, for messages.
+
+    Raises:
+        BackendError: A name that is not an initializer's, another shape or another dtype.
+    """
+    for name, array in weights.items():
+        found = own(name)
+        if found is None:
+            raise BackendError(
+                f"{where} has no initializer {name!r}; the bundle's weight map has their names"
+            )
+        dtype, shape = found
+        allowed = {dtype, "float32"} if dtype == "float16" else {dtype}
+        if array.shape != shape or str(array.dtype) not in allowed:
+            raise BackendError(
+                f"the initializer {name} of {where} is {dtype}{list(shape)}, "
+                f"given {array.dtype}{list(array.shape)}"
+            )
 
 
 class GraphTensor(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Final
 # Files, in bytes.
 MAX_MANIFEST_BYTES: Final = 16 << 20  # some 20 kB
 MAX_ENGINE_JSON_BYTES: Final = 4 << 20
+MAX_WEIGHT_MAP_BYTES: Final = 16 << 20  # SDXL's has 1 MB
 MAX_TOKENIZER_BYTES: Final = 32 << 20  # CLIP's vocabulary has 4 MB
 MAX_GRAPH_BYTES: Final = 32 << 20  # without weights, which lie beside it: SDXL's U-Net has some MB
 MAX_FILE_BYTES: Final = 1 << 40
@@ -46,6 +47,12 @@ MAX_PATTERN_CHARACTERS: Final = 500  # of its regular expression: CLIP's has 110
 # A file of textual inversion.
 MAX_EMBEDDING_BYTES: Final = 16 << 20  # 75 vectors for both of SDXL's text encoders in float64 are 1.2 MB
 MAX_EMBEDDING_NAME: Final = 100  # characters
+
+# A LoRA.
+MAX_LORA_BYTES: Final = 6 << 30  # all differences of SDXL in fp16 are 5 GB, a usual one 20 to 800 MB
+MAX_LORA_TENSORS: Final = 50_000  # of SDXL with every layer's three: 8,000
+MAX_LORA_HEADER_BYTES: Final = 16 << 20
+MAX_LORA_CONFIG_BYTES: Final = 1 << 20  # PEFT's adapter_config.json
 
 # A request.
 MAX_PROMPT_CHARACTERS: Final = 50_000  # far more than any bundle's chunks hold; it takes a second

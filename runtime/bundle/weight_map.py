@@ -7,8 +7,15 @@ finds in it where to put them, without knowing how the export named and turned t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
+
+from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.bundle.json_records import JsonReader
+from sdrt.runtime.bundle.limits import MAX_WEIGHT_MAP_BYTES
+from sdrt.runtime.errors import BundleError
+from sdrt.runtime.system.untrusted import parse_json, read_limited
 
 WEIGHTS_NAME: Final = "weights.json"
 # What may have happened to a tensor between the checkpoint and the graph.
@@ -56,6 +63,15 @@ class CheckpointTensor:
     held_by: tuple[Holder, ...] = ()
     absent: str = ""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if a holder cannot hold it."""
+        for holder in self.held_by:
+            turned = holder.permutation
+            if sorted(turned) != list(range(len(self.shape))):
+                raise ValueError(f"{holder.initializer} permutes its axes as {turned}")
+            if _without_ones(holder.shape) != _without_ones([self.shape[axis] for axis in turned]):
+                raise ValueError(f"{holder.initializer} has another shape than its tensor")
+
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
@@ -72,6 +88,26 @@ class WeightMap:
             for folder, tensors in self.tensors.items()
         ]
         return '{"tensors": {\n' + ",\n".join(folders) + "\n}}\n"
+
+
+def read_weight_map(bundle: Bundle) -> WeightMap:
+    """The weight map of a bundle.
+
+    Raises:
+        BundleError: It cannot be read, is damaged, or larger than any.
+    """
+    entry = bundle.manifest.weights
+    try:
+        document = parse_json(read_limited(bundle.file(entry), MAX_WEIGHT_MAP_BYTES))
+    except ValueError as error:
+        raise BundleError(f"{entry.path} of {bundle.path} cannot be used: {error}; export it again") from None
+    except OSError as error:
+        raise BundleError(f"{entry.path} of {bundle.path} cannot be read: {error.strerror}") from error
+    return JsonReader(entry.path, "export the bundle again").read(WeightMap, document)
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def _line(name: str, tensor: CheckpointTensor) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sdrt.runtime.cli.lora_options import say_loras
 from sdrt.runtime.cli.options import check_usage, interpolates, parsed, parser, pipeline_options
 from sdrt.runtime.cli.progress import progress_shown
 from sdrt.runtime.cli.prompts import has_prompt
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     from sdrt.runtime.request.request import Request
 
 DEFAULT_FPS: Final = 8.0
-STAGES: Final = ("load", "vae_encoder", "invert", "text_encoder", "denoise", "vae_decoder", "save")
+STAGES: Final = (
+    *("load", "lora", "vae_encoder", "invert", "text_encoder", "denoise", "vae_decoder", "save"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +81,8 @@ def _run(commands: Parser, arguments: argparse.Namespace) -> None:
 
             serve(pipeline, options, arguments.output, load_seconds=loaded, warm_up=arguments.warm_up)
             return
+        if arguments.verbose and not arguments.quiet:
+            say_loras(work.request for work in works)
         drawn = Drawn(works)
         with telling(drawn.last_words):
             _draw(arguments, pipeline, works, drawn)
@@ -220,6 +225,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, works: Sequence[Work]) 
         threads=arguments.threads,
         verify=arguments.verify,
         request_shape=_shape(bundle, works),
+        lora_dir=arguments.lora_dir,
     )
     if arguments.backend == AUTO and not arguments.quiet:
         _say_backend(pipeline, verbose=arguments.verbose)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import sdrt
 from sdrt.runtime.backends.backend import BACKENDS
+from sdrt.runtime.cli.lora_options import add_lora_options
 from sdrt.runtime.cli.prompts import has_prompt
 from sdrt.runtime.cli.saving import STDOUT
 from sdrt.runtime.console.run_command import Parser
@@ -47,7 +48,7 @@ NOT_CALLED: Final = {
 
 # What the command shares with the pipeline, by the pipeline's names.
 _SHARED: Final = (
-    *("negative_prompt", "plain_prompt", "comma_lookback", "clip_skip"),
+    *("negative_prompt", "plain_prompt", "comma_lookback", "clip_skip", "loras", "lora_partial"),
     *("height", "width", "num_images_per_prompt"),
     *("seed", "rng", "image", "strength", "mask_image", "expand", "variation"),
     *("num_inference_steps", "guidance_scale", "image_guidance_scale"),
@@ -202,6 +203,7 @@ def _add_drawing(result: argparse.ArgumentParser) -> None:
         help="a textual-inversion file (.safetensors) and the word that stands for it in prompts "
         "(default: the file's name); may be given several times",
     )
+    add_lora_options(add)
     add("--bundle", metavar="DIR", help="a folder that sd-export made (default: the embedded emoji model)")
     add(
         "--seed",

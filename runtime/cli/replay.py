@@ -22,6 +22,7 @@ _REPLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "karras": _LEVELS,
     "image": ("image_sha256",),
     "mask_image": ("mask_sha256", "variation"),
+    "loras": ("lora_sha256",),
     "expand": ("variation",),
     "strength": ("variation",),
     "variation": ("strength",),

@@ -15,6 +15,7 @@ from sdrt.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from sdrt.runtime.bundle.bundle import Bundle
+    from sdrt.runtime.lora.library import LoraLibrary
     from sdrt.runtime.request.request import Request
 
 DEFAULT_FRAMES: Final = 16
@@ -58,10 +59,13 @@ def read_works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str,
         UsageError: A call cannot be drawn.
         OutputError: Its pictures cannot be written.
     """
+    from sdrt.runtime.lora.library import LoraLibrary
+
+    library = LoraLibrary(bundle, arguments.lora_dir)
     if arguments.interactive:
-        defaults = _request_of_defaults(bundle, options)
+        defaults = _request_of_defaults(bundle, options, library)
         return [] if defaults is None else [Work(defaults, arguments.output)]
-    works = list(_works(arguments, bundle, options))
+    works = list(_works(arguments, bundle, options, library))
     count = sum(work.images for work in works)
     if count > 1 and any(work.target == STDOUT for work in works):
         raise UsageError(f"--output is -, and {count} pictures are asked for: one goes to standard output")
@@ -74,7 +78,9 @@ def check_target(arguments: argparse.Namespace, output: Path | None) -> None:
     check_output(output, animated=animated, to_stdout=to_stdout, quality=arguments.quality)
 
 
-def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any]) -> Iterator[Work]:
+def _works(
+    arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any], library: LoraLibrary
+) -> Iterator[Work]:
     from dataclasses import replace  # what argparse refuses need not wait for these
 
     from sdrt.runtime.request.texts import RANDOM_SEED
@@ -86,12 +92,12 @@ def _works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any
         if task.output is not None:
             target = task.output
             check_target(arguments, target)
-        request = _request(arguments, bundle, task, own)
+        request = _request(arguments, bundle, library, task, own)
         if "seed" not in task.options and isinstance(seed, int) and seed != RANDOM_SEED:
             seed = (seed + len(request.seeds)) % 2**64
         held = 0 if request.picture is None else request.picture.canvas.nbytes
         if waiting and waiting + held > MAX_WAITING_BYTES:
-            again = partial(_request, arguments, bundle, task, {**own, "seed": request.seeds})
+            again = partial(_request, arguments, bundle, library, task, {**own, "seed": request.seeds})
             yield Work(replace(request, picture=None), target, again)
             continue
         waiting += held
@@ -107,22 +113,28 @@ def _tasks(arguments: argparse.Namespace) -> Sequence[Task]:
     return tasks
 
 
-def _request(arguments: argparse.Namespace, bundle: Bundle, task: Task, options: dict[str, Any]) -> Request:
+def _request(
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    library: LoraLibrary,
+    task: Task,
+    options: dict[str, Any],
+) -> Request:
     from sdrt.runtime.request.build import build_interpolation, build_request
 
     try:
         if not interpolates(arguments):
-            return build_request(bundle.manifest, task.prompt, options)
+            return build_request(bundle.manifest, task.prompt, options, library)
         if not isinstance(task.prompt, str):
             raise UsageError(ONE_PROMPT)
         frames = DEFAULT_FRAMES if arguments.frames is None else arguments.frames
         ends = (arguments.to_prompt, arguments.to_seed)
-        return build_interpolation(bundle.manifest, task.prompt, ends[0], frames, ends[1], options)
+        return build_interpolation(bundle.manifest, task.prompt, ends[0], frames, ends[1], options, library)
     except UsageError as error:
         raise UsageError(f"{task.name}: {error}") if task.name else error from error
 
 
-def _request_of_defaults(bundle: Bundle, options: dict[str, Any]) -> Request | None:
+def _request_of_defaults(bundle: Bundle, options: dict[str, Any], library: LoraLibrary) -> Request | None:
     from sdrt.runtime.request.build import build_request
     from sdrt.runtime.request.picture import PICTURE_OPTIONS
 
@@ -130,4 +142,4 @@ def _request_of_defaults(bundle: Bundle, options: dict[str, Any]) -> Request | N
         return None  # without a picture there is nothing to check
     if "image" not in options:  # requests may bring one; until then there is nothing to do with it
         options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}
-    return build_request(bundle.manifest, "", options)
+    return build_request(bundle.manifest, "", options, library)

@@ -10,14 +10,16 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from sdrt.runtime.drawing.callbacks import Hook
+from sdrt.runtime.drawing.condition_encoder import ConditionEncoder
 from sdrt.runtime.drawing.faults import Faults
 from sdrt.runtime.drawing.finished_images import ImageCollector, image_collector
 from sdrt.runtime.drawing.initial_latents import start_arguments
 from sdrt.runtime.drawing.loop import DenoiseLoop
-from sdrt.runtime.drawing.parts import ConditionEncoder, Parts
+from sdrt.runtime.drawing.parts import Parts
 from sdrt.runtime.drawing.shapes import step_kinds
 from sdrt.runtime.drawing.vae import EncodedImage
 from sdrt.runtime.errors import DeviceMemoryError
+from sdrt.runtime.request.loras import NO_LORAS, LoraSet
 from sdrt.runtime.request.output import PipelineOutput
 from sdrt.runtime.request.picture import PictureTask, draws_at_start
 from sdrt.runtime.request.request import Request
@@ -30,10 +32,12 @@ class Batch(NamedTuple):
     Attributes:
         images: Their numbers; where there are fewer than the graphs admit, the last one repeats itself.
         chunks: How many chunks their prompts have.
+        loras: What the model's weights are changed by for them.
     """
 
     images: list[int]
     chunks: int
+    loras: LoraSet = NO_LORAS
 
 
 def draw(request: Request, recipes: Sequence[dict[str, Any]], parts: Parts, hook: Hook) -> PipelineOutput:
@@ -48,7 +52,7 @@ def draw(request: Request, recipes: Sequence[dict[str, Any]], parts: Parts, hook
     Raises:
         NumericsError: A component gave NaN or infinity; the message names it.
     """
-    batches = split_into_batches(request, parts.encoder)
+    batches = split_into_batches(request, parts)
     for images, chunks in sorted({(len(batch.images), batch.chunks) for batch in batches}):
         parts.shapes.ready(request, images, chunks)  # what is refused is so before any drawing
     seconds: dict[str, float] = {}
@@ -93,8 +97,10 @@ def _draw_batch(
     def raise_faults(faults: Faults) -> None:
         parts.encoder.raise_faults(faults, table, rows)
 
+    # The model becomes the one that these images want,
+    changing = parts.adapters.use(batch.loras)
     timer = parts.device.timer()
-    # Prompts become conditioning,
+    # prompts become conditioning,
     parts.encoder.write(rows, loop, batch.chunks)
     timer.mark("text_encoder")
     # noise, or a picture at some level of noise, becomes x at the first row,
@@ -110,7 +116,7 @@ def _draw_batch(
         timer.mark("vae_decoder")
     # and these, with what was kept of a given picture, pictures.
     pictures.add(batch.images, loop, raise_faults)
-    return done, timer.seconds()
+    return done, {**({"lora": changing} if changing else {}), **timer.seconds()}
 
 
 def _run_rows(
@@ -140,21 +146,30 @@ def _run_rows(
     return len(table)
 
 
-def split_into_batches(request: Request, encoder: ConditionEncoder) -> list[Batch]:
+def split_into_batches(request: Request, parts: Parts) -> list[Batch]:
     """Cut N images into batches that the graphs admit; a last one that is too small repeats itself.
 
-    A batch has one number of chunks: a picture must not depend on how long its neighbours' prompts are.
+    A batch has one set of LoRAs. It has one number of chunks, too: a picture must not depend on how long its
+    neighbours' prompts are.
     """
-    limits, count = request.manifest.limits, encoder.chunks
-    pairs = zip(request.conditions, request.negatives, strict=True)
-    chunks = [max(count(want), count(other)) if request.guided else count(want) for want, other in pairs]
+    limits, sets = request.manifest.limits, request.lora_sets
     batches = []
-    for size in sorted(set(chunks)):
-        images = [image for image, own in enumerate(chunks) if own == size]
-        for start in range(0, len(images), limits.max_batch):
-            batch = images[start : start + limits.max_batch]
-            batches.append(Batch(batch + [batch[-1]] * (limits.min_batch - len(batch)), size))
+    for loras in dict.fromkeys(sets):
+        parts.adapters.lend_words(loras)  # they have a number of tokens of their own
+        own = [image for image, wanted in enumerate(sets) if wanted == loras]
+        chunks = {image: _chunks(request, image, parts.encoder) for image in own}
+        for size in sorted(set(chunks.values())):
+            images = [image for image in own if chunks[image] == size]
+            for start in range(0, len(images), limits.max_batch):
+                batch = images[start : start + limits.max_batch]
+                batch += [batch[-1]] * (limits.min_batch - len(batch))
+                batches.append(Batch(batch, size, loras))
     return batches
+
+
+def _chunks(request: Request, image: int, encoder: ConditionEncoder) -> int:
+    chunks = encoder.chunks(request.conditions[image])
+    return max(chunks, encoder.chunks(request.negatives[image])) if request.guided else chunks
 
 
 def row_conditions(request: Request, images: Sequence[int]) -> list[Hashable]:

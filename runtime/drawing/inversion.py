@@ -37,12 +37,15 @@ def with_inverted_noise(request: Request, image: EncodedImage, parts: Parts, hoo
     assert request.picture.variation is not None
     table = inversion_table(request.sampling.schedule, request.sampling.recipe["num_inference_steps"])
     noise: list[NDArray[np.float32]] = []
-    inverted: dict[Hashable, NDArray[np.float32]] = {}  # prompt → noise
-    for number, condition in enumerate(request.conditions):
-        if condition not in inverted:
-            inverted[condition] = _inverted_noise(request, number, table, image, parts, hook)
+    wanted = list(zip(request.lora_sets, request.conditions, strict=True))
+    inverted: dict[Hashable, NDArray[np.float32]] = {}  # LoRAs and prompt → noise
+    for loras in dict.fromkeys(loras for loras, _ in wanted):
+        for number, one in enumerate(wanted):
+            if one[0] == loras and one not in inverted:
+                inverted[one] = _inverted_noise(request, number, table, image, parts, hook)
+    for number, one in enumerate(wanted):
         fresh = noise_source(request.rng, [request.seeds[number]]).draw(0, image.latents.mean.shape[1:])
-        noise.append(slerp(inverted[condition], fresh, request.picture.variation))
+        noise.append(slerp(inverted[one], fresh, request.picture.variation))
     # The inversion ends in a variance-preserving x; a sampler's may be scaled otherwise.
     scale = 1.0 / float(request.sampling.table.rows[0, Column.INPUT_SCALE])
     return replace(request, latents=np.concatenate(noise), latents_scale=scale)
@@ -64,6 +67,7 @@ def _inverted_noise(
         parts: What draws.
         hook: See `with_inverted_noise`.
     """
+    parts.adapters.use(request.lora_sets[number])
     condition, images = request.conditions[number], request.manifest.limits.min_batch
     chunks = parts.encoder.chunks(condition)
     weights = np.ones(len(request.sampling.table), np.float32)

@@ -10,7 +10,7 @@ from sdrt.runtime.backends.registry import Choice, load_executor
 from sdrt.runtime.bundle.bundle import Bundle, Verify
 from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
-from sdrt.runtime.drawing.parts import ConditionEncoder
+from sdrt.runtime.drawing.condition_encoder import ConditionEncoder
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder
 from sdrt.runtime.drawing.text_encoders import open_tokenizers, text_encoders
 from sdrt.runtime.errors import BackendError, UsageError

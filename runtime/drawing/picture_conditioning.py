@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.devices.arena import Arena
@@ -44,6 +45,13 @@ class ImageEncoder:
     def chunks(self, condition: Hashable) -> int:  # noqa: ARG002 - of the protocol
         """A picture is one."""
         return 1
+
+    def lend_embeddings(self, embeddings: Mapping[str, Sequence[NDArray[np.float32]]]) -> None:
+        """There are no words."""
+
+    def forget(self) -> None:
+        """Encode the picture anew: the encoder has other weights."""
+        self._latest = None
 
     def write(self, rows: Sequence[Hashable], loop: DenoiseLoop, chunks: int) -> None:  # noqa: ARG002
         """Put embeddings into the rows of a loop's conditioning; zeros for None, as in training.

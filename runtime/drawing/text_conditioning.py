@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -54,6 +54,9 @@ MAX_CACHED: Final = 64  # chunks; a negative prompt and a few favourites stay
 MAX_PLANS: Final = 256  # prompts that need not be cut into tokens again
 
 
+Vectors = Sequence[NDArray[np.float32]]
+
+
 class PromptTruncatedWarning(UserWarning):
     """A prompt has more tokens than the model reads; the message quotes what was cut off."""
 
@@ -96,7 +99,9 @@ class PromptEncoder:
             [encoder.tokenizer for encoder in encoders], max_chunks=max_chunks, max_clip_skip=max_clip_skip
         )
         self._max_chunks = max_chunks
-        self._own: dict[str, Sequence[NDArray[np.float32]]] = {}  # name → vectors for each encoder
+        self._added: dict[str, Vectors] = {}  # name → vectors for each encoder
+        self._lent: dict[str, Vectors] = {}  # the same, of LoRAs
+        self._own: dict[str, Vectors] = {}  # what counts of the two
         self._record = record_sections(encoders)
         capacity = max(MAX_CACHED, most_texts)
         slots = {
@@ -137,7 +142,7 @@ class PromptEncoder:
         """
         return len(self._plan(prompt, 1).chunks)
 
-    def add_embedding(self, name: str, vectors: Sequence[NDArray[np.float32]]) -> None:
+    def add_embedding(self, name: str, vectors: Vectors) -> None:
         """Let ``name`` in a prompt stand for an embedding of textual inversion, from now on.
 
         Args:
@@ -147,6 +152,34 @@ class PromptEncoder:
         Raises:
             UsageError: A shape does not fit.
         """
+        self._check_vectors(name, vectors)
+        self._added[name.lower()] = vectors
+        self._read_otherwise({name.lower()})
+
+    def lend_embeddings(self, embeddings: Mapping[str, Vectors]) -> None:
+        """Let names stand for embeddings, before those that were added, until others are lent.
+
+        Args:
+            embeddings: As those of `add_embedding`, by name.
+
+        Raises:
+            UsageError: A shape does not fit.
+        """
+        lent = {name.lower(): vectors for name, vectors in embeddings.items()}
+        names = lent.keys() | self._lent.keys()
+        changed = {name for name in names if lent.get(name) is not self._lent.get(name)}
+        for name in changed & lent.keys():
+            self._check_vectors(name, lent[name])
+        self._lent = lent
+        if changed:
+            self._read_otherwise(changed)
+
+    def forget(self) -> None:
+        """Encode every prompt anew: the encoders have other weights."""
+        self._free.extend(self._cache.values())
+        self._cache.clear()
+
+    def _check_vectors(self, name: str, vectors: Vectors) -> None:
         count = len(vectors[0])
         room = min(encoder.tokenizer.room for encoder in self._encoders)
         wanted = [(count, width) for width in self.widths]
@@ -155,10 +188,13 @@ class PromptEncoder:
                 f"the embedding {name!r} has the shapes {[array.shape for array in vectors]}: this model's "
                 f"text encoders take 1 to {room} vectors of {' and '.join(map(str, self.widths))} numbers"
             )
-        self._planner.add_embedding(name, count)
-        self._own[name.lower()] = vectors
-        self._plans.clear()  # texts that name it are read otherwise now
-        for part in [part for part in self._cache if name.lower() in part_names(part)]:
+
+    def _read_otherwise(self, names: Set[str]) -> None:
+        """From now on texts with these names are others; what was kept of them is forgotten."""
+        self._own = {**self._added, **self._lent}
+        self._planner.set_embeddings({name: len(vectors[0]) for name, vectors in self._own.items()})
+        self._plans.clear()
+        for part in [part for part in self._cache if names & part_names(part)]:
             self._free.append(self._cache.pop(part))
 
     def write(self, prompts: Sequence[Prompt | Blend], loop: DenoiseLoop, chunks: int = 1) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from xml.sax.saxutils import escape, unescape
 
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.lora.weights import short_name
 
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
@@ -56,14 +57,30 @@ def parameters_text(recipe: Mapping[str, Any]) -> str:
         **({"Clip skip": recipe["clip_skip"] + 1} if "clip_skip" in recipe else {}),
         **({} if recipe["eta"] is None else {"Eta": recipe["eta"]}),
         "RNG": _A1111_GENERATORS[recipe["rng"]],
+        **({"Lora hashes": _lora_hashes(recipe["lora_hashes"])} if recipe.get("lora_hashes") else {}),
         "Model": recipe["model"],
         "Version": f"sdrt {recipe['version']}",
     }
-    lines = [recipe["prompt"]]
+    lines = [f"{recipe['prompt']}{_lora_tags(recipe.get('loras', {}))}"]
     if recipe["negative_prompt"]:
         lines.append(f"Negative prompt: {recipe['negative_prompt']}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items()))
     return "\n".join(lines)
+
+
+def _lora_tags(loras: Mapping[str, Any]) -> str:
+    """LoRAs that the prompt does not ask for, as A1111's prompts do."""
+    tags = []
+    for name, weight in loras.items():
+        weights = (weight["text_encoder"], weight["unet"]) if isinstance(weight, Mapping) else (weight,)
+        tags.append(f" <lora:{short_name(name)}:{':'.join(f'{one:g}' for one in weights)}>")
+    return "".join(tags)
+
+
+def _lora_hashes(hashes: Mapping[str, str]) -> str:
+    """As ``extra_networks_lora.py`` has them: without what would break the list apart."""
+    named = ((name.replace(":", "").replace(",", ""), digest) for name, digest in hashes.items())
+    return ", ".join(f"{name}: {digest}" for name, digest in named)
 
 
 def png_text(recipe: Mapping[str, Any]) -> PngInfo:

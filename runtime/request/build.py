@@ -11,10 +11,12 @@ from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import choice, whole
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.lora.library import LoraLibrary
+from sdrt.runtime.request.loras import image_loras
 from sdrt.runtime.request.options import OPTIONS, check_names
 from sdrt.runtime.request.output import build_callbacks, checked_output_type
 from sdrt.runtime.request.picture import PictureTask, build_picture
-from sdrt.runtime.request.recipes import OF_FRAMES, checked_embeddings, playable
+from sdrt.runtime.request.recipes import OF_FRAMES, checked_digests, playable
 from sdrt.runtime.request.request import Request, checked_size, is_device_array, latent_shape
 from sdrt.runtime.request.sampling import build_sampling
 from sdrt.runtime.request.texts import per_image_seeds, prompt_conditions
@@ -24,7 +26,10 @@ MAX_SIZE: Final = 16_384  # pixels that SDXL may be told of; no picture is large
 
 
 def build_request(
-    manifest: Manifest, prompt: str | Sequence[str] | None, options: Mapping[str, Any]
+    manifest: Manifest,
+    prompt: str | Sequence[str] | None,
+    options: Mapping[str, Any],
+    library: LoraLibrary | None = None,
 ) -> Request:
     """Check the arguments of `Pipeline.__call__` against a bundle's manifest.
 
@@ -32,6 +37,7 @@ def build_request(
         manifest: The bundle's manifest.
         prompt: One text, P texts, or None where a picture alone says what to draw.
         options: See `sdrt.runtime.request.options.DrawOptions`; None stands for what was not given.
+        library: Finds LoRAs; without it there are none.
 
     Raises:
         UsageError: An argument is unknown, of a wrong type or out of range; the message says what is allowed.
@@ -39,10 +45,11 @@ def build_request(
     check_names(options, OPTIONS, "the pipeline")
     given = playable(options, manifest)
     if given.get("frames") is None:
-        return _one_request(manifest, prompt, given, options)
+        return _one_request(manifest, prompt, given, options, library)
     rest = {name: value for name, value in given.items() if name not in OF_FRAMES}
     to_prompt, to_seed, frames, frame = (given.get(name) for name in OF_FRAMES)
-    return build_interpolation(manifest, prompt, to_prompt, frames, to_seed, {**rest, "frame": frame})
+    rest["frame"] = frame
+    return build_interpolation(manifest, prompt, to_prompt, frames, to_seed, rest, library)
 
 
 def build_interpolation(
@@ -52,6 +59,7 @@ def build_interpolation(
     frames: Any,
     to_seed: Any,
     options: Mapping[str, Any],
+    library: LoraLibrary | None = None,
 ) -> Request:
     """Check the arguments of `Pipeline.interpolate`: the request whose images are the frames.
 
@@ -62,6 +70,7 @@ def build_interpolation(
         frames: The number of frames.
         to_seed: The seed of the last frame's noise; None for the same.
         options: As for `build_request`; with ``frame`` the request is for the frame of that number alone.
+        library: As for `build_request`.
 
     Raises:
         UsageError: An argument is out of range, or nothing differs between the ends.
@@ -75,10 +84,11 @@ def build_interpolation(
         raise UsageError(f"frame is {frame}: of {count} frames the first is 0 and the last {count - 1}")
     check_names(options, OPTIONS, "the pipeline")
     given = playable(options, manifest)
-    first = _one_request(manifest, prompt, given, options)
+    first = _one_request(manifest, prompt, given, options, library)
     last = prompt_conditions(manifest, prompt if to_prompt is None else to_prompt, given)
+    (last_loras,) = image_loras(last.tags, given, library)
     last_seed = None if to_seed is None else per_image_seeds(to_seed, 1)[0]
-    every = frames_between(first, last, last_seed, count)
+    every = frames_between(first, last, last_loras, last_seed, count)
     return every if frame is None else only_frame(every, whole("frame", frame))
 
 
@@ -87,6 +97,7 @@ def _one_request(
     prompt: str | Sequence[str] | None,
     options: Mapping[str, Any],
     as_given: Mapping[str, Any],
+    library: LoraLibrary | None,
 ) -> Request:
     """The request of a call without frames.
 
@@ -95,6 +106,7 @@ def _one_request(
         prompt: See `build_request`.
         options: What `playable` leaves of the call's options.
         as_given: The call's options before that: None is no way to leave out what is given back.
+        library: See `build_request`.
     """
     rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
     _check_of_family(manifest, options)
@@ -127,7 +139,9 @@ def _one_request(
         latents_given=options.get("latents") is not None,
         sizes=_sizes(manifest, options, size),
         picture=picture,
-        embeddings=checked_embeddings(options.get("embeddings")),
+        embeddings=checked_digests("embeddings", options.get("embeddings")),
+        loras=image_loras(conditions.tags, options, library),
+        lora_partial=bool(options.get("lora_partial")),
         output_type=checked_output_type(as_given.get("output_type", "pil"), masked=masked),
         callbacks=build_callbacks(as_given),
     )

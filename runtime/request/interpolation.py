@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import whole
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.request.loras import LoraUse, blended
 from sdrt.runtime.request.picture import NOISE, draws_at_start
 from sdrt.runtime.request.request import Request, latent_shape
 from sdrt.runtime.request.texts import MAX_IMAGES, Conditions
@@ -44,12 +45,15 @@ def check_ends(
     return count
 
 
-def frames_between(first: Request, last: Conditions, to_seed: int | None, count: int) -> Request:
+def frames_between(
+    first: Request, last: Conditions, last_loras: Sequence[LoraUse], to_seed: int | None, count: int
+) -> Request:
     """The request for all frames.
 
     Args:
         first: The first frame's.
         last: What the last frame is drawn from.
+        last_loras: The LoRAs that it is drawn with; between the two their weights are mixed.
         to_seed: The seed of the last frame's noise; None for the first frame's.
         count: How many frames there are.
 
@@ -77,6 +81,7 @@ def frames_between(first: Request, last: Conditions, to_seed: int | None, count:
         texts=[{**text, "frame": number} for number in range(count)],
         seeds=first.seeds * count,
         latents=None if to_seed is None else _noise_between(first, to_seed, shares),
+        loras=[blended(first.loras[0], last_loras, share) for share in shares],
     )
 
 
@@ -100,4 +105,5 @@ def only_frame(request: Request, frame: int) -> Request:
         texts=request.texts[one],
         seeds=request.seeds[one],
         latents=None if request.latents is None else request.latents[one],
+        loras=request.loras[one],
     )

@@ -33,7 +33,9 @@ OPTION_NAMES: Final = {
     "image": Names(others=("init_image", "init_img")),
     "mask_image": Names("mask"),
     "strength": Names(others=("denoise", "denoising_strength")),
+    "lora_dir": Names(others=("lora_model_dir",)),
     "output": Names(others=("out", "outdir")),
+    "loras": Names("lora"),
     "seed": Names(nearly=("generator",)),
     "callback_on_step_end": Names(nearly=("callback",)),
 }

@@ -25,6 +25,12 @@ class DrawOptions(CallbackOptions, total=False):
       tokens of a chunk's end, 20 as in stable-diffusion-webui; 0 parts it wherever a chunk is full;
     * ``clip_skip``: layers of the text encoder to leave out at its end, 0 (none) to all but one;
     * ``height``, ``width``: pixels; by default the picture's that was given, else the bundle's;
+    * ``loras``: LoRAs that change the model for this call, a table of names or paths and their weights,
+      ``{"pixel": 0.8, "styles/ink.safetensors": {"text_encoder": 0.5, "unet": 1}}``. A name is that of an
+      adapter (`Pipeline.load_lora_weights`) or of a file in the folder of LoRAs (``lora_dir`` of
+      `Pipeline.load`). By default those that are active; prompts add theirs (``<lora:pixel:0.8>``);
+    * ``lora_partial``: take of LoRA files what has a place in the model, where by default what has none is
+      refused;
     * ``num_images_per_prompt``: K; N = P·K images are drawn, prompt by prompt;
     * ``original_size``, ``crops_coords_top_left``, ``target_size``: height and width, or top and left, of
       what SDXL is to imitate; by default the picture's size, and (0, 0).
@@ -92,6 +98,8 @@ class DrawOptions(CallbackOptions, total=False):
     plain_prompt: bool
     comma_lookback: int
     clip_skip: int
+    loras: Mapping[str, Any] | None
+    lora_partial: bool
     height: int | None
     width: int | None
     num_images_per_prompt: int

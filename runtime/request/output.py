@@ -27,11 +27,12 @@ class PipelineOutput:
         recipes: Everything that drew each image, as plain data: ``prompt``, ``negative_prompt``,
             ``seed``, ``height``, ``width``, ``num_inference_steps``, ``guidance_scale``, ``sampler``,
             ``karras``, ``eta``, ``rng``, what else was asked for, SDXL's sizes, given pictures' file names
-            and SHA-256, ``backend``, ``model``, ``model_sha256``, ``version``. As arguments of a call they
-            draw the image again (see `sdrt.runtime.request.recipes`).
+            and SHA-256, LoRAs with their weights and SHA-256, ``backend``, ``model``, ``model_sha256``,
+            ``version``. As arguments of a call they draw the image again (see
+            `sdrt.runtime.request.recipes`).
         timings: Seconds per stage: ``text_encoder``, ``denoise``, ``vae_decoder`` by the device's clock,
-            ``vae_encoder`` and ``invert`` where a picture was given, by wall clock, ``step``, the mean of one
-            step, and ``total``, wall clock from call to return.
+            ``vae_encoder`` and ``invert`` where a picture was given, ``lora`` where weights were changed, by
+            wall clock, ``step``, the mean of one step, and ``total``, wall clock from call to return.
     """
 
     images: Any

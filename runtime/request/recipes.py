@@ -17,9 +17,18 @@ from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.errors import UsageError
 
 # Nothing is drawn otherwise for them; the model is compared, for another one draws another picture.
-INFORMING: Final = ("backend", "model", "model_sha256", "version", "output_size", "fps", "timings")
+INFORMING: Final = (
+    "backend",
+    "model",
+    "model_sha256",
+    "version",
+    "output_size",
+    "fps",
+    "timings",
+    "lora_hashes",
+)
 # What must be there, and the same, for the picture to be the same.
-CHECKED: Final = ("image_sha256", "mask_sha256", "embeddings", "interrupted_after_step")
+CHECKED: Final = ("image_sha256", "mask_sha256", "embeddings", "lora_sha256", "interrupted_after_step")
 # Of `Pipeline.interpolate`; ``frame`` is the number of the one frame that is wanted.
 OF_FRAMES: Final = ("to_prompt", "to_seed", "frames", "frame")
 FIELDS: Final = (*INFORMING, *CHECKED, *OF_FRAMES)
@@ -33,7 +42,7 @@ class RecipeWarning(UserWarning):
 
 
 def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """The arguments of a call without what only informs.
+    """The arguments of a call without what only informs. A recipe says all LoRAs that it was drawn with.
 
     Raises:
         UsageError: Something that the recipe was drawn from is missing, or it is of an unfinished picture.
@@ -61,7 +70,8 @@ def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
                 f"the recipe was drawn from a picture that was not a file (SHA-256 of its pixels "
                 f"{str(options[field])[:12]}…): give it as {name}"
             )
-    return {name: value for name, value in options.items() if value is not None and name not in INFORMING}
+    found = {name: value for name, value in options.items() if value is not None and name not in INFORMING}
+    return {"loras": {}, **found} if options.get("version") is not None else found
 
 
 def pixels_sha256(pixels: NDArray[Any]) -> str:
@@ -91,8 +101,12 @@ def check_pixels(options: Mapping[str, Any], name: str, digest: str) -> None:
         )
 
 
-def checked_embeddings(wanted: object) -> Mapping[str, Any]:
-    """The textual inversions that a recipe needs, name → SHA-256 of the file; of None none.
+def checked_digests(field: str, wanted: object) -> Mapping[str, Any]:
+    """What a recipe says of files that it needs, name → SHA-256; of None nothing.
+
+    Args:
+        field: The recipe's, for messages.
+        wanted: What it holds.
 
     Raises:
         UsageError: It is no such table.
@@ -100,15 +114,33 @@ def checked_embeddings(wanted: object) -> Mapping[str, Any]:
     if wanted is None:
         return {}
     if not isinstance(wanted, Mapping):
-        raise UsageError(f"embeddings is {type(wanted).__name__}: names with the SHA-256 of their files")
+        raise UsageError(f"{field} is {type(wanted).__name__}: names with the SHA-256 of their files")
     return wanted
+
+
+def check_lora(name: str, digest: str, wanted: Mapping[str, Any]) -> None:
+    """Refuse a LoRA that is not the one that a recipe was drawn with.
+
+    Args:
+        name: The LoRA's, as the recipe has it.
+        digest: The SHA-256 of its file.
+        wanted: What `checked_digests` gave.
+
+    Raises:
+        UsageError: It is another.
+    """
+    if wanted.get(name) not in (None, digest):
+        raise UsageError(
+            f"the LoRA {name[:200]!r} is not the one that the recipe was drawn with (a file with SHA-256 "
+            f"{digest[:12]}…, not {str(wanted[name])[:12]}…): give that one, or leave lora_sha256 out"
+        )
 
 
 def check_embeddings(wanted: Mapping[str, Any], loaded: Mapping[str, str]) -> None:
     """Refuse a recipe whose textual inversions are not there.
 
     Args:
-        wanted: What `checked_embeddings` gave.
+        wanted: What `checked_digests` gave.
         loaded: The pipeline's, name → SHA-256 of the file.
 
     Raises:

@@ -11,6 +11,7 @@ import numpy as np
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import whole
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.request.loras import LoraSet, LoraUse, lora_recipe
 from sdrt.runtime.request.output import (
     WITHOUT_PICTURES,
     CallbackOptions,
@@ -49,6 +50,8 @@ class Request:
         sizes: What the U-Net is told in pixels, such as SDXL's original_size; else empty.
         picture: What the run starts from, if that is a picture.
         embeddings: Textual inversions that must be loaded, name → SHA-256 of the file.
+        loras: The LoRAs of each image, read.
+        lora_partial: Whether what has no place in the model was left out of them.
         output_type: What is given back.
         callbacks: The caller's functions.
     """
@@ -68,6 +71,8 @@ class Request:
     sizes: dict[str, list[int]]
     picture: PictureTask | None
     embeddings: Mapping[str, Any]
+    loras: list[tuple[LoraUse, ...]] = field(repr=False)
+    lora_partial: bool
     output_type: OutputType
     callbacks: Callbacks
 
@@ -100,6 +105,11 @@ class Request:
         """Whether each step draws its noise there; PyTorch's CPU generator runs on the host alone."""
         return self.sampling.table.uses_noise and self.rng == "philox"
 
+    @property
+    def lora_sets(self) -> list[LoraSet]:
+        """What the model's weights are changed by for each image."""
+        return [LoraSet.of(uses) for uses in self.loras]
+
     def with_callbacks(self, **callbacks: Unpack[CallbackOptions]) -> Request:
         """The same request with other functions to call; those that are not named are not called.
 
@@ -120,7 +130,10 @@ class Request:
         }
         if self.latents_given:
             shared["latents"] = GIVEN  # the seed alone does not give this picture
-        return [{**text, "seed": seed, **shared} for text, seed in zip(self.texts, self.seeds, strict=True)]
+        return [
+            {**text, "seed": seed, **shared, **lora_recipe(uses, partial=self.lora_partial)}
+            for text, seed, uses in zip(self.texts, self.seeds, self.loras, strict=True)
+        ]
 
 
 def checked_size(manifest: Manifest, height: object, width: object) -> tuple[int, int]:

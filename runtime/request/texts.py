@@ -14,7 +14,7 @@ from sdrt.runtime.checks import flag, whole
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.noise import validate_seed
 from sdrt.runtime.text.chunks import COMMA_LOOKBACK, Prompt, check_clip_skip
-from sdrt.runtime.text.syntax import PromptSyntaxWarning, remarks_on
+from sdrt.runtime.text.syntax import LoraTag, PromptSyntaxWarning, lora_tags, remarks_on
 from sdrt.runtime.text.tokenizer import checked_text
 
 MAX_IMAGES: Final = 1000
@@ -28,11 +28,13 @@ class Conditions(NamedTuple):
         wanted: Prompts, or pictures where the bundle draws variations of one.
         unwanted: What the images are moved away from; None stands for zeros.
         texts: The recipe's share.
+        tags: The LoRAs that each prompt asks for.
     """
 
     wanted: list[Hashable]
     unwanted: list[Hashable]
     texts: list[dict[str, Any]]
+    tags: list[tuple[LoraTag, ...]]
 
 
 def prompt_conditions(
@@ -54,8 +56,11 @@ def prompt_conditions(
     lookback = whole("comma_lookback", options.get("comma_lookback", COMMA_LOOKBACK))
     if lookback < 0:
         raise UsageError(f"comma_lookback is {lookback}: a number of tokens is wanted, 0 for none")
-    for text in dict.fromkeys((*prompts, *unwanted)):
-        for remark in remarks_on(text or "", plain=plain):  # a weight that is no number is refused now
+    for text, negative in dict.fromkeys(
+        [*((text, False) for text in prompts), *((text, True) for text in unwanted)]
+    ):
+        # A weight that is no number is refused now.
+        for remark in remarks_on(text or "", plain=plain, negative=negative):
             warnings.warn(remark, PromptSyntaxWarning, stacklevel=2)
     how: dict[str, Any] = {"plain": plain, "clip_skip": skip, "comma_lookback": lookback}
     beyond = {
@@ -65,11 +70,12 @@ def prompt_conditions(
     }
     return Conditions(
         [Prompt(text, **how) for text in prompts],
-        [Prompt(text, **how) for text in unwanted],
+        [Prompt(text, **how, negative=True) for text in unwanted],
         [
             {"prompt": text, "negative_prompt": other, **beyond}
             for text, other in zip(prompts, unwanted, strict=True)
         ],
+        [lora_tags(text, plain=plain) for text in prompts],
     )
 
 

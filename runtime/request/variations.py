@@ -64,7 +64,7 @@ def image_conditions(
     shown = read_image(options["image"])
     picture = ClipImage(clip_pixels(shown, manifest.image_processor))
     text = {"prompt": "", "negative_prompt": "", **picture_recipe(options, "image", shown)}
-    return Conditions([picture] * images, [None] * images, [text] * images)
+    return Conditions([picture] * images, [None] * images, [text] * images, [()] * images)
 
 
 def _is_neutral(name: str, value: object) -> bool:

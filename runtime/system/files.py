@@ -171,6 +171,24 @@ def _unfinished_folder(path: Path, undo: contextlib.ExitStack) -> Path:
 
 
 @contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path``, on a disk that has room for what is made there; it is gone afterwards.
+
+    What a SIGKILL leaves of it is deleted by the next call for the same place, or by `new_folder`.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
+    path = path.absolute()
+    with contextlib.ExitStack() as undo:
+        with writing(path):
+            clear_leftovers(path.parent)
+        with finishing(), writing(path):
+            folder = _unfinished_folder(path, undo)
+        yield folder
+
+
+@contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder where the system has its temporary files; it is gone afterwards, whatever ends the block."""
     import tempfile

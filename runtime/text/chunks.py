@@ -9,7 +9,7 @@ Only the end of a prompt that is too long may be cut inside of a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
@@ -31,12 +31,14 @@ class Prompt:
         clip_skip: How many of the text encoders' last layers are left out.
         comma_lookback: How many tokens from a chunk's end a comma may stand for the next chunk to begin
             behind it; 0 for none.
+        negative: It is what to move away from (see `sdrt.runtime.text.syntax.parse_prompt`).
     """
 
     text: str | None
     plain: bool = False
     clip_skip: int = 0
     comma_lookback: int = COMMA_LOOKBACK
+    negative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,16 +147,19 @@ class PromptPlanner:
         self._known: list[str] = []  # names in the order of the pattern's groups
         self._names: re.Pattern[str] | None = None
 
-    def add_embedding(self, name: str, vectors: int) -> None:
-        """From now on ``name`` in a text stands for an embedding of that many vectors.
+    def set_embeddings(self, vectors: Mapping[str, int]) -> None:
+        """From now on these names in a text, and no others, stand for embeddings.
 
-        In capitals or not, as stable-diffusion-webui finds it, but not as a part of a longer word.
+        In capitals or not, as stable-diffusion-webui finds them, but not as a part of a longer word.
+
+        Args:
+            vectors: Name in lower case → how many vectors the embedding has.
         """
-        self._vectors[name.lower()] = vectors
+        self._vectors = dict(vectors)
         # The longest first: `cat` must not hide `cat toy`.
         self._known = sorted(self._vectors, key=len, reverse=True)
-        patterns = (f"({_as_words(known)})" for known in self._known)
-        self._names = re.compile("|".join(patterns), re.IGNORECASE)
+        patterns = [f"({_as_words(known)})" for known in self._known]
+        self._names = re.compile("|".join(patterns), re.IGNORECASE) if patterns else None
 
     def plan(self, prompt: Prompt | Blend, chunks: int = 1) -> Plan:
         """Cut a prompt into chunks; if they are fewer than ``chunks``, fill up with those of the empty text.
@@ -174,7 +179,7 @@ class PromptPlanner:
         if prompt.text is None:
             return (None,) * chunks, ""
         check_clip_skip(prompt.clip_skip, self._max_clip_skip)
-        sections = parse_prompt(checked_text(prompt.text), plain=prompt.plain)
+        sections = parse_prompt(checked_text(prompt.text), plain=prompt.plain, negative=prompt.negative)
         packed = [self._pack(tokenizer, sections, prompt.comma_lookback) for tokenizer in self._tokenizers]
         count = max(chunks, *(len(rows) for rows, _ in packed))
         rows = [

@@ -7,6 +7,7 @@
 ``((a) b)``         nested weights multiply
 ``\\( \\) \\[ \\] \\\\``  the character itself
 ``BREAK``           in capitals, as a word of its own: what follows begins a new chunk
+``<lora:name:w>``   no text: the LoRA of that name changes the model, with weight w, or 1
 ==================  ======================================================================
 
 The reference is ``parse_prompt_attention`` of its ``modules/prompt_parser.py``, also for brackets without a
@@ -14,8 +15,14 @@ partner: one that closes nothing is text, one that nothing closes weighs all tha
 square ones do not see each other. A weight that is no number (1.2.3) is refused, and a backslash before
 anything else is kept.
 
-What means something elsewhere and is not done here (prompt editing, alternatives, ``AND``, LoRA …) is drawn
-as the words that it consists of, or, where those are no words, left out; `remarks_on` names all of it.
+A LoRA may also be called ``lyco``, and have two weights, of the text encoders and of the U-Net, as
+``<lora:name:te:unet>`` or ``<lora:name:te=…:unet=…>`` (``activate`` of its ``extra_networks_lora.py``). In a
+negative prompt all of this is text: ``parse_extra_network_prompts`` of its ``processing.py`` looks for it in
+prompts alone.
+
+What means something elsewhere and is not done here (prompt editing, alternatives, ``AND``, hypernetworks …)
+is drawn as the words that it consists of, or, where those are no words, left out; `remarks_on` names all of
+it.
 """
 
 from __future__ import annotations
@@ -25,11 +32,13 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.lora.weights import LoraWeights, checked_weights
 
 ROUND: Final = 1.1  # weight of round brackets without a number; square ones have its inverse
 MAX_WEIGHT: Final = 10.0
 MAX_DEPTH: Final = 50  # brackets inside of each other
 # Networks that stable-diffusion-webui adds to the model: no part of the text there either.
+_LORAS: Final = ("lora", "lyco")
 _EXTRA_NETWORK: Final = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 _MARKS: Final = re.compile(
     rf"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?[.\d]+(?:[eE][+-]?\d+)?)\s*\)|{_EXTRA_NETWORK.pattern}", re.IGNORECASE
@@ -69,11 +78,26 @@ class Piece:
 Section = tuple[Piece, ...]
 
 
+class LoraTag(NamedTuple):
+    """A LoRA that a prompt asks for.
+
+    Attributes:
+        name: As the prompt has it.
+        weights: How strongly it changes the model.
+        quoted: The tag and where it stands, for messages.
+    """
+
+    name: str
+    weights: LoraWeights
+    quoted: str
+
+
 class _Parsed(NamedTuple):
     """What a prompt means, and what of it is not taken as it may have been meant."""
 
     sections: tuple[Section, ...]
     remarks: tuple[str, ...] = ()
+    tags: tuple[LoraTag, ...] = ()
 
 
 @dataclass(slots=True)
@@ -82,25 +106,40 @@ class _Bracket:
     first: int  # of the pieces inside of it
 
 
-def parse_prompt(prompt: str, *, plain: bool = False) -> tuple[Section, ...]:
+def parse_prompt(prompt: str, *, plain: bool = False, negative: bool = False) -> tuple[Section, ...]:
     """The sections between the prompt's ``BREAK``, each a sequence of weighted pieces; at least one section.
 
     Args:
         prompt: As the user typed it.
         plain: Brackets, backslashes and ``BREAK`` mean themselves, and so does all else.
+        negative: It is what to move away from: ``<lora:…>`` is text there.
 
     Raises:
         UsageError: A weight is no number of −10 to 10, or brackets are nested too deep.
     """
-    return ((Piece(prompt),),) if plain else _parsed(prompt).sections
+    return ((Piece(prompt),),) if plain else _parsed(prompt, negative=negative).sections
 
 
-def remarks_on(prompt: str, *, plain: bool = False) -> tuple[str, ...]:
+def lora_tags(prompt: str, *, plain: bool = False) -> tuple[LoraTag, ...]:
+    """The LoRAs that a prompt asks for, in their order; a negative prompt asks for none.
+
+    Args:
+        prompt: As the user typed it.
+        plain: See `parse_prompt`; there are none then.
+
+    Raises:
+        UsageError: As `parse_prompt`, or a tag without a name, or with weights that are none.
+    """
+    return () if plain else _parsed(prompt).tags
+
+
+def remarks_on(prompt: str, *, plain: bool = False, negative: bool = False) -> tuple[str, ...]:
     """What a prompt holds that means something elsewhere, or was perhaps meant otherwise, a sentence each.
 
     Args:
         prompt: As the user typed it.
         plain: See `parse_prompt`; nothing is remarked on then.
+        negative: See `parse_prompt`.
 
     Raises:
         UsageError: As `parse_prompt`.
@@ -112,10 +151,10 @@ def remarks_on(prompt: str, *, plain: bool = False) -> tuple[str, ...]:
         for pattern, what in _ELSEWHERE
         for match in pattern.finditer(prompt)
     ]
-    return (*_parsed(prompt).remarks, *(f"the prompt's {one}" for one in found))
+    return (*_parsed(prompt, negative=negative).remarks, *(f"the prompt's {one}" for one in found))
 
 
-def _parsed(prompt: str) -> _Parsed:
+def _parsed(prompt: str, *, negative: bool = False) -> _Parsed:
     parser = _Parser(prompt)
     end = 0
     for match in _MARKS.finditer(prompt):
@@ -123,6 +162,8 @@ def _parsed(prompt: str) -> _Parsed:
         mark, end = match[0], match.end()
         if mark[0] == "\\":
             parser.text(mark[1])
+        elif mark[0] == "<" and negative:
+            parser.keep_as_text(mark, match.start())
         elif mark[0] == "<":
             parser.leave_out(mark, match.start())
         elif mark in "([":
@@ -137,7 +178,7 @@ def _parsed(prompt: str) -> _Parsed:
         else:
             parser.close(")", end - 1, _number(match[1], prompt, match.start(1)))
     parser.text(prompt[end:])
-    return _Parsed(parser.sections(), tuple(parser.remarks))
+    return _Parsed(parser.sections(), tuple(parser.remarks), tuple(parser.tags))
 
 
 class _Parser:
@@ -149,16 +190,29 @@ class _Parser:
         self._open: dict[str, list[_Bracket]] = {"(": [], "[": []}
         self._run: list[str] = []
         self.remarks: list[str] = []
+        self.tags: list[LoraTag] = []
 
     def text(self, text: str) -> None:
         self._run.append(text)
 
     def leave_out(self, network: str, position: int) -> None:
-        """Pass over what names a network beside the model."""
+        """Pass over what names a network beside the model, and note the LoRAs."""
+        quoted = f"{_short(network)!r}{_at(self._prompt, position)}"
+        kind, _, rest = network[1:-1].partition(":")
+        if kind.lower() in _LORAS:
+            self.tags.append(_lora_tag(rest, quoted))
+            return
         self.remarks.append(
-            f"the prompt's {_short(network)!r}{_at(self._prompt, position)}, asks for a LoRA or another "
-            "network beside the model, which sdrt does not load: it is left out"
+            f"the prompt's {quoted}, asks for a hypernetwork, which sdrt does not load: it is left out"
         )
+
+    def keep_as_text(self, network: str, position: int) -> None:
+        """In a negative prompt it is drawn as the characters that it consists of."""
+        self.remarks.append(
+            f"the negative prompt's {_short(network)!r}{_at(self._prompt, position)}, is text, as in "
+            "stable-diffusion-webui: a LoRA is asked for in the prompt"
+        )
+        self.text(network)
 
     def is_open(self, mark: str) -> bool:
         return bool(self._open[mark])
@@ -256,6 +310,25 @@ def _number(text: str, prompt: str, position: int) -> float:
             f"meant as such, {_PLAIN}"
         )
     return weight
+
+
+def _lora_tag(words: str, quoted: str) -> LoraTag:
+    """What stands in ``<lora:…>``: a name, then weights by their place or by their name."""
+    name, *rest = (word.strip() for word in words.split(":"))
+    placed = [word for word in rest if "=" not in word]
+    named = dict(word.split("=", 1) for word in rest if "=" in word)
+    te = named.pop("te", placed[0] if placed else "1")
+    unet = named.pop("unet", placed[1] if len(placed) > 1 else te)
+    if not name or named or len(placed) > 2:
+        raise UsageError(
+            f"the prompt's {quoted}: a LoRA is <lora:name>, <lora:name:0.8>, or with a second weight for the "
+            f"U-Net <lora:name:0.8:0.5>; write it otherwise, {_PLAIN}"
+        )
+    try:
+        weights = {"text_encoder": float(te), "unet": float(unet)}
+    except ValueError:
+        raise UsageError(f"the prompt's {quoted}: {te!r} or {unet!r} is no weight of a LoRA") from None
+    return LoraTag(name, checked_weights(name, weights), quoted)
 
 
 def _at(prompt: str, position: int) -> str:

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from support.runs.pipeline_spies import OpenPipeline, assert_close, assert_differ, assert_equal, spy
 
+from sdrt.runtime.backends.executor import FixedWeights
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu import discovery
 from sdrt.runtime.drawing import shapes
@@ -337,7 +338,7 @@ def test_all_steps_of_the_schedule(fresh: OpenPipeline) -> None:
     schedule = replace(manifest.schedule, steps_offset=0)  # with an offset there is room for 999
     fresh.bundle.manifest = replace(manifest, schedule=schedule)
 
-    class Still:
+    class Still(FixedWeights):
         """Predicts no noise, at once."""
 
         spec = unet.spec

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from sdrt.runtime.backends.batch_parts import PARTS, Array, batch_parts, parts_of
 from sdrt.runtime.backends.executor import check_buffers, first_line, usable_cores
@@ -16,6 +18,7 @@ from sdrt.runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from sdrt.runtime.backends.onnxruntime_cpu.prepared_graphs import PreparedGraph
+    from sdrt.runtime.backends.onnxruntime_cpu.replaced_weights import ReplaceableWeights, ReplacedWeights
     from sdrt.runtime.bundle.prepared_folder import Source
 
 ROWS: Final = "rows"  # the axis of the U-Net's batch
@@ -51,7 +54,10 @@ class OnnxRuntimeExecutor:
         self._model, self.spec = model, spec
         self._threads = threads or usable_cores()
         self._prepared = _prepared_graph(self._ort, source)
-        self._sessions: dict[int, Any] = {}
+        self._sessions: dict[int, Any] = {}  # by their threads, with the weights of now
+        self._own_sessions = self._sessions  # with the graph's own
+        self._replaced: ReplacedWeights | None = None
+        self._bound: WeakSet[_BoundSession] = WeakSet()
         self._other_thread: ThreadPoolExecutor | None = None
         check_graph(self._session(self._threads // self._parts(rows=PARTS)), spec, str(model))
 
@@ -68,20 +74,46 @@ class OnnxRuntimeExecutor:
         """See `Executor.bind`."""
         axes = check_buffers(self.spec, inputs, outputs)
         parts = self._parts(axes.get(ROWS, 1))
-        session = self._session(self._threads // parts)
+        threads = self._threads // parts
         first, *others = (
-            _BoundSession(session, self.spec.name, *arrays)
+            _BoundSession(threads, self.spec.name, *arrays)
             for arrays in batch_parts(self.spec, inputs, outputs, (ROWS,), parts)
         )
+        for bound in (first, *others):
+            bound.use(self._session(threads), self._replaced)
+            self._bound.add(bound)
         if not others:
             return first
         if self._other_thread is None:
             self._other_thread = ThreadPoolExecutor(max_workers=PARTS - 1, thread_name_prefix="sdrt-half")
         return _BoundParts(first, others, self._other_thread)
 
+    def replace_weights(self, weights: Mapping[str, Array]) -> None:
+        """See `Executor.replace_weights`.
+
+        On a prepared graph this takes about as long as loading it. Without one, the bundle's graph is loaded
+        anew, which takes as long as at the start.
+        """
+        replaced, sessions = None, self._own_sessions
+        if weights:
+            replaced = self._replaceable.with_weights(weights)
+            sessions = {threads: replaced.load(threads) for threads in self._sessions}
+        self._replaced, self._sessions = replaced, sessions
+        if self._prepared is None and replaced is not None:
+            self._own_sessions = {}  # all weights once more, which a prepared graph only maps
+        for bound in self._bound:
+            bound.use(self._session(bound.threads), self._replaced)
+
+    @cached_property
+    def _replaceable(self) -> ReplaceableWeights:
+        from sdrt.runtime.backends.onnxruntime_cpu.replaced_weights import ReplaceableWeights
+
+        return ReplaceableWeights(self._ort, self._model, self._prepared)
+
     def _session(self, threads: int) -> Any:
         if threads not in self._sessions:
-            self._sessions[threads] = self._load(threads)
+            load = self._load if self._replaced is None else self._replaced.load
+            self._sessions[threads] = load(threads)
         return self._sessions[threads]
 
     def _load(self, threads: int) -> Any:
@@ -101,14 +133,17 @@ class _BoundSession:
     """One binding; it keeps the arrays alive, since ONNX Runtime is told only their addresses."""
 
     def __init__(
-        self, session: Any, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+        self, threads: int, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
     ) -> None:
-        self._session, self._component = session, component
-        self._arrays = (dict(inputs), dict(outputs))
-        self._binding = session.io_binding()
-        for name, array in inputs.items():
+        self.threads, self._component = threads, component
+        self._inputs, self._outputs = dict(inputs), dict(outputs)
+
+    def use(self, session: Any, weights: ReplacedWeights | None) -> None:
+        """Be of this session from now on, which reads these weights where they are."""
+        self._session, self._binding, self._weights = session, session.io_binding(), weights
+        for name, array in self._inputs.items():
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, array in outputs.items():
+        for name, array in self._outputs.items():
             self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def __call__(self) -> None:

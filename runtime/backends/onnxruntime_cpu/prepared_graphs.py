@@ -50,6 +50,7 @@ class PreparedGraph:
         key = {"format": FORMAT, "onnxruntime": [ort.__version__, ort.get_build_info()], "options": _SAVE}
         self._place = PreparedFolder(NAME, source, key)
         self.folder = self._place.path
+        self.file = self.folder / GRAPH_NAME
 
     def exists(self) -> bool:
         """Whether it was prepared before, and is whole."""
@@ -65,7 +66,7 @@ class PreparedGraph:
             return None
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = open_on_cpu(self._ort, self.folder / GRAPH_NAME, options)
+            session = open_on_cpu(self._ort, self.file, options)
         except Exception:  # onnxruntime's exceptions share no base class
             return None
         self._place.loaded()

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from sdrt.runtime.admission.records import admit_rewritten
-from sdrt.runtime.backends.executor import check_buffers, first_line
-from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import read_nodes, shape_nodes
+from sdrt.runtime.backends.executor import FixedWeights, check_buffers, first_line
+from sdrt.runtime.backends.onnx_graph import read_graph
+from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import shape_nodes
 from sdrt.runtime.backends.onnxruntime_cuda.library import NAME, PROVIDER, import_with_cuda
 from sdrt.runtime.backends.onnxruntime_sessions import check_graph, quiet_options
 from sdrt.runtime.bundle.bundle import Bundle
@@ -54,7 +55,7 @@ def find_graph(
     return engine, f"the {component}'s graph rewritten for CUDA (engines/{engine.folder.name})"
 
 
-class OnnxRuntimeCudaExecutor:
+class OnnxRuntimeCudaExecutor(FixedWeights):
     """A component on ONNX Runtime's CUDA provider.
 
     Attributes:
@@ -246,7 +247,7 @@ def _check_provider(session: Any, version: str) -> None:
 
 def _cpu_nodes(session: Any, graph: bytes, allowed: Collection[str]) -> list[str]:
     """Type and name of each node off the GPU, but for arithmetic on shapes and what is allowed."""
-    in_graph, constants = read_nodes(graph)
+    in_graph, constants = read_graph(graph)
     own, shapes = {node.name for node in in_graph}, shape_nodes(in_graph, constants)
     return [
         f"{node.op_type} {node.name}".strip()

@@ -9,11 +9,11 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 
-from sdrt.runtime.backends.batch_parts import Array, batch_parts, parts_of
+from sdrt.runtime.backends.batch_parts import Array, Arrays, batch_parts, parts_of
 from sdrt.runtime.backends.executor import check_buffers, usable_cores
 from sdrt.runtime.backends.openvino_cpu.library import import_openvino
 from sdrt.runtime.backends.openvino_cpu.models import (
@@ -68,6 +68,8 @@ class OpenVinoExecutor:
             self._file.read()
         # As long as something is bound to them: bindings of one shape share the weights.
         self._compiled: WeakValueDictionary[CompileTarget, Compiled] = WeakValueDictionary()
+        self._weights: Mapping[str, Array] = {}
+        self._bound: WeakSet[_BoundStreams] = WeakSet()
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         """See `Executor.bind`."""
@@ -80,8 +82,21 @@ class OpenVinoExecutor:
         target = CompileTarget(sizes, streams, self._threads)
         compiled = self._compiled.get(target)
         if compiled is None:
-            compiled = self._compiled[target] = self._file.compiled(target)
-        return _BoundStreams([_BoundStream(self._ov, compiled, *part) for part in parts], self.spec.name)
+            compiled = self._compiled[target] = self._file.compiled(target, self._weights)
+        bound = _BoundStreams(self._ov, compiled, target, parts, self.spec.name)
+        self._bound.add(bound)
+        return bound
+
+    def replace_weights(self, weights: Mapping[str, Array]) -> None:
+        """See `Executor.replace_weights`. Whatever is bound is compiled anew, with other constants."""
+        bindings = list(self._bound)
+        targets = {bound.target for bound in bindings}
+        if not targets:
+            self._file.check(weights)
+        compiled = {target: self._file.compiled(target, weights) for target in targets}
+        self._weights, self._compiled = dict(weights), WeakValueDictionary(compiled)
+        for bound in bindings:
+            bound.use(compiled[bound.target])
 
     def close(self) -> None:
         """See `Executor.close`; there is nothing to keep."""
@@ -90,8 +105,21 @@ class OpenVinoExecutor:
 class _BoundStreams:
     """The streams' calls, side by side."""
 
-    def __init__(self, streams: Sequence[_BoundStream], component: str) -> None:
-        self._streams, self._component = tuple(streams), component
+    def __init__(
+        self,
+        ov: Any,
+        compiled: Compiled,
+        target: CompileTarget,
+        parts: Sequence[tuple[Arrays, Arrays]],
+        component: str,
+    ) -> None:
+        self._ov, self._parts, self._component = ov, tuple(parts), component
+        self.target = target
+        self.use(compiled)
+
+    def use(self, compiled: Compiled) -> None:
+        """Run this from now on; it was compiled for ``target``."""
+        self._streams = [_BoundStream(self._ov, compiled, *part) for part in self._parts]
 
     def __call__(self) -> None:
         started = []

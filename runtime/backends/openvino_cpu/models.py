@@ -10,11 +10,12 @@ import json
 from collections import OrderedDict
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from numpy.typing import NDArray
 
-from sdrt.runtime.backends.executor import GraphTensor, check_tensors, first_line
+from sdrt.runtime.backends.executor import GraphTensor, check_tensors, check_weights, first_line
 from sdrt.runtime.backends.openvino_cpu.hoisting import hoist
 from sdrt.runtime.backends.openvino_cpu.library import NAME
 from sdrt.runtime.bundle.families.record import ComponentSpec
@@ -29,6 +30,7 @@ MAIN, LAYOUT = "main.blob", "layout.json"
 MOST_BYTES: Final = 500_000_000
 SMALL_INPUTS: Final = 64 << 10  # bytes: results of larger inputs are not kept
 MOST_KEPT: Final = 16 << 20  # bytes of results
+NO_WEIGHTS: Final[Mapping[str, NDArray[Any]]] = MappingProxyType({})
 
 
 class CompileTarget(NamedTuple):
@@ -126,15 +128,19 @@ class ModelFile:
         self._model, self._spec = model, spec
         self._source = source if source is not None and _is_small(source) else None
 
-    def compiled(self, target: CompileTarget) -> Compiled:
+    def compiled(self, target: CompileTarget, weights: Mapping[str, NDArray[Any]] = NO_WEIGHTS) -> Compiled:
         """The component compiled for a shape, from the cache where it is there.
 
+        Args:
+            target: What it is compiled for.
+            weights: See `Executor.replace_weights`; of what is compiled with them nothing is kept.
+
         Raises:
-            BackendError: OpenVINO refuses the graph or the shape.
+            BackendError: OpenVINO refuses the graph or the shape, or the graph has no such weights.
             BundleError: It is not the graph that the manifest describes.
         """
-        if self._source is None:
-            return self._compile(self._model, target)
+        if self._source is None or weights:
+            return self._compile(self._model, target, weights)
         place = self._place(self._source, target)
         if (kept := self._load(place, target)) is not None:
             return kept
@@ -169,8 +175,38 @@ class ModelFile:
         check_tensors(inputs, outputs, self._spec, str(self._model))
         return graph
 
-    def _compile(self, model: Path, target: CompileTarget) -> Compiled:
+    def check(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse weights that the graph does not have.
+
+        Raises:
+            BackendError: There are such, or OpenVINO refuses the graph.
+            BundleError: It is not the graph that the manifest describes.
+        """
+        self._check(_constants(self.read()), weights)
+
+    def _check(self, constants: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> None:
+        def own(name: str) -> tuple[str, tuple[int, ...]] | None:
+            if name not in constants:
+                return None
+            kind = constants[name].get_element_type().get_type_name()
+            return _DTYPES.get(kind, kind), tuple(constants[name].get_output_shape(0))
+
+        check_weights(weights, own, str(self._model))
+
+    def _replace(self, graph: Any, weights: Mapping[str, NDArray[Any]]) -> None:
+        constants = _constants(graph)
+        self._check(constants, weights)
+        for name, array in weights.items():
+            constant = self._ov.opset13.constant(array)
+            for target in constants[name].output(0).get_target_inputs():
+                target.replace_source_output(constant.output(0))
+        graph.validate_nodes_and_infer_types()
+
+    def _compile(
+        self, model: Path, target: CompileTarget, weights: Mapping[str, NDArray[Any]] = NO_WEIGHTS
+    ) -> Compiled:
         graph = self.read(model)
+        self._replace(graph, weights)
         try:
             graph.reshape(dict(target.inputs))
             hoisted = hoist(self._ov, graph, [frozenset(group) for group in self._spec.recurring])
@@ -220,6 +256,11 @@ class ModelFile:
         with file.open("rb") as stream:
             stream.readinto(data.data)
         return self._core.import_model(data, "CPU", configuration)
+
+
+def _constants(graph: Any) -> dict[str, Any]:
+    """A graph's constants; the name of one that was an initializer is the initializer's."""
+    return {node.get_friendly_name(): node for node in graph.get_ops() if node.get_type_name() == "Constant"}
 
 
 def _is_small(source: Source) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from sdrt.runtime.backends.executor import check_buffers, first_line
+from sdrt.runtime.backends.executor import FixedWeights, check_buffers, first_line
 from sdrt.runtime.backends.trt.engine import LoadedEngine
 from sdrt.runtime.backends.trt.errors import ErrorLog
 from sdrt.runtime.backends.trt.library import import_tensorrt
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sdrt.runtime.devices.gpu.device import CudaDevice
 
 
-class TensorRTExecutor:
+class TensorRTExecutor(FixedWeights):
     """One component on TensorRT or TensorRT for RTX.
 
     Attributes:

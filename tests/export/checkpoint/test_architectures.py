@@ -79,7 +79,7 @@ def small(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             place.write_text(json.dumps(document))
     for folder in tiny.glob("tokenizer*"):
         (tmp_path / name / folder.name).mkdir()
-    monkeypatch.setattr(architectures, "_FOLDER", tmp_path)
+    monkeypatch.setattr(architectures, "FOLDER", tmp_path)
     return open_architecture(name, seed=3)
 
 

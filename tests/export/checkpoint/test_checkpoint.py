@@ -32,6 +32,7 @@ from support.checkpoints.checkpoint_damage import (
     write,
 )
 
+from sdrt.export.checkpoint.assembly import Parts, assembly_of
 from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
 from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import check_architectures, load_module, release_weights
@@ -214,7 +215,7 @@ def test_a_folder_whose_files_cannot_be_read_is_one_line(
 
 @pytest.mark.parametrize("model", ["", " "])
 def test_an_empty_name_is_called_empty(model: str) -> None:
-    with pytest.raises(CheckpointError, match="MODEL is empty: give a folder"):
+    with pytest.raises(CheckpointError, match="MODEL is empty: give a single file, a folder"):
         open_checkpoint(model)
 
 
@@ -238,7 +239,7 @@ def test_the_untouched_checkpoint_is_accepted(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere at all", "/no/such/folder", "a/b/c", "https://example.org/x"])
 def test_neither_a_folder_nor_a_hub_id(name: str) -> None:
-    with pytest.raises(CheckpointError, match="neither a folder nor a hub id of the form owner/name"):
+    with pytest.raises(CheckpointError, match="no file or folder here, and no hub id of the form owner/name"):
         open_checkpoint(name)
 
 
@@ -263,10 +264,22 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: st
         open_checkpoint(str(tmp_path / name))
 
 
-def test_a_single_safetensors_file_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"model.safetensors is a single file.*save_pretrained"):
-        open_checkpoint(str(tmp_path / "model.safetensors"))
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x05\x95\x00"])
+def test_a_pickle_is_known_by_its_bytes_whatever_its_name_is(tmp_path: Path, start: bytes) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(start + bytes(100))
+    words = r"model.safetensors is a pickle.*whatever its name says: refused; convert it.*from_single_file"
+    for place in (assembly_of, lambda parts: open_checkpoint(parts.model)):
+        with pytest.raises(CheckpointError, match=words):
+            place(Parts(str(file)))
+
+
+def test_a_header_that_begins_as_a_pickle_does_is_a_header(tmp_path: Path) -> None:
+    """One of 640 bytes: its length begins with those of pickle's second protocol."""
+    header = b'{"model.diffusion_model.x":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}'.ljust(640)
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    with pytest.raises(CheckpointError, match="the first layer of a U-Net"):
+        assembly_of(Parts(str(tmp_path / "model.safetensors")))
 
 
 class Poison:

@@ -52,7 +52,7 @@ NO_PIPELINES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "single file": (
         "f.safetensors",
         tensors("model.diffusion_model.x"),
-        ("a single file", "from_single_file"),
+        ("a single file", "to sd-export"),
     ),
     "GGUF": (
         "g.gguf",

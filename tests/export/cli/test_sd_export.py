@@ -233,6 +233,12 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--fp16", "--dtype", "bf16"], "not allowed with"),
     (["--dtype", "int8"], "--dtype"),
     (["--no-such-option"], "--no-such-option"),
+    (["--family", "sd15"], "--family is for single files: a folder says itself what it is"),
+    (["--family", "sd9"], "--family"),
+    (["--family", "sdxl", "--config", "x"], "--config and --family both say what a single file is"),
+    (["--config", "x"], "--config is for single files"),
+    (["--prediction-type", "v"], "--prediction-type"),
+    (["--text-encoder-2", "x"], "--text-encoder-2 is not for"),
 ]
 
 

@@ -12,7 +12,7 @@ from sdrt.export.engines import compare as engine_compare
 from sdrt.export.engines.compare import NO_GPU, compare_engine, random_inputs, tolerance
 from sdrt.export.engines.options import EngineOptions
 from sdrt.export.engines.writer import engine_key
-from sdrt.runtime.backends.executor import Executor
+from sdrt.runtime.backends.executor import Executor, FixedWeights
 from sdrt.runtime.backends.registry import load_executor
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
 from sdrt.runtime.bundle.engines import ENGINE_NAME, EngineManifest, engine_to_json
@@ -25,7 +25,7 @@ from sdrt.runtime.errors import BackendError, ParityError
 FLAVOUR = "tensorrt-rtx"
 
 
-class Off:
+class Off(FixedWeights):
     """The graph on ONNX Runtime, posing as an engine whose outputs are off by a factor."""
 
     def __init__(self, executor: Executor, factor: float) -> None:

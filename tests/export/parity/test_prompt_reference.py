@@ -13,6 +13,7 @@ from support.references.text_reference import Encoded, Reference, Weighted
 
 import tolerances
 from sdrt.export.parity.components import compare
+from sdrt.runtime.backends.executor import FixedWeights
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.record import ComponentSpec
@@ -27,7 +28,7 @@ Sections = list[list[Weighted]]
 ROOM = 75
 
 
-class NoUNet:
+class NoUNet(FixedWeights):
     """The U-Net's buffers without the U-Net."""
 
     capturable = True

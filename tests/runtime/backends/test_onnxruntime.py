@@ -24,9 +24,10 @@ from support.fakes.fake_onnxruntime_cuda import fake_onnxruntime
 from support.fakes.recording import RecordingDriver, recording_device
 
 from sdrt.runtime.backends.executor import check_buffer, check_buffers
+from sdrt.runtime.backends.onnx_graph import read_graph
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.backends.onnxruntime_cuda.executor import OnnxRuntimeCudaExecutor
-from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import read_nodes, shape_nodes
+from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import shape_nodes
 from sdrt.runtime.backends.onnxruntime_cuda.library import import_with_cuda
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.record import Precision, TensorSpec
@@ -159,8 +160,8 @@ def test_axes_of_a_call(tiny: Bundle) -> None:
 def test_nodes_are_those_that_onnx_reads(tiny: Bundle, component: str) -> None:
     file = tiny.path / component / "model.onnx"
     graph = onnx.load(file, load_external_data=False).graph
-    nodes, constants = read_nodes(file.read_bytes())
-    assert constants == {tensor.name for tensor in graph.initializer}
+    nodes, constants = read_graph(file.read_bytes())
+    assert list(constants) == [tensor.name for tensor in graph.initializer]
     assert [(node.name, node.op_type, node.inputs, node.outputs) for node in nodes] == [
         (node.name, node.op_type, tuple(node.input), tuple(node.output)) for node in graph.node
     ]
@@ -172,14 +173,14 @@ def test_shape_nodes_are_those_of_whole_numbers(tiny: Bundle) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.load(file, load_external_data=False))
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     whole = {node.name for node in model.graph.node if types.get(node.output[0]) == onnx.TensorProto.INT64}
-    assert shape_nodes(*read_nodes(file.read_bytes())) == whole
+    assert shape_nodes(*read_graph(file.read_bytes())) == whole
     assert len(whole) > 3
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"\x3a\xff\x01", b"\x3b", b"\x3a\x02\x0a\x05"])
 def test_bytes_that_are_no_graph(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"cut off|longer|wire type"):
-        read_nodes(data)
+        read_graph(data)
 
 
 # On CUDA.
@@ -334,7 +335,7 @@ def test_provider_that_does_not_load(bench: Bench) -> None:
 
 
 def test_arithmetic_on_shapes_may_stay_on_the_cpu(bench: Bench) -> None:
-    nodes = read_nodes((bench.bundle.path / "unet/model.onnx").read_bytes())
+    nodes = read_graph((bench.bundle.path / "unet/model.onnx").read_bytes())
     shapes = shape_nodes(*nodes)
     bench.ort.on_cpu = lambda node: node.name in shapes
     bench.load()
@@ -344,7 +345,7 @@ def test_node_on_the_cpu_is_an_error_unless_allowed(bench: Bench) -> None:
     bench.ort.on_cpu = lambda node: node.op_type == "Conv"
     with pytest.raises(BackendError) as caught:
         bench.load()
-    nodes, _ = read_nodes((bench.bundle.path / "unet/model.onnx").read_bytes())
+    nodes, _ = read_graph((bench.bundle.path / "unet/model.onnx").read_bytes())
     count = sum(node.op_type == "Conv" for node in nodes)
     message = str(caught.value)
     assert f"leaves {count} nodes of unet/model.onnx to the CPU: Conv node_conv2d, Conv " in message

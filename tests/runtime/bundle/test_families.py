@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from support.checkpoints.manifests import components, entry, example
 
+from sdrt.runtime.backends.executor import FixedWeights
 from sdrt.runtime.bundle.bundle import EMBEDDED, Bundle
 from sdrt.runtime.bundle.families.components import (
     ENCODER_HIDDEN_STATES,
@@ -70,7 +71,7 @@ SIZES = {
 }
 
 
-class Stub:
+class Stub(FixedWeights):
     """A component whose outputs are numbers of its own; the U-Net's are nothing."""
 
     capturable = False

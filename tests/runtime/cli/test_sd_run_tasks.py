@@ -154,7 +154,7 @@ def test_what_a_prompt_may_mean_elsewhere_is_said_once(run: Run) -> None:
     _, err = run(*prompts)
     warnings = [line for line in err.splitlines() if "warning" in line]
     assert len(warnings) == 3
-    for words, line in zip(("'<lora:x:0.8>'", "')' that closes nothing", "'[a|b]'"), warnings, strict=True):
+    for words, line in zip(("')' that closes nothing", "'[a|b]'", "'<lora:x:0.8>'"), warnings, strict=True):
         assert words in line
     assert "warning" not in run(*prompts, "--plain-prompt")[1]
     assert run(*prompts, "--quiet")[1] == ""

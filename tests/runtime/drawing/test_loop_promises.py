@@ -20,7 +20,7 @@ from support.fakes.recorded_pipeline import Counted, Network, Recorded, assert_e
 from support.fakes.recording import RecordingDriver, as_numpy, recording_device
 
 from sdrt.runtime import pipeline as pipeline_module
-from sdrt.runtime.backends.executor import Executor
+from sdrt.runtime.backends.executor import Executor, FixedWeights
 from sdrt.runtime.backends.registry import Choice
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu.arrays import DeviceArray
@@ -269,7 +269,7 @@ def test_latents_of_a_device_for_a_pipeline_on_the_host(host: Pipeline, recorded
 # --- faults
 
 
-class Spoilt:
+class Spoilt(FixedWeights):
     """An executor of NumPy arrays whose first output is NaN at one of its calls."""
 
     capturable = True

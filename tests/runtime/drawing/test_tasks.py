@@ -17,6 +17,7 @@ import tolerances
 from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.backends.backend import RequestShape
 from sdrt.runtime.backends.cuda_backends import needed_components
+from sdrt.runtime.backends.executor import FixedWeights
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.drawing import loading
 from sdrt.runtime.drawing.loading import longest_prompt
@@ -47,7 +48,7 @@ def assert_close(one: NDArray[Any], other: NDArray[Any]) -> None:
     assert np.abs(one - other).max() <= tolerances.OTHER_BATCH * np.abs(other).max()
 
 
-class Rows:
+class Rows(FixedWeights):
     """Notes how many rows each evaluation of the U-Net has."""
 
     def __init__(self, pipeline: Pipeline) -> None:

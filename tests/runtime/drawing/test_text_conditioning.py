@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from support.fakes.recording import RecordedExecutor, RecordingDriver, as_numpy, recording_device
 
-from sdrt.runtime.backends.executor import Executor
+from sdrt.runtime.backends.executor import Executor, FixedWeights
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.devices.device import Device
@@ -34,7 +34,7 @@ GUIDANCE = np.full(len(TABLE), 5.0)
 Array = NDArray[Any]
 
 
-class FakeText:
+class FakeText(FixedWeights):
     """Every output is a number of its own, of the ids and of the place in the output."""
 
     capturable = True
@@ -68,7 +68,7 @@ def given_by(component: str, output: str, ids: Array, shape: tuple[int, ...]) ->
     return (base + np.arange(np.prod(shape)).reshape(shape) / 7).astype(np.float32)
 
 
-class FakeUNet:
+class FakeUNet(FixedWeights):
     """SDXL's inputs; it does nothing."""
 
     capturable = True

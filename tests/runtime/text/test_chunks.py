@@ -162,9 +162,7 @@ def test_weights_stand_beside_their_tokens(tokenizer: Tokenizer) -> None:
 
 def test_embeddings_are_found_as_words(tokenizer: Tokenizer) -> None:
     own = planner(tokenizer)
-    own.add_embedding("cat", 1)
-    own.add_embedding("Cat Toy", 2)
-    own.add_embedding("<x>", 3)
+    own.set_embeddings({"cat": 1, "cat toy": 2, "<x>": 3})
 
     def found(text: str) -> list[tuple[int, str, int]]:
         (chunk,) = own.plan(Prompt(text)).chunks
@@ -180,18 +178,20 @@ def test_embeddings_are_found_as_words(tokenizer: Tokenizer) -> None:
     for text in ("cats", "tomcat", "cat_", "<y>", "c at"):
         assert found(text) == []
     assert [entry[1] for entry in found("cat-toy")] == ["cat"]
+    own.set_embeddings({})
+    assert found("a cat") == []
 
 
 def test_an_embedding_is_not_cut_apart(tokenizer: Tokenizer) -> None:
     own = planner(tokenizer)
-    own.add_embedding("toy", 4)
+    own.set_embeddings({"toy": 4})
     plan = own.plan(Prompt("a " * 7 + "toy b"))
     rows = [chunk.rows[0].ids for chunk in plan.chunks if isinstance(chunk, Chunk)]
     assert rows[0].count(OWN) == 0
     assert rows[1][1:5] == (OWN,) * 4
     # Where there is no further chunk it goes with all that follows.
     single = planner(tokenizer, max_chunks=1)
-    single.add_embedding("toy", 4)
+    single.set_embeddings({"toy": 4})
     plan = single.plan(Prompt("a " * 7 + "Toy b"))
     assert plan.cut_off == "Toy b"
     (chunk,) = plan.chunks

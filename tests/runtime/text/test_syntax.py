@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.text.syntax import MAX_DEPTH, MAX_WEIGHT, Piece, parse_prompt, remarks_on
+from sdrt.runtime.text.syntax import MAX_DEPTH, MAX_WEIGHT, Piece, lora_tags, parse_prompt, remarks_on
 
 MEANINGS: dict[str, list[list[tuple[str, float]]]] = {
     "": [[]],
@@ -76,8 +76,9 @@ REMARKS = {
     "(red]": ["a ']' that closes nothing, character 5,", "a '(' that nothing closes, character 1,"],
     "[red:1.3)": ["a ')' that closes nothing, character 9,", "a '[' that nothing closes, character 1,"],
     "x" * 50 + "(" + "y" * 50: [f", character 51, in '…{'x' * 16}({'y' * 15}…'"],
-    "a <lora:x:0.8>cat": ["'<lora:x:0.8>', character 3, in 'a <lora:x:0.8>cat', asks for a LoRA"],
-    "(a <LyCO:x:1:te=0.5> b:2)": ["'<LyCO:x:1:te=0.5>'"],
+    "a <hypernet:x:0.8>cat": [
+        "'<hypernet:x:0.8>', character 3, in 'a <hypernet:x:0.8>…', asks for a hypernetwork"
+    ],
     "[a:b:0.5]": ["'[a:b:0.5]', character 1, in '[a:b:0.5]', changes the prompt while it is drawn"],
     "[a:0.5]": ["changes the prompt while it is drawn"],
     "a [b::10] c": ["'[b::10]'"],
@@ -99,6 +100,57 @@ def test_what_may_have_been_meant_otherwise_is_named(prompt: str) -> None:
         assert words in remark
         assert "\n" not in remark
     assert remarks_on(prompt, plain=True) == ()
+
+
+# The LoRAs that a prompt asks for: name, weights of text encoders and U-Net.
+TAGS: dict[str, list[tuple[str, float, float]]] = {
+    "a <lora:x>cat": [("x", 1, 1)],
+    "a <lora:x:0.8>cat": [("x", 0.8, 0.8)],
+    "<lora: x y : -2 :.5>": [("x y", -2, 0.5)],
+    "(a <LyCO:x:1:te=0.5> b:2)": [("x", 0.5, 0.5)],
+    "<lora:x:1:2:te=0.5> b": [("x", 0.5, 2)],
+    "<lora:x:unet=0> <lora:styles/y:3>": [("x", 1, 0), ("styles/y", 3, 3)],
+    "<lora:x><lora:x:2>": [("x", 1, 1), ("x", 2, 2)],
+    "<hypernet:x:1> <cat:x> < lora:x>": [],
+}
+
+
+@pytest.mark.parametrize("prompt", TAGS)
+def test_the_loras_that_a_prompt_asks_for(prompt: str) -> None:
+    """As stable-diffusion-webui: no text of the prompt; text of a negative or plain one."""
+    found = lora_tags(prompt)
+    assert [(tag.name, *tag.weights) for tag in found] == TAGS[prompt]
+    for tag in found:
+        assert tag.quoted.split("'")[1] in prompt
+        assert "lora" not in str(parse_prompt(prompt)).replace("< lora", "")
+    assert lora_tags(prompt, plain=True) == ()
+    ((piece,),) = parse_prompt("a <lora:x:0.8>cat", negative=True)
+    assert piece == Piece("a <lora:x:0.8>cat")
+    (remark,) = remarks_on("a <lora:x:0.8>cat", negative=True)
+    assert "the negative prompt's '<lora:x:0.8>', character 3" in remark
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (
+            "<lora:>",
+            "the prompt's '<lora:>', character 1, in '<lora:>': a LoRA is <lora:name>, <lora:name:0.8>",
+        ),
+        ("<lora: :1>", "a LoRA is <lora:name>"),
+        ("<lora:x:1:2:3>", "a LoRA is <lora:name>"),
+        ("<lora:x:1:dyn=4>", "a LoRA is <lora:name>"),
+        ("a <lora:x:1,2>", "'<lora:x:1,2>', character 3, in 'a <lora:x:1,2>': '1,2' or '1,2' is no weight"),
+        ("<lora:x:>", "is no weight of a LoRA"),
+        ("<lora:x:nan>", "the weight of the LoRA 'x', text_encoder, is nan: a finite number"),
+        ("<lora:x:1:101>", "the weight of the LoRA 'x', unet, is 101: -100 to 100 are allowed"),
+    ],
+)
+def test_a_tag_that_names_no_lora_is_refused(prompt: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        lora_tags(prompt)
+    assert words in str(caught.value)
+    assert parse_prompt(prompt, negative=True) == ((Piece(prompt),),)
 
 
 REFUSED = {

@@ -49,6 +49,10 @@ class RecordedExecutor:
 
         return call
 
+    def replace_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """See `Executor.replace_weights`; the calls in the stream are bound to the other executor."""
+        self._executor.replace_weights(weights)
+
     def close(self) -> None:
         """See `Executor.close`."""
         self._executor.close()

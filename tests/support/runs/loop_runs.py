@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import HISTORY, Column
-from sdrt.runtime.backends.executor import check_buffers
+from sdrt.runtime.backends.executor import FixedWeights, check_buffers
 from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.devices.host import HostDevice
@@ -35,7 +35,7 @@ SCALE = 3.0
 Array = NDArray[Any]
 
 
-class FakeUNet:
+class FakeUNet(FixedWeights):
     """Linear in its sample, so that errors stay small; the halves' texts change its mean and its spread."""
 
     capturable = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ class OpenPipeline(Pipeline):
         reasons: Sequence[str] = (),
         load_more: Callable[[str], Executor] | None = None,
         tokenizers: Sequence[Tokenizer] | None = None,
+        lora_dir: str | Path | None = None,
     ) -> None:
         self.executors = dict(executors)
-        super().__init__(bundle, self.executors, device, backend, reasons, load_more, tokenizers)
+        super().__init__(bundle, self.executors, device, backend, reasons, load_more, tokenizers, lora_dir)
 
     def exchange(self, component: str, executor: Executor) -> None:
         """Use another executor, and forget every buffer and cache."""
@@ -64,6 +66,9 @@ class Spy:
             self.evaluations += 1
 
         return evaluate_and_note
+
+    def replace_weights(self, weights: Mapping[str, Array]) -> None:
+        self._executor.replace_weights(weights)
 
     def close(self) -> None:
         self._executor.close()

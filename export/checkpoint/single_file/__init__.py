@@ -1,0 +1,1 @@
+"""Single-file checkpoints: what one is, and its tensors under diffusers' names."""

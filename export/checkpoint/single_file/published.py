@@ -1,0 +1,186 @@
+"""The published kinds of single files: how their tensors tell them, and the configurations that they have.
+
+The configurations are those of ``data/architectures``; a kind says in what it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from sdrt.export.checkpoint.single_file.names import TOLD, UNET
+
+INDEX_FILE: Final = "model_index.json"
+_MORE: Final = "not supported; a diffusers folder of it may be (docs/checkpoints.md)"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A published kind.
+
+    Attributes:
+        name: For ``--family``.
+        words: For people.
+        context: The width of what the U-Net's cross-attention reads.
+        channels: What the U-Net takes.
+        base: A folder in ``data/architectures``; empty where the kind is not supported.
+        why: Of one that is not supported: what to do.
+        pipeline: diffusers' class, where it is another than the base's.
+        unet: Fields of the U-Net's configuration that are others than the base's.
+        vae: The same of the VAE's.
+        scheduler: Its configuration, where it is another than the base's.
+        markers: Tensors that it must have.
+        hints: What the file's name, title or architecture must match; for kinds that no tensor tells.
+        predicts: What it is known to predict: that tells it, too, where the metadata or the user says so.
+        doubt: What else it may be, if nothing says what it predicts.
+        prefixes: Folder of a network → where its names begin, otherwise than in the other kinds.
+    """
+
+    name: str
+    words: str
+    context: int
+    channels: int = 4
+    base: str = ""
+    why: str = _MORE
+    pipeline: str = ""
+    unet: Mapping[str, Any] = field(default_factory=dict)
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    markers: tuple[str, ...] = ()
+    hints: str = ""
+    predicts: str = ""
+    doubt: str = ""
+    prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+_SD1, _SD2, _XL, _REFINER = 768, 1024, 2048, 1280
+_ADDED: Final = f"{UNET}label_emb.0.0.weight"
+_STACKED: Final = "first_stage_model.decoder.mid.block_1.time_stack.in_layers.0.weight"
+_LCM_NAME: Final = r"(?<![a-z])lcm(?![a-z])|latent.consistency"
+_BETAS: Final = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+_PNDM: Final = {**_BETAS, "_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True}
+_LCM: Final = {
+    **_BETAS,
+    "_class_name": "LCMScheduler",
+    "original_inference_steps": 50,
+    "set_alpha_to_one": True,
+    "timestep_spacing": "leading",
+}
+# Of models that were distilled to few steps: they begin at the last timestep.
+_FEW: Final = {**_BETAS, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+_FEW_ANCESTRAL: Final = {**_FEW, "_class_name": "EulerAncestralDiscreteScheduler"}
+# Noise levels as of Karras et al. 2022; the two models' own sigma_data and ends.
+_EDM: Final = {"num_train_timesteps": 1000, "rho": 7.0, "sigma_min": 0.002, "final_sigmas_type": "zero"}
+_PLAYGROUND: Final = {
+    **_EDM,
+    "_class_name": "EDMDPMSolverMultistepScheduler",
+    "prediction_type": "epsilon",
+    "sigma_data": 0.5,
+    "sigma_max": 80.0,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "algorithm_type": "dpmsolver++",
+    "lower_order_final": True,
+}
+_COSXL: Final = {
+    **_EDM,
+    "_class_name": "EDMEulerScheduler",
+    "prediction_type": "v_prediction",
+    "sigma_data": 1.0,
+    "sigma_max": 120.0,
+}
+_INPAINT, _XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
+_SMALL: Final = {"sample_size": 64}
+
+# The first that fits is taken: what more tells comes before what less does.
+KINDS: Final = (
+    Kind(
+        "sd15-lcm",
+        "Stable Diffusion 1.x, a latent consistency model",
+        _SD1,
+        base="sd15",
+        pipeline="LatentConsistencyModelPipeline",
+        scheduler=_LCM,
+        markers=(TOLD,),
+    ),
+    Kind(
+        "sd15-lcm", "Stable Diffusion 1.x with LCM merged", _SD1, base="sd15", scheduler=_LCM, hints=_LCM_NAME
+    ),
+    Kind("sd15", "Stable Diffusion 1.x", _SD1, base="sd15"),
+    Kind(
+        "sd15-inpainting",
+        "Stable Diffusion 1.x inpainting",
+        _SD1,
+        9,
+        "sd15",
+        pipeline=_INPAINT,
+        unet={"in_channels": 9},
+    ),
+    Kind("sd15-pix2pix", "InstructPix2Pix", _SD1, 8),
+    Kind("svd", "Stable Video Diffusion", _SD2, 8, markers=(_STACKED,), why="it draws films: not supported"),
+    Kind("sd21-unclip", "Stable unCLIP 2.1", _SD2, markers=(_ADDED,)),
+    Kind("sd-turbo", "Stable Diffusion Turbo", _SD2, base="sd21", unet=_SMALL, scheduler=_FEW, hints="turbo"),
+    Kind(
+        "sd21-base",
+        "Stable Diffusion 2.x base",
+        _SD2,
+        base="sd21",
+        unet=_SMALL,
+        scheduler=_PNDM,
+        hints=r"(?<!\d)512(?!\d)|(?<![a-z])base(?![a-z])",
+        predicts="epsilon",
+    ),
+    Kind(
+        "sd21",
+        "Stable Diffusion 2.x for 768 pixels",
+        _SD2,
+        base="sd21",
+        doubt="as diffusers takes those of 2.x; for one of 512 pixels: --family sd21-base",
+    ),
+    Kind(
+        "sd21-inpainting",
+        "Stable Diffusion 2.x inpainting",
+        _SD2,
+        9,
+        "sd21",
+        pipeline=_INPAINT,
+        unet={**_SMALL, "in_channels": 9},
+        scheduler=_PNDM,
+    ),
+    Kind("sd21-depth", "Stable Diffusion 2 depth", _SD2, 5),
+    Kind("sd-upscaler", "Stable Diffusion x4 upscaler", _SD2, 7),
+    Kind(
+        "playground",
+        "Playground 2.5",
+        _XL,
+        base="sdxl",
+        scheduler=_PLAYGROUND,
+        vae={"scaling_factor": 0.5},
+        markers=("edm_mean", "edm_std"),
+    ),
+    Kind("cosxl", "CosXL", _XL, base="sdxl", scheduler=_COSXL, markers=("edm_vpred.sigma_max",)),
+    Kind("sdxl-lcm", "SDXL, a latent consistency model", _XL, base="sdxl", scheduler=_LCM, markers=(TOLD,)),
+    Kind("sdxl-lcm", "SDXL with LCM merged", _XL, base="sdxl", scheduler=_LCM, hints=_LCM_NAME),
+    Kind("sdxl-turbo", "SDXL Turbo", _XL, base="sdxl", unet=_SMALL, scheduler=_FEW_ANCESTRAL, hints="turbo"),
+    Kind("sdxl-lightning", "SDXL Lightning", _XL, base="sdxl", scheduler=_FEW, hints="lightning"),
+    Kind("sdxl", "SDXL base", _XL, base="sdxl"),
+    Kind("sdxl-inpainting", "SDXL inpainting", _XL, 9, "sdxl", pipeline=_XL_INPAINT, unet={"in_channels": 9}),
+    Kind("sdxl-pix2pix", "SDXL for edits, as CosXL Edit", _XL, 8),
+    Kind(
+        "sdxl-refiner",
+        "the SDXL refiner",
+        _REFINER,
+        why="a second pass for SDXL's pictures: not supported; give SDXL's base checkpoint",
+        prefixes={"text_encoder_2": ("conditioner.embedders.0.",)},
+    ),
+)
+FAMILIES: Final = tuple(dict.fromkeys(kind.name for kind in KINDS if kind.base))

@@ -1,0 +1,202 @@
+"""What LoRA files add to a tensor, one class for each kind, in NumPy.
+
+Matrices are multiplied in float64 and the product is rounded once to float32: libraries add up a float32
+product in orders of their own, so that its last bit differs between them and from machine to machine. What
+follows is float32: the product times the scale, as PEFT has it, and the sum with the tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+_BLOCK: Final = 1 << 20  # elements of a float64 product at once
+
+
+class Change(Protocol):
+    """One file's change of one tensor."""
+
+    def added(self, base: Floats, weight: float) -> Floats:
+        """What is to be added to a tensor.
+
+        Args:
+            base: The tensor as the checkpoint has it, in float32, whatever its order in memory.
+            weight: Of the file, such as 0.8.
+
+        Returns:
+            float32 of the same shape.
+        """
+        ...
+
+
+class Product(Protocol):
+    """A change that does not depend on the tensor, before its scale: what a `Scaled` holds."""
+
+    def numbers(self, base: Floats) -> Floats:
+        """As float32 of the shape of ``base``, best in its order in memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaled:
+    """A product times alpha over rank, and times the file's weight."""
+
+    product: Product
+    scale: float
+
+    def added(self, base: Floats, weight: float) -> Floats:
+        """See `Change`."""
+        return _times(self.product.numbers(base), self.scale * weight)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """LoRA (Hu et al. 2021): ``up @ down``; of a convolution LoCon's.
+
+    Attributes:
+        up: [out, rank].
+        down: [rank, rest of the tensor's shape in one].
+    """
+
+    up: Floats
+    down: Floats
+
+    def numbers(self, base: Floats) -> Floats:
+        """See `Product`."""
+        return _matrix_product(self.up, self.down, base)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tucker:
+    """A convolution's LoRA with a factor in the middle (LyCORIS: Tucker's decomposition).
+
+    Attributes:
+        up: [out, rank].
+        middle: [rank, rank, height, width].
+        down: [rank, in].
+    """
+
+    up: Floats
+    middle: Floats
+    down: Floats
+
+    def numbers(self, base: Floats) -> Floats:
+        """See `Product`."""
+        wide = np.tensordot(self.up.astype(np.float64), self.middle.astype(np.float64), axes=(1, 0))
+        kernel = np.tensordot(wide, self.down.astype(np.float64), axes=(1, 0))  # [out, height, width, in]
+        return np.moveaxis(kernel, -1, 1).astype(np.float32).reshape(base.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hadamard:
+    """LoHa (Hyeon-Woo et al. 2022, FedPara): two products, multiplied number by number."""
+
+    first: Product
+    second: Product
+
+    def numbers(self, base: Floats) -> Floats:
+        """See `Product`."""
+        numbers = self.first.numbers(base)
+        numbers *= self.second.numbers(base)
+        return numbers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kronecker:
+    """LoKr: Kronecker's product of a small matrix [a, b] and a block [out / a, in / b, …]."""
+
+    first: Floats
+    second: Floats
+
+    def numbers(self, base: Floats) -> Floats:
+        """See `Product`."""
+        ends = self.second.shape[2:]
+        small = self.first.reshape(*_spread(self.first), *(1 for _ in ends))
+        block = self.second.reshape(1, self.second.shape[0], 1, *self.second.shape[1:])
+        product: Floats = (small * block).reshape(base.shape)
+        return product
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Difference:
+    """All numbers of a tensor: ``diff``, ``diff_b``, and norms."""
+
+    values: Floats
+
+    def numbers(self, base: Floats) -> Floats:
+        """See `Product`."""
+        return self.values.reshape(base.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rescaled:
+    """(IA)³ (Liu et al. 2022): every output or input of a layer grows by a share of itself.
+
+    Attributes:
+        shares: They, in a shape that broadcasts against the tensor.
+    """
+
+    shares: Floats
+
+    def numbers(self, base: Floats) -> Floats:
+        """See `Product`."""
+        return base * self.shares
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decomposed:
+    """DoRA (Liu et al. 2024): the changed tensor is brought to lengths that were learned.
+
+    As stable-diffusion-webui and ComfyUI have it, the weight goes the straight way from the tensor to the
+    whole of the change; at 1 that is PEFT's and LyCORIS's.
+
+    Attributes:
+        inner: The change of direction.
+        lengths: Of each output, or of each input, in a shape that broadcasts against the tensor.
+    """
+
+    inner: Change
+    lengths: Floats
+
+    def added(self, base: Floats, weight: float) -> Floats:
+        """See `Change`."""
+        changed = self.inner.added(base, 1.0)
+        changed += base
+        axes = tuple(axis for axis, size in enumerate(self.lengths.shape) if size == 1)
+        given = np.sqrt(np.sum(np.square(changed, dtype=np.float64), axis=axes, keepdims=True))
+        # What is all zeros has no direction.
+        changed *= np.divide(self.lengths, given, out=np.zeros_like(given), where=given > 0).astype(
+            np.float32
+        )
+        changed -= base
+        return _times(changed, weight)
+
+
+def _times(numbers: Floats, factor: float) -> Floats:
+    return numbers * np.float32(factor)
+
+
+def _spread(matrix: Floats) -> tuple[int, int, int, int]:
+    return matrix.shape[0], 1, matrix.shape[1], 1
+
+
+def _matrix_product(left: Floats, right: Floats, base: Floats) -> Floats:
+    """``left @ right`` in the shape of ``base``, and for a matrix in its order in memory."""
+    if base.ndim == 2 and base.flags.f_contiguous:
+        return _blocks(right.T, left.T).T
+    return _blocks(left, right).reshape(base.shape)
+
+
+def _blocks(left: NDArray[Any], right: NDArray[Any]) -> Floats:
+    """A product, some rows at a time."""
+    rows, columns = left.shape[0], right.shape[1]
+    wide_left, wide_right = left.astype(np.float64, order="C"), right.astype(np.float64, order="C")
+    product = np.empty((rows, columns), np.float32)
+    step = max(1, _BLOCK // columns)
+    for start in range(0, rows, step):
+        product[start : start + step] = wide_left[start : start + step] @ wide_right
+    return product

@@ -1,0 +1,92 @@
+"""Every form of a LoRA file is merged as diffusers and PEFT merge it, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from support.references.lora_files import (
+    as_attention_processors,
+    as_diffusers,
+    as_kohya,
+    checkpoint_map,
+    fused_by_diffusers,
+    layers,
+    ldm_layers,
+    merged,
+    pairs,
+    write,
+)
+
+from sdrt.runtime.bundle.families.registry import FAMILIES
+from sdrt.runtime.lora.file import read_lora
+
+WEIGHT = 0.8
+
+
+def compare(folder: Path, family: str, files: Mapping[Path, str]) -> None:
+    """Each file alone, and its form; and how many tensors it changed."""
+    weights = checkpoint_map(folder)
+    for file, form in files.items():
+        lora = read_lora(file, weights, FAMILIES[family])
+        assert lora.format == form
+        assert not lora.left_out
+        wanted = fused_by_diffusers(folder, [(file, WEIGHT)])
+        changed = 0
+        for network, name, numbers in merged(folder, [(lora, WEIGHT)]):
+            np.testing.assert_array_equal(numbers, wanted[network][name], err_msg=f"{file.name} {name}")
+            changed += 1
+        # And nothing else changes in diffusers.
+        untouched = fused_by_diffusers(folder, [])
+        different = [
+            (network, name)
+            for network, tensors in wanted.items()
+            for name, tensor in tensors.items()
+            if not np.array_equal(tensor, untouched[network][name])
+        ]
+        assert len(different) == changed == len(lora.changes)
+
+
+def test_forms_of_stable_diffusion(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    weights = checkpoint_map(tiny_checkpoint)
+    wanted = {
+        "unet": layers(weights, "unet", convolutions=True),
+        "text_encoder": layers(weights, "text_encoder"),
+    }
+    everything = pairs(weights, wanted)
+    attention = {"unet": {n: p for n, p in everything["unet"].items() if ".attn" in n}}
+    compare(
+        tiny_checkpoint,
+        "sd",
+        {
+            write(tmp_path / "kohya.safetensors", as_kohya(everything)): "kohya",
+            write(tmp_path / "peft.safetensors", as_diffusers(everything)): "diffusers",
+            write(
+                tmp_path / "old.safetensors",
+                as_diffusers(attention, "lora.down.weight", "lora.up.weight"),
+            ): "diffusers",
+            write(tmp_path / "processors.safetensors", as_attention_processors(attention)): "diffusers",
+        },
+    )
+
+
+def test_forms_of_sdxl(sdxl_checkpoint: Path, tmp_path: Path) -> None:
+    weights = checkpoint_map(sdxl_checkpoint)
+    wanted = {
+        "unet": layers(weights, "unet"),
+        "text_encoder": layers(weights, "text_encoder"),
+        "text_encoder_2": layers(weights, "text_encoder_2"),
+    }
+    everything = pairs(weights, wanted)
+    config = json.loads((sdxl_checkpoint / "unet" / "config.json").read_text())
+    blocks = ldm_layers(config, wanted["unet"])
+    compare(
+        sdxl_checkpoint,
+        "sdxl",
+        {
+            write(tmp_path / "blocks.safetensors", as_kohya(everything, blocks)): "kohya",
+            write(tmp_path / "peft.safetensors", as_diffusers(everything)): "diffusers",
+        },
+    )
