@@ -29,6 +29,7 @@ BESIDE: Mapping[str, Shapes] = {
 
 def shapes_of(published: str, unet: str = "{}") -> Shapes:
     """A published model's tensors in LDM's names."""
+    open_clip: tuple[str, ...]
     if unet == REFINER_UNET:
         prefixes, open_clip = REFINER, ("text_encoder_2",)
     elif "text_encoder_2/config.json" in CONFIGS[published]:
