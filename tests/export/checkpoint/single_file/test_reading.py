@@ -161,7 +161,9 @@ def test_what_the_user_says_overrules_the_file(tmp_path: Path) -> None:
     assert plain["prediction_type"] == "epsilon"
     assert "rescale_betas_zero_snr" not in plain
     with pytest.raises(UsageError, match=r"--family is playground: .* has no tensor edm_mean and edm_std"):
-        read(file, family="playground")
+        read(marked, family="playground")
+    with pytest.raises(UsageError, match=r"--family is sdxl, .* reads 2048 .* takes 4 and reads 768"):
+        read(marked, family="sdxl")
 
 
 def test_metadata_say_what_the_model_predicts(tmp_path: Path) -> None:
