@@ -18,6 +18,7 @@ from sdrt.export.checkpoint.architectures import FOLDER
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.classes import pipeline_family
 from sdrt.export.checkpoint.families import DIFFUSERS, TRANSFORMERS, CheckpointFamily, Network
+from sdrt.export.checkpoint.few_steps import few_steps, names_of
 from sdrt.export.checkpoint.files import find_checkpoint, read_json, reading
 from sdrt.export.checkpoint.fit import MisfitError, check_fit
 from sdrt.export.checkpoint.kinds import refuse_file, refuse_folder
@@ -35,7 +36,12 @@ from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.system.files import scratch_folder, writing
 
 # Networks that can be brought or replaced → the option that does.
-OPTIONS: Final = {"vae": "--vae", "text_encoder": "--text-encoder", "text_encoder_2": "--text-encoder-2"}
+OPTIONS: Final = {
+    "unet": "--unet",
+    "vae": "--vae",
+    "text_encoder": "--text-encoder",
+    "text_encoder_2": "--text-encoder-2",
+}
 WORDS: Final = {
     "unet": "U-Net",
     "vae": "VAE",
@@ -74,6 +80,7 @@ class Assembly:
         documents: Files that are written: path in the folder → JSON.
         tokenizers: Folders of tokenizers that are written with CLIP's vocabulary → their configuration.
         linked: Entries of ``base`` that the folder has as well.
+        names: What the model is called, where it is not the folder that is; see `few_steps`.
         line: What a single file is, for people, or what is taken of a folder; usually empty there.
         hint: What to do where the configurations do not fit the weights.
     """
@@ -85,6 +92,7 @@ class Assembly:
     documents: Mapping[str, Mapping[str, Any]]
     tokenizers: Mapping[str, Path]
     linked: tuple[str, ...]
+    names: tuple[str, ...] | None = None
     line: str = ""
     hint: str = ""
 
@@ -113,7 +121,7 @@ class Assembly:
             with writing(out):
                 self._write(folder, edit or {})
             with reading(self.source):
-                checkpoint = read_checkpoint(folder, self.source)
+                checkpoint = read_checkpoint(folder, self.source, names=self.names)
             check_fit(checkpoint)
             yield replace(checkpoint, read_as=self.line)
 
@@ -170,9 +178,10 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
             missing.append(folder)
     if missing:
         raise _lacking(path, missing)
+    few, scheduler = _few_steps(parts, read.scheduler)
     documents = {
-        INDEX_FILE: _index(read.index, read.family, read.family.folders, read.scheduler),
-        SCHEDULER_FILE: read.scheduler,
+        INDEX_FILE: _index(read.index, read.family, read.family.folders, scheduler),
+        SCHEDULER_FILE: scheduler,
     }
     folders = read.family.tokenizers.values()
     own = tuple(name for name in folders if _has_vocabulary(read.base / name))
@@ -184,6 +193,7 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         documents=documents,
         tokenizers={name: read.base / name for name in folders if name not in own},
         linked=own,
+        names=(*few, *read.names),
         line=", ".join([read.line, *_brought_words(parts)]),
         hint=""
         if not read.published
@@ -209,15 +219,34 @@ def _of_folder(base: Path, parts: Parts) -> Assembly:
     for folder, place in parts.others.items():
         found[folder] = _brought(family.network(folder), place, _config_beside(base, family, folder))
     documents: dict[str, Mapping[str, Any]] = {}
-    if overrides.prediction_type or overrides.zero_snr:
-        documents[SCHEDULER_FILE] = with_overrides(scheduler_in(base, index), overrides)
+    few, scheduler = _few_steps(parts, own := scheduler_in(base, index))
+    if overrides.prediction_type or overrides.zero_snr or scheduler != own:
+        documents[SCHEDULER_FILE] = with_overrides(scheduler, overrides)
     if parts.others or documents:
         documents[INDEX_FILE] = _index(index, family, parts.others, documents.get(SCHEDULER_FILE))
     written = {name.partition("/")[0] for name in documents} | found.keys()
     linked = sorted(entry.name for entry in base.iterdir() if entry.name not in written)
     words = [*_variant_words(found), *_override_words(overrides), *_brought_words(parts)]
     line = ", ".join([f"{base.resolve().name} is a {index['_class_name']}", *words]) if words else ""
-    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), line)
+    names = (*few, *names_of(base, parts.model, (index,))) if few else None
+    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), names, line)
+
+
+def _few_steps(parts: Parts, scheduler: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What a U-Net that is brought is called, and the scheduler as it wants it.
+
+    A U-Net of SDXL Lightning comes without one: its name says how many steps it draws in, and its authors
+    what the scheduler of the checkpoint must be for it. What the user says of the prediction counts more.
+    """
+    place = parts.others.get("unet")
+    if place is None:
+        return (), dict(scheduler)
+    name = place.resolve().name if place.is_dir() else place.stem
+    few = few_steps([name], {})
+    wanted = dict(few.scheduler) if few else {}
+    if parts.overrides.prediction_type:
+        wanted.pop("prediction_type", None)
+    return (name,), {**scheduler, **wanted}
 
 
 def _variant_words(parts: Mapping[str, Part]) -> Iterator[str]:

@@ -28,11 +28,13 @@ _TEXT_MARK: Final = re.compile(
 )
 # Folder → a tensor that it has under some form of its names, without the prefix.
 _MARKS: Final = {
-    "unet": re.compile(r"input_blocks\.0\.0\.weight"),
+    "unet": re.compile(r"input_blocks\.0\.0\.weight|conv_in\.weight"),
     "vae": re.compile(r"decoder\.conv_in\.weight"),
     "text_encoder": _TEXT_MARK,
     "text_encoder_2": _TEXT_MARK,
 }
+# Folder → how names begin that are diffusers' already.
+_DIFFUSERS: Final = {"unet": "down_blocks.", "vae": "encoder.down_blocks."}
 # What lies beside a network's tensors and is none of them: what training needed, positions, masks.
 _BESIDE: Final = re.compile(r"loss\..*|model_ema\..*|(.*\.)?(position_ids|logit_scale|attn_mask)")
 _OPEN_CLIP: Final = "transformer.resblocks."
@@ -80,8 +82,8 @@ def renamed(
         return _text_encoder(folder, tensors, config)
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-    if folder == "vae" and any(name.startswith("encoder.down_blocks.") for name in tensors):
-        return dict(tensors)  # diffusers' names already
+    if any(name.startswith(_DIFFUSERS.get(folder, ())) for name in tensors):
+        return dict(tensors)
     try:
         if folder == "vae":
             result: dict[str, Any] = convert_ldm_vae_checkpoint(dict(tensors), config)

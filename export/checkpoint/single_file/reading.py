@@ -45,6 +45,7 @@ class Reading:
         configs: Folder of a network → its ``config.json``.
         scheduler: ``scheduler_config.json``.
         line: All of that for people, in one line.
+        names: What says that it was distilled to few steps, if anything does.
         published: Whether the configurations are ours, of a published kind.
     """
 
@@ -54,6 +55,7 @@ class Reading:
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
     line: str
+    names: tuple[str, ...]
     published: bool
 
 
@@ -90,7 +92,9 @@ def read_single_file(header: Header, overrides: Overrides) -> Reading:
     scheduler = with_overrides(scheduler, told.overrides)
     words = f"{kind.words}{why}"
     line = _line(header, words, scheduler, told)
-    return Reading(base, family, index, configs, scheduler, line, published=True)
+    # The kind has the last word: a file that the user takes for another is not told by its name.
+    names = (f"{kind.name}, {header.path.stem}",) if kind.hints else ()
+    return Reading(base, family, index, configs, scheduler, line, names, published=True)
 
 
 def _by_config(header: Header, base: Path, overrides: Overrides) -> Reading:
@@ -101,7 +105,8 @@ def _by_config(header: Header, base: Path, overrides: Overrides) -> Reading:
     scheduler = with_overrides(scheduler_in(base, index), overrides)
     words = f"{family.record.title} by --config {base.resolve().name}"
     line = _line(header, words, scheduler, _Told(overrides))
-    return Reading(base, family, index, _configs(base, family), scheduler, line, published=False)
+    names = (header.path.stem,)
+    return Reading(base, family, index, _configs(base, family), scheduler, line, names, published=False)
 
 
 def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
