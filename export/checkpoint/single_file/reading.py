@@ -117,9 +117,9 @@ def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
             "(as in Stable Diffusion 3 and FLUX) is not supported"
         )
     context, channels = _context(header), header.shape(_FIRST)[1]
-    if overrides.family:
-        return _named_kind(header, overrides.family, (context, channels)), " (--family)"
     words = " ".join([header.path.stem, *(header.metadata.get(key, "") for key in _NAMES)]).lower()
+    if overrides.family:
+        return _named_kind(header, overrides.family, words, (context, channels)), " (--family)"
     for kind in KINDS:
         if (kind.context, kind.channels) != (context, channels) or not header.tensors.keys() >= {
             *kind.markers
@@ -137,14 +137,15 @@ def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
     )
 
 
-def _named_kind(header: Header, name: str, sizes: tuple[int, int]) -> Kind:
-    """The kind that the user names, if the file can be one."""
+def _named_kind(header: Header, name: str, words: str, sizes: tuple[int, int]) -> Kind:
+    """The kind that the user names, if the file can be one; of its rows the one that more tells."""
     rows = [kind for kind in KINDS if kind.name == name]
     fitting = [kind for kind in rows if all(marker in header.tensors for marker in kind.markers)]
     if not fitting:
         wanted = " and ".join(rows[0].markers)
         raise UsageError(f"--family is {name}: {header.path} has no tensor {wanted}")
-    kind = fitting[0]
+    told = (kind for kind in fitting if kind.markers or (kind.hints and re.search(kind.hints, words)))
+    kind = next(told, fitting[-1])
     if (kind.context, kind.channels) != sizes:
         raise UsageError(
             f"--family is {name}, whose U-Net takes {kind.channels} channels and reads {kind.context} "
