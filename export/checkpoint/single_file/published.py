@@ -75,6 +75,7 @@ _LCM: Final = {
 }
 # Of models that were distilled to few steps: they begin at the last timestep.
 _FEW: Final = {**_BETAS, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+_FEW_X0: Final = {**_FEW, "prediction_type": "sample"}
 _FEW_ANCESTRAL: Final = {**_FEW, "_class_name": "EulerAncestralDiscreteScheduler"}
 # Noise levels as of Karras et al. 2022; the two models' own sigma_data and ends.
 _EDM: Final = {"num_train_timesteps": 1000, "rho": 7.0, "sigma_min": 0.002, "final_sigmas_type": "zero"}
@@ -185,7 +186,19 @@ KINDS: Final = (
     Kind("cosxl", "CosXL", _XL, base="sdxl", scheduler=_COSXL, markers=("edm_vpred.sigma_max",)),
     Kind("sdxl-lcm", "SDXL, a latent consistency model", _XL, base="sdxl", scheduler=_LCM, markers=(TOLD,)),
     Kind("sdxl-lcm", "SDXL with LCM merged", _XL, base="sdxl", scheduler=_LCM, hints=_LCM_NAME),
-    Kind("sdxl-turbo", "SDXL Turbo", _XL, base="sdxl", unet=_SMALL, scheduler=_FEW_ANCESTRAL, hints="turbo"),
+    Kind(
+        "sdxl-turbo",
+        "SDXL Turbo",
+        _XL,
+        base="sdxl",
+        unet=_SMALL,
+        scheduler=_FEW_ANCESTRAL,
+        hints="sd.?xl.?turbo",
+    ),
+    # As of models by others that it was merged into, and that draw at SDXL's own size.
+    Kind("sdxl-turbo", "SDXL with Turbo merged", _XL, base="sdxl", scheduler=_FEW_ANCESTRAL, hints="turbo"),
+    # The one for one step predicts the clean latents, and is named so.
+    Kind("sdxl-lightning", "SDXL Lightning", _XL, base="sdxl", scheduler=_FEW_X0, hints="lightning.*x0"),
     Kind("sdxl-lightning", "SDXL Lightning", _XL, base="sdxl", scheduler=_FEW, hints="lightning"),
     Kind("sdxl", "SDXL base", _XL, base="sdxl"),
     Kind("sdxl-inpainting", "SDXL inpainting", _XL, 9, "sdxl", index=_XL_INPAINT, unet={"in_channels": 9}),
