@@ -133,7 +133,7 @@ class LoraLibrary:
         """
         if name in self.adapters:
             return self.adapters[name]
-        if _is_path(name) and os.path.lexists(name):
+        if os.path.isfile(name) or (_is_path(name) and os.path.lexists(name)):  # noqa: PTH113 - as above
             return self._read(Path(name), partial=partial)
         return self._of_folder(name, short_name(name), partial=partial)
 
