@@ -78,6 +78,8 @@ class LoraLibrary:
         Raises:
             UsageError: It cannot be used, or another has the name.
         """
+        if not isinstance(path, str | Path):  # diffusers takes tensors, too
+            raise UsageError(f"the LoRA is {type(path).__name__}: the path of a .safetensors file is wanted")
         name = checked_name(Path(path).stem if name is None else name)
         lora = self._read(Path(path), partial=partial)
         other = self.adapters.get(name)
@@ -86,7 +88,7 @@ class LoraLibrary:
                 f"the name {name!r} is taken by {other.file.path}: give {path} another adapter_name, or "
                 "unload that one first (unload_lora_weights)"
             )
-        self.adapters[name] = lora
+        self.adapters = {**self.adapters, name: lora}
         self.active = {name: LoraWeights()}
         return name
 
