@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ MAX_KEPT: Final = 8  # files that need not be read again
 MAX_FILES: Final = 100_000  # in a folder of LoRAs: a mistyped one may be a whole disk
 _SHOWN: Final = 8  # names that a message has
 _A1111_DIGITS: Final = 12
+
+
+class LoraPartialWarning(UserWarning):
+    """A part of a LoRA has no place in the model, and is left out, as was asked for."""
 
 
 class Lora(NamedTuple):
@@ -197,6 +202,13 @@ class LoraLibrary:
                 family = self._bundle.manifest.record
                 file = read_lora(path, self._weight_map, family, partial=partial)
                 self._kept[key] = Lora(file, _a1111_hash(path))
+                if file.left_out:
+                    warnings.warn(
+                        f"left out of {path}, without a place in this model: {len(file.left_out)} of its "
+                        f"keys, such as {file.left_out[0]!r}",
+                        LoraPartialWarning,
+                        stacklevel=2,
+                    )
             self._kept.move_to_end(key)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
