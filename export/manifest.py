@@ -103,8 +103,8 @@ def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Axis
 
     return {
         "batch": options.batch,
-        # One row an image without guidance, two with it.
-        "rows": AxisRange(options.batch.minimum, 2 * options.batch.maximum),
+        # One row an image without guidance, two or three with it.
+        "rows": AxisRange(options.batch.minimum, checkpoint.record.guided_rows * options.batch.maximum),
         "height": height,
         "width": width,
         "context": AxisRange(tokens, tokens * most_chunks(checkpoint, options), tokens),

@@ -108,8 +108,10 @@ class Checkpoint:
         """What a sampler is given for the latents of the VAE's encoder.
 
         StableDiffusionXLInpaintPipeline reads ``latents_mean`` and ``latents_std`` only to decode, and its
-        U-Net has learned from that.
+        U-Net has learned from that. One that edits pictures reads them as the VAE gives them.
         """
+        if not self.kind.scales_picture:
+            return LatentScaling(1.0)
         return LatentScaling(self.decoded.factor) if "inpainting_channels" in self.sizes() else self.decoded
 
     def sizes(self) -> dict[str, int]:
@@ -125,6 +127,9 @@ class Checkpoint:
         if unet_channels == 2 * latent_channels + 1:
             sizes["inpainting_channels"] = unet_channels - latent_channels
         sizes["unet_channels"] = unet_channels - sizes.get("inpainting_channels", 0)
+        if (name := self.record.picture_input) and (entry := self.record.components["unet"].input(name)):
+            channels = entry.shape[1]
+            sizes["unet_channels"] -= channels if isinstance(channels, int) else sizes[channels]
         if self.distilled_guidance:
             sizes["guidance_width"] = int(unet["time_cond_proj_dim"])
         if self.tokenizers:

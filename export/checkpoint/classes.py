@@ -30,7 +30,6 @@ _OTHERS: Final = (
     ("(Onnx|ORT|OV|Neuron).*", "it is an export already; give the checkpoint it was made from", False),
     (".*Onnx.*", "it is an export already; give the checkpoint it was made from", False),
     ("Kolors.*", "its text encoder is ChatGLM", False),
-    (".*InstructPix2Pix.*", "its U-Net takes the picture that it edits", False),
     (".*(Upscale|Depth2Img|UnCLIP|PaintByExample|Zero123).*", "its U-Net takes more than text", False),
     (".*(Marigold|LDM3D).*", "it draws depths or normals, not pictures", False),
     (".*(ControlNet|Adapter|GLIGEN).*", "it draws with a network that steers the U-Net", True),
@@ -94,6 +93,10 @@ def pipeline_family(path: Path, index: Mapping[str, Any]) -> CheckpointFamily:
             f"pipeline's class ({', '.join(PIPELINES)})"
         )
     if isinstance(name, str) and name in PIPELINES:
+        if index.get("is_cosxl_edit"):
+            raise CheckpointError(
+                f"{path} is CosXL Edit (is_cosxl_edit), whose U-Net reads scaled latents: not supported"
+            )
         families = CHECKPOINT_FAMILIES.values()
         marked = (one for one in families if index.get(one.marker) and name in one.pipelines)
         return next(marked, PIPELINES[name])

@@ -10,11 +10,12 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
 from sdrt.runtime.bundle.families.image_variations import IMAGE_VARIATIONS
+from sdrt.runtime.bundle.families.instruct_pix2pix import INSTRUCT_PIX2PIX, SDXL_INSTRUCT_PIX2PIX
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.sdxl import SDXL, SDXL_REFINER, TEXT_EMBEDS
 from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
@@ -76,6 +77,7 @@ class CheckpointFamily:
         networks: In the order in which they are read.
         draws: diffusers' class that draws with them, from text if they read any; of a latent consistency
             model too, since it takes any scheduler.
+        encodes: Its class that reads prompts as that one does, where that one cannot be asked for it alone.
         inpaints: The class for a U-Net that reads a mask.
         settings: With what these are made, so that they neither check nor mark pictures.
         embeddings: Input of the U-Net → their argument for what the encoders gave; the unconditional half's
@@ -88,6 +90,7 @@ class CheckpointFamily:
         from_picture: Whether `draws` wants a picture to start from.
         trusts_size: Whether they take a small ``sample_size`` of old diffusers as it stands.
         corrections: Whether it inpaints → what their constructors write over the scheduler's file.
+        scales_picture: Whether the encoder's latents are brought to the sampler's scale.
     """
 
     record: Family
@@ -104,6 +107,8 @@ class CheckpointFamily:
     from_picture: bool = False
     trusts_size: bool = False
     corrections: Mapping[bool, Mapping[str, Any]] = field(default_factory=dict)
+    encodes: str = ""
+    scales_picture: bool = True
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -275,11 +280,43 @@ _FAMILIES: Final = (
         guidance=7.5,
     ),
 )
-CHECKPOINT_FAMILIES: Final = {family.record.name: family for family in _FAMILIES}
+
+
+def _read_by_unet(of: Family, record: Family, pipeline: str, **changes: Any) -> CheckpointFamily:
+    """A family's networks with a U-Net that reads a picture beside the noise, and the one pipeline for it."""
+    (plain,) = (family for family in _FAMILIES if family.record is of)
+    usual: dict[str, Any] = {
+        "draws": pipeline,
+        "inpaints": pipeline,
+        "encodes": plain.draws,
+        "trusts_size": True,
+        "corrections": {},
+    }
+    return replace(plain, record=record, pipelines=(pipeline,), **{**usual, **changes})
+
+
+_WITH_PICTURE: Final = (
+    _read_by_unet(
+        STABLE_DIFFUSION,
+        INSTRUCT_PIX2PIX,
+        "StableDiffusionInstructPix2PixPipeline",
+        scales_picture=False,
+    ),
+    _read_by_unet(
+        SDXL,
+        SDXL_INSTRUCT_PIX2PIX,
+        "StableDiffusionXLInstructPix2PixPipeline",
+        scales_picture=False,
+    ),
+)
+CHECKPOINT_FAMILIES: Final = {family.record.name: family for family in (*_FAMILIES, *_WITH_PICTURE)}
 PIPELINES: Final = {
-    pipeline: family for family in _FAMILIES if not family.marker for pipeline in family.pipelines
+    pipeline: family
+    for family in CHECKPOINT_FAMILIES.values()
+    if not family.marker
+    for pipeline in family.pipelines
 }
 SUPPORTED: Final = (
     "supported are those of Stable Diffusion 1.x, 2.x and XL for text to image, image to image and "
-    "inpainting, of SDXL's refiner, of latent consistency models and of image variations"
+    "inpainting, of SDXL's refiner, of latent consistency models, of image variations and of InstructPix2Pix"
 )

@@ -9,13 +9,15 @@ from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
 from sdrt.runtime.errors import CheckpointError
 
-# Channels that a U-Net takes beside the latents' → what such a checkpoint is for. Those for inpainting, with
-# latents and a mask, are supported.
+# What a U-Net takes beside the latents → the channels of that. Those for inpainting, with latents and a mask,
+# are of the same families as those that take no more.
 OTHER_KINDS: Final[dict[str, Callable[[int], int]]] = {
     "the latents of a picture to edit": lambda latents: latents,
     "a depth map": lambda _latents: 1,
     "a small picture to enlarge": lambda _latents: 3,
 }
+# Those that are supported → what model_index.json must name.
+OF_PIPELINE: Final = {"the latents of a picture to edit": "StableDiffusionInstructPix2PixPipeline"}
 # What a U-Net's configuration says of inputs that no component has.
 OTHER_INPUTS: Final = {
     "class_embed_type": "a class or an embedding beside the text (as of unCLIP)",
@@ -61,12 +63,22 @@ def check_fit(checkpoint: Checkpoint) -> None:
 def _check_kind(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
     unet = checkpoint.configs["unet"]
     takes, gives, latents = int(unet["in_channels"]), int(unet["out_channels"]), sizes["latent_channels"]
+    read = checkpoint.record.picture_input
     for what, channels in OTHER_KINDS.items():
-        if takes == latents + channels(latents):
+        if not read and takes == latents + channels(latents):
+            todo = "not supported; checkpoints for text to image, inpainting and image variations are"
+            if pipeline := OF_PIPELINE.get(what):
+                todo = f"that is no {checkpoint.pipeline}; set _class_name in model_index.json to {pipeline}"
             raise CheckpointError(
                 f"the U-Net takes {takes} channels, the VAE's {latents} and {channels(latents)} more for "
-                f"{what}: not supported; checkpoints for text to image, inpainting and image variations are"
+                f"{what}: {todo}"
             )
+    if read and sizes["unet_channels"] != latents:
+        raise CheckpointError(
+            f"the U-Net takes {takes} channels; of a {checkpoint.pipeline} it takes "
+            f"{latents + takes - sizes['unet_channels']}, the VAE's {latents} and those of the picture: "
+            "model_index.json and unet are not of one model"
+        )
     if not gives == latents == sizes["unet_channels"]:
         raise CheckpointError(
             f"the U-Net takes {takes} and gives {gives} channels, the VAE has {latents}: they are not of one "

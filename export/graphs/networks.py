@@ -137,8 +137,8 @@ class UNet(nn.Module):
     (``text_embeds`` and ``time_ids`` of sdxl and sdxl-refiner) or kinds of checkpoints.
     Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [rows];
     ``encoder_hidden_states`` [rows, context, cross_width]; ``text_embeds`` [rows, projection_width];
-    ``time_ids`` [rows, 6], of the refiner [rows, 5]; ``timestep_cond`` [rows, guidance_width]; ``inpainting``
-    [rows, channels + 1, h, w]; result like ``sample``.
+    ``time_ids`` [rows, 6], of the refiner [rows, 5]; ``image_latents`` like ``sample``; ``timestep_cond``
+    [rows, guidance_width]; ``inpainting`` [rows, channels + 1, h, w]; result like ``sample``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -154,11 +154,13 @@ class UNet(nn.Module):
         encoder_hidden_states: Tensor,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        image_latents: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         inpainting: Tensor | None = None,
     ) -> Tensor:
-        if inpainting is not None:  # as in diffusers: latents, mask, masked picture's latents
-            sample = torch.cat([sample, inpainting], dim=1)
+        for more in (inpainting, image_latents):  # inpainting: mask, masked picture's latents
+            if more is not None:
+                sample = torch.cat([sample, more], dim=1)
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         noise_pred: Tensor = self.model(
             sample,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -237,7 +238,7 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, clip_sample=False)
     side, draws = compared_side(checkpoint), np.random.default_rng(SEED)
     picture = draws.integers(0, 256, (side, side, 3), np.uint8)
-    if not checkpoint.record.reads_text:
+    if checkpoint.record.picture_input or not checkpoint.record.reads_text:
         return Task(side, sampler, picture)
     if inpainting:
         mask = np.zeros((side, side), np.uint8)
@@ -257,9 +258,14 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         latents.append(state["latents"])
         return state
 
-    given: dict[str, Any] = {"prompt": PROMPT, "callback_on_step_end": keep}
-    if not checkpoint.record.reads_text:
-        given = {"callback": lambda _step, _timestep, x: latents.append(x)}
+    takes = inspect.signature(pipeline.__call__).parameters
+    given: dict[str, Any] = {"prompt": PROMPT} if checkpoint.record.reads_text else {}
+    if "callback_on_step_end" in takes:
+        given["callback_on_step_end"] = keep
+    else:
+        given["callback"] = lambda _step, _timestep, x: latents.append(x)
+    if "height" in takes:  # of the others the picture decides
+        given |= {"height": task.side, "width": task.side}
     if task.picture is not None:
         given["image"] = Image.fromarray(task.picture)
     if task.mask is not None:

@@ -13,7 +13,9 @@ from sdrt.export.checkpoint.weights import load_module
 from sdrt.runtime.system.files import temporary_folder
 
 
-def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.Module] | None = None) -> Any:
+def reference_pipeline(
+    checkpoint: Checkpoint, networks: Mapping[str, torch.nn.Module] | None = None, kind: str = ""
+) -> Any:
     """diffusers' pipeline for the checkpoint's family and kind, in float32 with `reference_scheduler`.
 
     That of image variations has no feature extractor: it is given pictures as tensors.
@@ -21,7 +23,10 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
     Args:
         checkpoint: A checked checkpoint.
         networks: Those that it shall have; the others are None. By default all are loaded.
+        kind: Another class of diffusers over the same networks.
     """
+    import diffusers
+
     if networks is None:
         networks = {name: load_module(checkpoint, name) for name in checkpoint.configs}
     parts: dict[str, Any] = {name: networks.get(name) for name in checkpoint.configs}
@@ -34,7 +39,7 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
     parts |= checkpoint.kind.settings
     if checkpoint.record.zeros_for_no_text:
         parts["force_zeros_for_empty_prompt"] = checkpoint.force_zeros_for_empty_prompt
-    pipeline = reference_kind(checkpoint)(**parts)
+    pipeline = (getattr(diffusers, kind) if kind else reference_kind(checkpoint))(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -78,7 +83,8 @@ def reference_kind(checkpoint: Checkpoint) -> Any:
 def reference_prompt_embeddings(checkpoint: Checkpoint, prompt: str) -> dict[str, torch.Tensor]:
     """What diffusers' pipeline makes of a prompt, as arguments of another call of it."""
     encoders = checkpoint.kind.tokenizers
-    pipeline = reference_pipeline(checkpoint, {name: load_module(checkpoint, name) for name in encoders})
+    networks = {name: load_module(checkpoint, name) for name in encoders}
+    pipeline = reference_pipeline(checkpoint, networks, checkpoint.kind.encodes)
     arguments = checkpoint.kind.embeddings.values()
     names = [f"{half}{argument}" for argument in arguments for half in ("", "negative_")]
     with torch.no_grad():

@@ -188,6 +188,11 @@ class Manifest(Facts):
         return self.components["unet"].spec.input(INPAINTING) is not None
 
     @property
+    def needs_picture(self) -> bool:
+        """Whether nothing is drawn without a given picture."""
+        return self.reads_mask or bool(self.record.picture_input) or not self.record.reads_text
+
+    @property
     def record(self) -> Family:
         """What its family is."""
         return FAMILIES[self.family]

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from sdrt.runtime.bundle import limits as most
 from sdrt.runtime.bundle.families.components import (
     ENCODER_HIDDEN_STATES,
+    IMAGE_LATENTS,
     INPAINTING,
 )
 from sdrt.runtime.bundle.families.record import TensorSpec
@@ -118,6 +119,11 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
         ),
         "the unet's inpainting has the latents' channels and one for the mask": (
             inpainting is None or inpainting.shape[1] == manifest.latents.channels + 1
+        ),
+        "the unet's input of the given picture has the latents' channels": all(
+            spec.shape[1] == manifest.latents.channels
+            for spec in parts["unet"].spec.inputs
+            if spec.name == IMAGE_LATENTS
         ),
         "preview has a row for each channel of the latents": (
             len(manifest.preview.weights) == manifest.latents.channels

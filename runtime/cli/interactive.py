@@ -134,11 +134,10 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
     """Arguments of one drawing with the defaults, and with what a bundle cannot do without."""
     manifest = pipeline.bundle.manifest
     request = {**defaults, "num_images_per_prompt": 1, "prompt": ""}
-    reads_text = manifest.record.reads_text
     size = (manifest.defaults.height, manifest.defaults.width)
-    if not reads_text:
+    if not manifest.record.reads_text:
         del request["prompt"]
-    if (manifest.reads_mask or not reads_text) and request.get("image") is None:
+    if manifest.needs_picture and request.get("image") is None:
         request["image"] = np.zeros((*size, 3), np.uint8)
         if manifest.reads_mask:
             request["mask_image"] = np.full(size, 255, np.uint8)

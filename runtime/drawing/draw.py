@@ -173,9 +173,10 @@ def _chunks(request: Request, image: int, encoder: ConditionEncoder) -> int:
 
 
 def row_conditions(request: Request, images: Sequence[int]) -> list[Hashable]:
-    """What each row of the U-Net's batch is drawn from; the unconditional half comes first."""
+    """What each row of the U-Net's batch is drawn from; the conditional part comes last."""
     rows = [request.conditions[image] for image in images]
-    return [*(request.negatives[image] for image in images), *rows] if request.guided else rows
+    unwanted = [request.negatives[image] for image in images]
+    return [*(unwanted * (request.rows - 1)), *rows]
 
 
 def _with_picture(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.bundle.families.components import INPAINTING, TIMESTEP_COND
+from sdrt.runtime.bundle.families.components import IMAGE_LATENTS, INPAINTING, TIMESTEP_COND
 from sdrt.runtime.bundle.families.told import told_row
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.vae import EncodedImage, Posterior
@@ -53,6 +53,7 @@ def start_arguments(
         "latents": noise,
         "scale": request.latents_scale,
         "guidance_rescale": request.sampling.guidance_rescale,
+        "image_guidance": request.sampling.image_guidance,
         "inputs": _inputs(request, rows, image, masked),
     }
     if image is None or kept is None:
@@ -109,7 +110,7 @@ def _inputs(
 ) -> dict[str, NDArray[np.float32]]:
     """The U-Net's inputs that are numbers of the request or of the picture (``masked``: its latents)."""
     inputs = {}
-    unguided = rows // 2 if request.guided else 0  # of the unconditional half, which comes first
+    unguided = rows - rows // request.rows  # all but the conditional ones, which come last
     for name, options in request.manifest.record.told.items():
         one, other = (told_row(options, request.told, unconditional=half) for half in (False, True))
         inputs[name] = np.array([other] * unguided + [one] * (rows - unguided), np.float32)
@@ -123,4 +124,8 @@ def _inputs(
         mask = np.broadcast_to(image.mask, (len(masked), *image.mask.shape[1:]))
         both = np.concatenate([mask, masked], axis=1)
         inputs[INPAINTING] = np.concatenate([both] * (rows // len(both)))  # of each half
+    if image is not None and request.manifest.record.picture_input == IMAGE_LATENTS:
+        inputs[IMAGE_LATENTS] = np.repeat(image.latents.mean, rows, axis=0)
+        if request.guided:
+            inputs[IMAGE_LATENTS][: rows // request.rows] = 0  # the rows of nothing
     return inputs

@@ -52,7 +52,7 @@ def condition_encoder(
         text_encoders(bundle, executors, open_tokenizers(bundle) if tokenizers is None else tokenizers),
         device,
         batch=limits.min_batch,
-        most_texts=2 * min(limits.max_batch, MAX_IMAGES),
+        most_texts=family.guided_rows * min(limits.max_batch, MAX_IMAGES),
         max_chunks=limits.max_chunks,
         max_clip_skip=limits.max_clip_skip,
     )

@@ -124,6 +124,7 @@ def _one_request(
         refines: Whether it is the refiner's half of a call: LoRAs are for the base model alone.
     """
     rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
+    _check_of_family(manifest, options)
     picture, continues = None, None
     if options.get("denoising_start") is not None:
         options, continues = with_noisy_latents(manifest, options), Continued()
@@ -177,7 +178,26 @@ def _size_and_strength(
     if picture is None:
         return checked_size(manifest, options.get("height"), options.get("width")), None
     height, width = picture.canvas.image.shape[:2]
-    return (height, width), None if picture.variation is not None else picture.strength
+    whole = picture.variation is not None or picture.input
+    return (height, width), None if whole else picture.strength
+
+
+def _check_of_family(manifest: Manifest, options: Mapping[str, Any]) -> None:
+    """Refuse options that a family has no use for, and those that only others have."""
+    record = manifest.record
+    for name in record.without:
+        if options.get(name) is not None and record.reads_text:  # without text: `image_conditions`
+            raise UsageError(f"{name} is given: a bundle of {record.title} has no such thing")
+    others: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        for name in family.own:
+            others.setdefault(name, []).append(family.title)
+    for name, titles in others.items():
+        if name not in record.own and options.get(name) is not None:
+            raise UsageError(
+                f"{name} is {options[name]!r}: only {' and '.join(titles)} have it, this bundle is "
+                f"{record.name}"
+            )
 
 
 def _told(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> Told:

@@ -42,7 +42,7 @@ def check_refiner(manifest: Manifest, refiner: Manifest) -> None:
             "alike"
         )
     for name, one in (("refiner", refiner), ("bundle", manifest)):
-        if not one.record.reads_text or one.reads_mask:
+        if one.needs_picture:
             raise UsageError(f"the {name} draws from a picture: an ensemble is drawn from text")
 
 

@@ -36,17 +36,19 @@ class PictureTask:
         variation: The share of fresh noise in the noise that the picture was inverted to; None for a run that
             starts mid-schedule.
         recipe: The arguments behind it, as plain data.
+        input: The input of the U-Net that it becomes, in place of a start; empty for none.
     """
 
     canvas: Canvas
     strength: float
     variation: float | None
     recipe: Mapping[str, Any]
+    input: str = ""
 
     @property
     def starts_from_noise(self) -> bool:
         """Whether nothing of the picture is in the first x: a mask with a strength of 1 (as in diffusers)."""
-        return self.canvas.mask is not None and self.strength == 1.0
+        return bool(self.input) or (self.canvas.mask is not None and self.strength == 1.0)
 
 
 def draws_at_start(picture: PictureTask | None, manifest: Manifest) -> tuple[str, ...]:
@@ -54,9 +56,9 @@ def draws_at_start(picture: PictureTask | None, manifest: Manifest) -> tuple[str
 
     Image to image and inpainting draw the picture's latents from the VAE's posterior, where they need them,
     and inpainting those of the masked picture, whether the U-Net reads them or not. A variation by inversion,
-    which diffusers' pipelines do not have, takes the posterior's mean.
+    which diffusers' pipelines do not have, takes the posterior's mean, and so does a picture that is edited.
     """
-    if picture is None or picture.variation is not None:
+    if picture is None or picture.variation is not None or picture.input:
         return (NOISE,)
     if picture.canvas.mask is None:
         return (LATENTS, NOISE)
@@ -71,7 +73,9 @@ def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt:
     Raises:
         UsageError: A picture cannot be read or does not fit, or the options contradict each other.
     """
-    image = options.get("image")
+    image, read = options.get("image"), manifest.record.picture_input
+    if read:
+        return _read_by_unet(manifest, options, has_prompt=has_prompt)
     inpaints = manifest.reads_mask
     if image is None:
         for name in PICTURE_OPTIONS:
@@ -95,6 +99,16 @@ def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt:
     strength = _strength(options.get("strength"), 1.0 if masked else manifest.record.strength)
     way = {"strength": strength} if variation is None else {"variation": variation}
     return PictureTask(canvas, strength, variation, {**shown, **way})
+
+
+def _read_by_unet(manifest: Manifest, options: Mapping[str, Any], *, has_prompt: bool) -> PictureTask:
+    """The picture that the U-Net reads beside the noise."""
+    if options.get("image") is None:
+        raise UsageError(f"this bundle is of {manifest.record.title}: it needs an image")
+    if not has_prompt:
+        raise UsageError("the prompt is missing: what shall become of the image?")
+    canvas, shown = _canvas(manifest, options)
+    return PictureTask(canvas, 1.0, None, shown, manifest.record.picture_input)
 
 
 def _check_encoder(manifest: Manifest) -> None:

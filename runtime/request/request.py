@@ -111,6 +111,11 @@ class Request:
         return self.sampling.guided
 
     @property
+    def rows(self) -> int:
+        """Rows of the U-Net's batch that each picture takes."""
+        return self.manifest.record.guided_rows if self.guided else 1
+
+    @property
     def decodes(self) -> bool:
         """Whether pictures are wanted, not only latents."""
         return self.output_type not in WITHOUT_PICTURES

@@ -16,6 +16,7 @@ LAST_HIDDEN_STATE, PENULTIMATE_HIDDEN_STATE = "last_hidden_state", "penultimate_
 # Of the U-Net.
 SAMPLE, TIMESTEP, ENCODER_HIDDEN_STATES = "sample", "timestep", "encoder_hidden_states"
 TIMESTEP_COND, INPAINTING = "timestep_cond", "inpainting"
+IMAGE_LATENTS = "image_latents"
 NOISE_PRED = "noise_pred"
 # Of the VAE.
 LATENTS, IMAGE, LATENT_MEAN, LATENT_STD = "latents", "image", "latent_mean", "latent_std"
@@ -55,7 +56,8 @@ def hidden_state(name: str, width: str, about: str = "") -> TensorSpec:
 
 
 def unet(*more: TensorSpec, of_request: tuple[str, ...] = ()) -> ComponentSpec:
-    """The U-Net. ``rows`` is its batch: twice the images under guidance, the unconditional half first.
+    """The U-Net. ``rows`` is its batch: under guidance twice the images, the unconditional half first, or as
+    many times as `sdrt.runtime.bundle.families.record.Family.guided_rows` says.
 
     Args:
         more: What a family's U-Net reads beside what all of them do, a few numbers for each row.

@@ -46,7 +46,6 @@ OTHER_PIPELINES = {
     "Zero123PlusPipeline": "takes more than text",
     "MarigoldDepthPipeline": "draws depths",
     "StableDiffusionLDM3DPipeline": "draws depths",
-    "StableDiffusionInstructPix2PixPipeline": "takes the picture that it edits",
     "StableDiffusionControlNetPipeline": 'set _class_name in model_index.json to "StableDiffusionPipeline"',
     "StableDiffusionXLControlNetPipeline": '"StableDiffusionXLPipeline"',
     "PaintByExamplePipeline": "takes more than text",

@@ -34,6 +34,11 @@ def write_tiny_inpainting_checkpoint(folder: Path, tiny: Path) -> None:
     _copy_with_unet(folder, tiny, "StableDiffusionInpaintPipeline", in_channels=9)
 
 
+def write_tiny_pix2pix_checkpoint(folder: Path, tiny: Path) -> None:
+    """The tiny checkpoint with a U-Net of 8 channels, as InstructPix2Pix has."""
+    _copy_with_unet(folder, tiny, "StableDiffusionInstructPix2PixPipeline", in_channels=8)
+
+
 def write_tiny_lcm_checkpoint(folder: Path, tiny: Path) -> None:
     """The tiny checkpoint with a U-Net that is told the guidance scale, and LCMScheduler."""
     from diffusers import LCMScheduler
