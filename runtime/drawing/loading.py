@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.registry import Choice, load_executor
 from sdrt.runtime.bundle.bundle import Bundle, Verify
+from sdrt.runtime.bundle.families.components import CLASS_LABELS
+from sdrt.runtime.bundle.families.stable_unclip import IMAGE_ENCODER
 from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.condition_encoder import ConditionEncoder
@@ -18,6 +20,9 @@ from sdrt.runtime.request.request import Request
 from sdrt.runtime.request.texts import MAX_IMAGES
 from sdrt.runtime.text.chunks import Blend, Prompt, PromptPlanner
 from sdrt.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sdrt.runtime.drawing.picture_conditioning import LabelEncoder
 
 MAX_DEVICES: Final = 64
 AT_ONCE: Final = 2  # components that are loaded at the same time: loading one is partly single-threaded
@@ -51,6 +56,16 @@ def condition_encoder(
         max_chunks=limits.max_chunks,
         max_clip_skip=limits.max_clip_skip,
     )
+
+
+def label_encoder(bundle: Bundle, executors: Mapping[str, Executor], device: Device) -> LabelEncoder | None:
+    """What makes class_labels of a picture, in a family whose U-Net reads them."""
+    manifest = bundle.manifest
+    if manifest.record.picture_input != CLASS_LABELS:
+        return None
+    from sdrt.runtime.drawing.picture_conditioning import LabelEncoder
+
+    return LabelEncoder(executors[IMAGE_ENCODER.name], device, manifest)
 
 
 def longest_prompt(bundle: Bundle, requests: Sequence[Request]) -> int:
