@@ -221,6 +221,7 @@ def test_bundles_that_lay_noise_over_a_picture_say_how(
         assert manifest.noising is not None
         assert manifest.noising.max_level == most
         check_unet(bundle, checkpoint)
+    assert manifest.noising is not None
     assert manifest.noising.schedule.beta_schedule == "scaled_linear"
     assert input_of(manifest, "unet", "noise_level").dtype == "int64"
     assert input_of(manifest, "unet", "low_res").shape == ("rows", 3, "latent_height", "latent_width")
