@@ -30,7 +30,8 @@ from sdrt.runtime.drawing import loading
 from sdrt.runtime.drawing.adapter_loader import AdapterLoader
 from sdrt.runtime.drawing.adapters import Adapters
 from sdrt.runtime.drawing.callbacks import Hook
-from sdrt.runtime.drawing.draw import draw, split_into_batches
+from sdrt.runtime.drawing.draw import split_into_batches
+from sdrt.runtime.drawing.ensemble import draw_all
 from sdrt.runtime.drawing.initial_latents import with_device_latents
 from sdrt.runtime.drawing.parts import Parts
 from sdrt.runtime.drawing.shapes import ShapeCache
@@ -93,6 +94,7 @@ class Pipeline(AdapterLoader):
         adapters = Adapters(bundle, executors, self._encoder, device)
         labels = loading.label_encoder(bundle, executors, device)
         self._parts = Parts(device, adapters, self._encoder, vae_encoder, shapes, labels)
+        self._refiner: Pipeline | None = None
         self._closed = False
         self._cancelled = threading.Event()
         self._interrupt = False  # see `sdrt.runtime.drawing.callbacks.Interruptible`
@@ -105,6 +107,7 @@ class Pipeline(AdapterLoader):
         cls,
         path: str | Path | Bundle | None = None,
         *,
+        refiner: str | Path | Bundle | None = None,
         backend: str = AUTO,
         device: int | None = None,
         stream: Any = None,
@@ -117,6 +120,8 @@ class Pipeline(AdapterLoader):
 
         Args:
             path: The bundle's folder, or an opened bundle; by default the embedded one.
+            refiner: A second bundle, loaded beside it on the same backend; with ``refine_from`` it draws the
+                end of the schedule.
             backend: A name in `sdrt.runtime.backends.backend.BACKENDS`; ``auto`` takes the first
                 of these that can run this bundle here.
             device: Number of the GPU; by default 0, or the stream's.
@@ -162,6 +167,12 @@ class Pipeline(AdapterLoader):
             executors = components.results()
             pipeline = cls(bundle, executors, opened, choice.name, choice.reasons, load, tokenizers, lora_dir)
             undo.pop_all()
+            if refiner is not None:
+                undo.callback(pipeline.close)
+                alike = partial(Pipeline.load, backend=choice.name, device=device, stream=stream)
+                load_second = partial(alike, threads=threads, verify=verify)
+                pipeline._refiner = loading.load_refiner(bundle.manifest, refiner, load_second)
+                undo.pop_all()
         return pipeline
 
     def close(self) -> None:
@@ -178,6 +189,8 @@ class Pipeline(AdapterLoader):
             if self._closed:
                 return
             self._closed = True
+            if self._refiner is not None:
+                self._refiner.close()
             for executor in self._executors.values():
                 executor.close()
             self._load_more = None
@@ -247,7 +260,8 @@ class Pipeline(AdapterLoader):
         Raises:
             UsageError: As a call.
         """
-        return build_request(self.bundle.manifest, prompt, options, self._loras)
+        refiner = None if self._refiner is None else self._refiner.bundle.manifest
+        return build_request(self.bundle.manifest, prompt, options, self._loras, refiner)
 
     def draw(self, request: Request) -> PipelineOutput:
         """Draw a request as it is; drawing it again gives the same pictures.
@@ -302,10 +316,13 @@ class Pipeline(AdapterLoader):
         if self._closed:
             raise UsageError("the pipeline was closed: load it again")
 
-    def count_batches(self, request: Request) -> int:
-        """How often the loop will run for a request: for progress bars."""
+    def count_rows(self, request: Request) -> int:
+        """How many steps the loop, and that of the refiner, will do for a request: for progress bars."""
         self._check_open()
-        return len(split_into_batches(request, self._parts))
+        rows = len(request.sampling.table) * len(split_into_batches(request, self._parts))
+        if request.refinement is not None and self._refiner is not None:
+            rows += self._refiner.count_rows(request.refinement)
+        return rows
 
     def cancel(self) -> None:
         """End the call that is drawing, from its callback or from another thread, before its next step.
@@ -352,13 +369,18 @@ class Pipeline(AdapterLoader):
     def _draw(self, request: Request, started: float) -> PipelineOutput:
         if request.manifest is not self.bundle.manifest and request.manifest != self.bundle.manifest:
             raise UsageError("the request is of another bundle: make it with this pipeline's own request")
+        second = None if request.refinement is None else request.refinement.manifest
+        if second is not None and (self._refiner is None or second != self._refiner.bundle.manifest):
+            raise UsageError("the request wants a refiner that this pipeline was not loaded with")
         check_embeddings(request.embeddings, self._embeddings)
         with self._alone():
             self._check_open()
             self._cancelled.clear()
             self._interrupt = False
             request = with_device_latents(self._device, request)
-            output = draw(request, self._recipes(request), self._parts, Hook(self, request, self._cancelled))
+            refiner = None if self._refiner is None else self._refiner._parts
+            hook = partial(Hook, self, cancelled=self._cancelled)
+            output = draw_all(request, self._recipes(request), self._parts, refiner, hook)
         output.timings["total"] = time.perf_counter() - started
         return output
 

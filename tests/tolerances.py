@@ -234,6 +234,14 @@ UNET_LOOP = 300 * EPS32
 # Seen: 0.84.
 PREVIEW_EXPLAINED = 0.75
 
+# SDXL's refiner alone or after a base, ten steps on ONNX Runtime against diffusers' pipelines, over the
+# largest latent: as SDXL_RUN, with ten steps in place of four: 15 * 7 * 10. What a score or the last steps'
+# guidance change is 10 times that and more.
+REFINER_RUN = 1050 * EPS32
+
+# Pictures beside diffusers', decibels: what the project promises for every kind of checkpoint.
+PICTURE_PSNR = 50.0
+
 # A task on ONNX Runtime against diffusers' pipeline of that task, over the largest latent. One evaluation of
 # a tiny network is 15 EPS32 from PyTorch's (seen, GRAPH_FP32), guidance of 3 weighs the halves by 3 and 2,
 # and five steps add up: 15 * 5 * 5; a picture's latents are off by an evaluation more. Seen: 16.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES, CheckpointFamily
+from sdrt.export.checkpoint.few_steps import FewSteps
 from sdrt.export.checkpoint.fields import LatentScaling, latent_scaling
 from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer
 from sdrt.runtime.bundle.families.record import Family
@@ -33,6 +34,7 @@ class Checkpoint:
         noising: How noise is laid over a given picture; None where it is not.
         force_zeros_for_empty_prompt: See `sdrt.runtime.bundle.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
+        few_steps: How it is drawn by default, if it was distilled to a few steps.
         read_as: What a single file was taken for, in one line; empty where a folder says it all.
         remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
@@ -52,6 +54,7 @@ class Checkpoint:
     sampler_options: SamplerOptions = NO_OPTIONS
     remarks: tuple[str, ...] = ()
     read_as: str = ""
+    few_steps: FewSteps | None = None
 
     @property
     def record(self) -> Family:

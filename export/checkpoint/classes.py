@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.export.checkpoint.families import (
+    CHECKPOINT_FAMILIES,
     DIFFUSERS,
     PIPELINES,
     STABLE_DIFFUSION_PARTS,
@@ -66,6 +67,10 @@ _SETTINGS: Final = frozenset(
 )
 # Folders that change the picture where a program loads them.
 _STEERING: Final = re.compile(r".*(controlnet|adapter|lora|prior).*|image_encoder")
+_SECOND_PASS: Final = (
+    " (of SDXL's refiner model_index.json says requires_aesthetics_score and names "
+    "StableDiffusionXLImg2ImgPipeline)"
+)
 # Keys of any configuration by which a library would fetch or import what the file names, or rewrite weights.
 _CODE: Final = {
     "auto_map": "code of its own, which is never run",
@@ -90,16 +95,13 @@ def pipeline_family(path: Path, index: Mapping[str, Any]) -> CheckpointFamily:
             f"pipeline's class ({', '.join(PIPELINES)})"
         )
     if isinstance(name, str) and name in PIPELINES:
-        if index.get("requires_aesthetics_score"):
-            raise CheckpointError(
-                f"{path} is an SDXL refiner (requires_aesthetics_score), a second pass for SDXL's pictures: "
-                "not supported; give SDXL's base checkpoint"
-            )
         if index.get("is_cosxl_edit"):
             raise CheckpointError(
                 f"{path} is CosXL Edit (is_cosxl_edit), whose U-Net reads scaled latents: not supported"
             )
-        return PIPELINES[name]
+        families = CHECKPOINT_FAMILIES.values()
+        marked = (one for one in families if index.get(one.marker) and name in one.pipelines)
+        return next(marked, PIPELINES[name])
     if "transformer" in index:
         raise CheckpointError(
             f"{path} is a {_shown(name)} with a transformer in place of a U-Net: not supported"
@@ -129,8 +131,8 @@ def check_components(path: Path, index: Mapping[str, Any], family: CheckpointFam
         library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
         if library is None and name is None:
             raise CheckpointError(
-                f"{file}: {key} is null, the pipeline was saved without it (an SDXL refiner, or a part): "
-                "give a checkpoint that has all parts"
+                f"{file}: {key} is null, the pipeline was saved without it: give a checkpoint that has all "
+                f"parts{_SECOND_PASS if key.startswith('text_encoder') else ''}"
             )
         if library not in LIBRARIES or name not in allowed:
             raise CheckpointError(

@@ -17,7 +17,7 @@ from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
 from sdrt.runtime.bundle.families.image_variations import IMAGE_VARIATIONS
 from sdrt.runtime.bundle.families.instruct_pix2pix import INSTRUCT_PIX2PIX, SDXL_INSTRUCT_PIX2PIX
 from sdrt.runtime.bundle.families.record import Family
-from sdrt.runtime.bundle.families.sdxl import SDXL, TEXT_EMBEDS
+from sdrt.runtime.bundle.families.sdxl import SDXL, SDXL_REFINER, TEXT_EMBEDS
 from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
 from sdrt.runtime.bundle.families.stable_unclip import STABLE_UNCLIP
 from sdrt.runtime.bundle.families.x4_upscaler import X4_UPSCALER
@@ -93,6 +93,9 @@ class CheckpointFamily:
         guidance: Their default ``guidance_scale``.
         added: What the U-Net's ``addition_embed_type`` must be; empty for none.
         vae_fields: Fields of the VAE's ``config.json`` that they read and those of other families do not.
+        marker: The setting of ``model_index.json`` that tells its checkpoints from another family's with
+            pipelines of the same classes; empty for none.
+        from_picture: Whether `draws` wants a picture to start from.
         trusts_size: Whether they take a small ``sample_size`` of old diffusers as it stands.
         corrections: Whether it inpaints → what their constructors write over the scheduler's file.
         scales_picture: Whether the encoder's latents are brought to the sampler's scale.
@@ -114,6 +117,8 @@ class CheckpointFamily:
     guidance: float
     added: str = ""
     vae_fields: frozenset[str] = frozenset()
+    marker: str = ""
+    from_picture: bool = False
     trusts_size: bool = False
     corrections: Mapping[bool, Mapping[str, Any]] = field(default_factory=dict)
     encodes: str = ""
@@ -184,6 +189,18 @@ _IMAGE_ENCODER: Final = Network(
     beside={"feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor")},
     spare=re.compile(rf"{_CLIP}|text_model\..*"),
 )
+_TEXT_ENCODER_2: Final = Network(
+    folder="text_encoder_2",
+    library=TRANSFORMERS,
+    kind="CLIPTextModelWithProjection",
+    components={"text_encoder_2": f"{_OURS}:TextEncoder2"},
+    config_keys=(*_TEXT_KEYS, "projection_dim"),
+    sizes={"text_width_2": "hidden_size", "projection_width": "projection_dim"},
+    config_kinds=_TEXT_KINDS,
+    model_type="clip_text_model",
+    beside={"tokenizer_2": _TOKENIZER},
+    spare=re.compile(_POSITIONS),  # the projection is its own
+)
 _UNET: Final = Network(
     folder="unet",
     library=DIFFUSERS,
@@ -203,6 +220,8 @@ _VAE: Final = Network(
     config_kinds=("AutoencoderKL",),
 )
 _UNCHECKED: Final = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+_XL_EMBEDDINGS: Final = {ENCODER_HIDDEN_STATES: "prompt_embeds", TEXT_EMBEDS: "pooled_prompt_embeds"}
+_XL_VAE_FIELDS: Final = frozenset({"latents_mean", "latents_std", "force_upcast"})
 
 _FAMILIES: Final = (
     CheckpointFamily(
@@ -234,28 +253,35 @@ _FAMILIES: Final = (
         ),
         networks=(
             _TEXT_ENCODER,
-            Network(
-                folder="text_encoder_2",
-                library=TRANSFORMERS,
-                kind="CLIPTextModelWithProjection",
-                components={"text_encoder_2": f"{_OURS}:TextEncoder2"},
-                config_keys=(*_TEXT_KEYS, "projection_dim"),
-                sizes={"text_width_2": "hidden_size", "projection_width": "projection_dim"},
-                config_kinds=_TEXT_KINDS,
-                model_type="clip_text_model",
-                beside={"tokenizer_2": _TOKENIZER},
-                spare=re.compile(_POSITIONS),  # the projection is its own
-            ),
+            _TEXT_ENCODER_2,
             _UNET,
             _VAE,
         ),
         draws="StableDiffusionXLPipeline",
         inpaints="StableDiffusionXLInpaintPipeline",
         settings={"add_watermarker": False},
-        embeddings={ENCODER_HIDDEN_STATES: "prompt_embeds", TEXT_EMBEDS: "pooled_prompt_embeds"},
+        embeddings=_XL_EMBEDDINGS,
         guidance=5.0,
         added="text_time",
-        vae_fields=frozenset({"latents_mean", "latents_std", "force_upcast"}),
+        vae_fields=_XL_VAE_FIELDS,
+        trusts_size=True,
+    ),
+    CheckpointFamily(
+        record=SDXL_REFINER,
+        pipelines=("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+        networks=(_TEXT_ENCODER_2, _UNET, _VAE),
+        draws="StableDiffusionXLImg2ImgPipeline",
+        inpaints="StableDiffusionXLInpaintPipeline",
+        settings={
+            **{"text_encoder": None, "tokenizer": None},
+            **{"add_watermarker": False, "requires_aesthetics_score": True},
+        },
+        embeddings=_XL_EMBEDDINGS,
+        guidance=5.0,
+        added="text_time",
+        vae_fields=_XL_VAE_FIELDS,
+        marker="requires_aesthetics_score",
+        from_picture=True,
         trusts_size=True,
     ),
     CheckpointFamily(
@@ -352,10 +378,13 @@ _WITH_PICTURE: Final = (
 )
 CHECKPOINT_FAMILIES: Final = {family.record.name: family for family in (*_FAMILIES, *_WITH_PICTURE)}
 PIPELINES: Final = {
-    pipeline: family for family in CHECKPOINT_FAMILIES.values() for pipeline in family.pipelines
+    pipeline: family
+    for family in CHECKPOINT_FAMILIES.values()
+    if not family.marker
+    for pipeline in family.pipelines
 }
 SUPPORTED: Final = (
     "supported are those of Stable Diffusion 1.x, 2.x and XL for text to image, image to image and "
-    "inpainting, of latent consistency models, of image variations, InstructPix2Pix, "
-    "Stable unCLIP and the x4 upscaler"
+    "inpainting, of SDXL's refiner, of latent consistency models, of image variations, of "
+    "InstructPix2Pix, of Stable unCLIP and of the x4 upscaler"
 )

@@ -175,18 +175,20 @@ def _check_added_fit(checkpoint: Checkpoint) -> None:
     unet, record = checkpoint.configs["unet"], checkpoint.record
     if unet.get("addition_embed_type") != checkpoint.kind.added:
         raise CheckpointError(
-            f"the U-Net's addition_embed_type is {unet.get('addition_embed_type')!r}; of the models with two "
-            "text encoders only SDXL's, with text_time, is supported"
+            f"the U-Net's addition_embed_type is {unet.get('addition_embed_type')!r}; SDXL's and its "
+            "refiner's is text_time"
         )
     takes, width = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
     pooled = {name for one in record.encoders for name in one.gives} - {ENCODER_HIDDEN_STATES}
     gives = sum(_given(checkpoint, name) for name in pooled)
-    gives += 2 * len(record.pixel_options) * (width if isinstance(width, int) else 0)
+    told = sum(option.count for option in record.told_options)
+    gives += told * (width if isinstance(width, int) else 0)
     if takes != gives:
         encoders = " and ".join(one.component for one in record.encoders if pooled & set(one.gives))
         raise CheckpointError(
-            f"the U-Net's projection_class_embeddings_input_dim is {takes}, {encoders} and six time ids "
-            f"give {gives}: {encoders} and unet are not of one model (or it is a refiner)"
+            f"the U-Net's projection_class_embeddings_input_dim is {takes}, {encoders} and {told} time ids "
+            f"give {gives}: {encoders} and unet are not of one model (model_index.json says "
+            "requires_aesthetics_score of SDXL's refiner, and of no other)"
         )
 
 

@@ -15,6 +15,7 @@ from sdrt.export.checkpoint.classes import (
     scheduler_class,
 )
 from sdrt.export.checkpoint.families import CheckpointFamily, Network
+from sdrt.export.checkpoint.few_steps import few_steps, names_of, unlike_few_steps
 from sdrt.export.checkpoint.fields import check_vae, unread_fields, with_default_size
 from sdrt.export.checkpoint.files import (
     IMAGE_PROCESSOR,
@@ -50,12 +51,15 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: Path, source: str, random_seed: int | None = None, names: Sequence[str] | None = None
+) -> Checkpoint:
     """Read and check everything but the weights.
 
     Args:
         path: A folder in the diffusers format.
         source: What the user named.
+        names: What the model is called; by default the folder's own names.
         random_seed: With it the folder needs neither weights nor a vocabulary: CLIP's is taken.
 
     Raises:
@@ -81,7 +85,9 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         _read_tokenizer(path / tokenizer, configs[encoder], ships_with_weights=random_seed is None)
         for encoder, tokenizer in kind.tokenizers.items()
     )
-    scheduler, written = _read_scheduler(path, index, family, configs)
+    scheduler, written, config = _read_scheduler(path, index, family, configs)
+    called = names_of(path, source, (index, configs["unet"])) if names is None else names
+    few = few_steps(called, config)
     return Checkpoint(
         path=path,
         source=source,
@@ -103,7 +109,9 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
             *unread_fields(family, configs),
             *written,
             *scheduler.remarks,
+            *(unlike_few_steps(config) if few is None else ()),
         ),
+        few_steps=few,
     )
 
 
@@ -120,8 +128,8 @@ def _read_config(file: Path, network: Network) -> dict[str, Any]:
 
 def _read_scheduler(
     path: Path, index: Mapping[str, Any], family: str, configs: Mapping[str, Mapping[str, Any]]
-) -> tuple[CheckpointScheduler, list[str]]:
-    """The file in ``scheduler/``, read as the class that model_index.json names, and what to remark on."""
+) -> tuple[CheckpointScheduler, list[str], dict[str, Any]]:
+    """The file in ``scheduler/``, read as the class that model_index.json names; remarks; what it says."""
     config = read_json(path / "scheduler" / "scheduler_config.json", limit=MAX_CONFIG_BYTES)
     written_by, name = config.get("_class_name"), scheduler_class(path, index, config)
     remarks = []
@@ -140,7 +148,7 @@ def _read_scheduler(
         )
     except UsageError as error:
         raise CheckpointError(f"{path}/scheduler: {error}") from error
-    return scheduler, remarks
+    return scheduler, remarks, {**config, "_class_name": name}
 
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weights: bool) -> ClipTokenizer:

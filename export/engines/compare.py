@@ -26,6 +26,7 @@ from sdrt.runtime.bundle.families.components import (
     TIMESTEP,
 )
 from sdrt.runtime.bundle.families.record import TensorSpec
+from sdrt.runtime.bundle.families.told import usual_row
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.devices.gpu.discovery import Gpu, find_gpu
@@ -152,9 +153,9 @@ def _random(
 
     shape = entry.concrete(sizes)
     manifest = bundle.manifest
-    if (options := manifest.record.pixels.get(entry.name)) is not None:
+    if (options := manifest.record.told.get(entry.name)) is not None:
         size = (manifest.defaults.height, manifest.defaults.width)
-        return np.broadcast_to(np.array([option.usual(size) for option in options]).ravel(), shape)
+        return np.broadcast_to(np.array(usual_row(options, size, unconditional=False)), shape)
     if entry.name == INPUT_IDS:
         own = generator.random(shape) < CUSTOM_SHARE
         return np.where(own, -1, generator.integers(0, manifest.tokenizers[0].bos, shape))

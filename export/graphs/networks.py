@@ -22,6 +22,7 @@ from sdrt.export.checkpoint.weights import load_module
 from sdrt.runtime.bundle.families import components as tensors
 from sdrt.runtime.bundle.families.record import TensorSpec
 from sdrt.runtime.bundle.families.stable_unclip import IMAGE_ENCODER
+from sdrt.runtime.bundle.families.told import usual_row
 from sdrt.runtime.samplers.guidance import guidance_embedding
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 
@@ -165,13 +166,12 @@ class UNet(nn.Module):
     """Noisy latents, timestep and embeddings → noise prediction.
 
     The arguments have the names of the record. Those that may be None are of some families
-    (``text_embeds`` and ``time_ids`` of sdxl) or kinds of checkpoints.
+    (``text_embeds`` and ``time_ids`` of sdxl and sdxl-refiner) or kinds of checkpoints.
     Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [rows];
     ``encoder_hidden_states`` [rows, context, cross_width]; ``text_embeds`` [rows, projection_width];
-    ``time_ids`` [rows, 6]; ``image_latents`` like ``sample``; ``class_labels`` [rows, label_width];
-    ``low_res`` [rows, 3, h, w]; ``noise_level`` int64 [rows];
-    ``timestep_cond`` [rows, guidance_width];
-    ``inpainting`` [rows, channels + 1, h, w]; result like ``sample``.
+    ``time_ids`` [rows, 6], of the refiner [rows, 5]; ``image_latents`` like ``sample``; ``class_labels``
+    [rows, label_width]; ``low_res`` [rows, 3, h, w]; ``noise_level`` int64 [rows]; ``timestep_cond``
+    [rows, guidance_width]; ``inpainting`` [rows, channels + 1, h, w]; result like ``sample``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -313,10 +313,10 @@ def _example(
     generator: torch.Generator,
 ) -> Tensor:
     shape = entry.concrete(axes)
-    if (options := checkpoint.record.pixels.get(entry.name)) is not None:  # a whole picture, not cropped
+    if (options := checkpoint.record.told.get(entry.name)) is not None:  # a whole picture, not cropped
         side = checkpoint.native_size
-        pairs = [option.usual((side, side)) for option in options]
-        return torch.tensor(pairs, dtype=torch.float32).reshape(1, -1).repeat(shape[0], 1)
+        row = usual_row(options, (side, side), unconditional=False)
+        return torch.tensor([row], dtype=torch.float32).repeat(shape[0], 1)
     match entry.name:
         case tensors.INPUT_IDS:
             vocabulary = int(checkpoint.configs[component]["vocab_size"])

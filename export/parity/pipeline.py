@@ -50,6 +50,7 @@ COMPONENT: Final = "pipeline"  # in the report, where the others have the name o
 # Capitals, a digit, an apostrophe and an accent: what tokenizers differ in.
 PROMPT: Final = "A café's red 2CV"
 SEED: Final = 20240304
+STRENGTH: Final = 0.75  # of a kind that draws on a picture
 # diffusers computes the coefficients of a step, and most of its schedulers x itself, in float32: some eight
 # independent roundings a step, of numbers up to the first sigma (or its like where x stays small, 15) times
 # the result's size. With zero terminal SNR that is 4,096.
@@ -104,12 +105,16 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What both sides are asked: a size in pixels, our sampler, and a picture where the kind takes one."""
+    """What both sides are asked: a size in pixels, our sampler, and a picture where the kind takes one.
+
+    ``strength`` is the share of the schedule that is run on it, for a kind that has such a thing.
+    """
 
     side: int
     sampler: str
     picture: Array | None = None
     mask: Array | None = None
+    strength: float | None = None
 
 
 def check_reading(
@@ -233,14 +238,19 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         kind = getattr(diffusers, stand_in)
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, clip_sample=False)
     side, draws = compared_side(checkpoint), np.random.default_rng(SEED)
+    picture = draws.integers(0, 256, (side, side, 3), np.uint8)
     if checkpoint.record.picture_input or not checkpoint.record.reads_text:
-        given = side // checkpoint.factor if checkpoint.record.picture_input == LOW_RES else side
-        return Task(side, sampler, draws.integers(0, 256, (given, given, 3), np.uint8))
-    if not inpainting:
-        return Task(side, sampler)
-    mask = np.zeros((side, side), np.uint8)
-    mask[side // 2 :] = 255
-    return Task(side, sampler, draws.integers(0, 256, (side, side, 3), np.uint8), mask)
+        small = side // checkpoint.factor if checkpoint.record.picture_input == LOW_RES else side
+        return Task(side, sampler, picture[:small, :small])
+    if inpainting:
+        mask = np.zeros((side, side), np.uint8)
+        mask[side // 2 :] = 255
+        return Task(side, sampler, picture, mask, 1.0)
+    return (
+        Task(side, sampler, picture, strength=STRENGTH)
+        if checkpoint.kind.from_picture
+        else Task(side, sampler)
+    )
 
 
 def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Drawn:
@@ -261,7 +271,11 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
     if task.picture is not None:
         given["image"] = Image.fromarray(task.picture)
     if task.mask is not None:
-        given |= {"mask_image": Image.fromarray(task.mask), "strength": 1.0}
+        given["mask_image"] = Image.fromarray(task.mask)
+    if task.strength is not None:
+        given["strength"] = task.strength
+    if task.mask is not None or not checkpoint.kind.from_picture:  # whose picture has the size
+        given |= {"height": task.side, "width": task.side}
     drawn = pipeline(
         **given,
         num_inference_steps=SAMPLING_STEPS,
@@ -283,7 +297,7 @@ def _drawn_by_runtime(
         )
         for name, row in table.items()
     }
-    given: dict[str, Any] = {"seed": SEED, "rng": "cpu", "sampler": task.sampler}
+    given: dict[str, Any] = {"seed": SEED, "rng": "cpu", "sampler": task.sampler, "strength": task.strength}
     if task.picture is not None:
         given["image"] = task.picture
     if task.mask is not None:

@@ -40,6 +40,7 @@ from sdrt.runtime.bundle.families.components import (
 )
 from sdrt.runtime.bundle.families.image_variations import IMAGE_EMBEDS
 from sdrt.runtime.bundle.families.record import Precision
+from sdrt.runtime.bundle.families.told import usual_row
 from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.pipeline import Pipeline
 from sdrt.runtime.request.sampling import DEFAULT_IMAGE_GUIDANCE
@@ -77,7 +78,8 @@ def runs_unet_alone(checkpoint: Checkpoint) -> bool:
     """Whether the sampling run is of the U-Net alone."""
     sizes = checkpoint.sizes()
     special = "inpainting_channels" in sizes or checkpoint.distilled_guidance
-    return special or bool(checkpoint.record.picture_input) or not checkpoint.record.reads_text
+    special |= checkpoint.kind.from_picture or bool(checkpoint.record.picture_input)
+    return special or not checkpoint.record.reads_text
 
 
 def reference_embeddings(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -174,8 +176,13 @@ def reference_latents(
 ) -> Array:
     """The latents that diffusers' own text-to-image pipeline ends with for the gate's sampling run."""
     pipeline = reference_pipeline(checkpoint, {"unet": unet})
-    size = tuple(side * checkpoint.factor for side in latents.shape[2:])
-    sizes = {option.name: size for option in checkpoint.record.pixel_options if option.of_picture}
+    height, width = (side * checkpoint.factor for side in latents.shape[2:])
+    sizes = {
+        name: tuple(pixels)  # which diffusers adds up
+        for option in checkpoint.record.told_options
+        for name, pixels in option.usual((height, width)).items()
+        if isinstance(pixels, list)
+    }
     result = pipeline(
         **embeddings,
         **sizes,
@@ -210,9 +217,9 @@ def unet_inputs(
         inputs = {name: rows[1:] for name, rows in inputs.items()}
         inputs[TIMESTEP_COND] = guidance_embedding(guidance_scale - 1, sizes["guidance_width"])[None]
     rows = len(inputs[ENCODER_HIDDEN_STATES])
-    for name, options in checkpoint.record.pixels.items():
-        one = [number for option in options for number in option.usual(size)]
-        inputs[name] = np.tile(np.array(one, np.float32), (rows, 1))
+    for name, options in checkpoint.record.told.items():
+        halves = [usual_row(options, size, unconditional=half) for half in (True, False)]
+        inputs[name] = np.array(halves[-rows:], np.float32)
     if channels := sizes.get("inpainting_channels"):
         shape = (channels, *(side // checkpoint.factor for side in size))
         inpainting = np.random.default_rng(channels).standard_normal(shape, dtype=np.float32)

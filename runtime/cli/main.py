@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sdrt.runtime.cli.lora_options import say_loras
-from sdrt.runtime.cli.options import check_usage, interpolates, parsed, parser, pipeline_options
+from sdrt.runtime.cli.options import REFINE_FROM, check_usage, interpolates, parsed, parser, pipeline_options
 from sdrt.runtime.cli.progress import progress_shown
 from sdrt.runtime.cli.prompts import has_prompt
 from sdrt.runtime.cli.saving import (
@@ -66,6 +66,8 @@ def _run(commands: Parser, arguments: argparse.Namespace) -> None:
     options = pipeline_options(arguments)
     if arguments.from_picture is not None:
         options = _replayed(commands, arguments, options)
+    if arguments.refiner is not None:
+        options.setdefault("refine_from", REFINE_FROM)
     if not (arguments.interactive and arguments.output == Path(BASE64)):
         check_target(arguments, arguments.output)
     if interpolates(arguments):
@@ -108,11 +110,12 @@ def _load_for(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[l
     from sdrt.runtime.bundle.bundle import Bundle
 
     bundle = Bundle.open(arguments.bundle, verify=False)
-    works = read_works(arguments, bundle, options)  # before anything is loaded
+    refiner = None if arguments.refiner is None else Bundle.open(arguments.refiner, verify=False)
+    works = read_works(arguments, bundle, options, refiner)  # before anything is loaded
     unguided = (work.request for work in works if not work.request.guided)
     if arguments.negative_prompt and not arguments.quiet and (request := next(unguided, None)) is not None:
         say("sd-run", f"warning: {_why_unguided(request)}: the negative prompt is not used")
-    return works, _load(arguments, bundle, works)
+    return works, _load(arguments, bundle, refiner, works)
 
 
 def _file_and_word(entry: str) -> tuple[str, str | None]:
@@ -176,7 +179,7 @@ class Drawn:
 
 def _draw(arguments: argparse.Namespace, pipeline: Pipeline, works: Sequence[Work], drawn: Drawn) -> None:
     """Draw call by call; pictures are saved as soon as their batch is finished."""
-    rows = sum(len(work.request.sampling.table) * pipeline.count_batches(work.request) for work in works)
+    rows = sum(pipeline.count_rows(work.request) for work in works)
     with progress_shown(arguments, rows) as (on_step, tensors):
         watched: CallbackOptions = {
             "callback_on_step_end": on_step,
@@ -211,7 +214,9 @@ def _draw_and_save(
     drawn.add(files.paths[before:], output, files.seconds - seconds)
 
 
-def _load(arguments: argparse.Namespace, bundle: Bundle, works: Sequence[Work]) -> Pipeline:
+def _load(
+    arguments: argparse.Namespace, bundle: Bundle, refiner: Bundle | None, works: Sequence[Work]
+) -> Pipeline:
     """The pipeline on a backend that admits the requests; says which one, where that was left to us."""
     from sdrt.runtime.backends.registry import AUTO
     from sdrt.runtime.pipeline import Pipeline
@@ -220,6 +225,7 @@ def _load(arguments: argparse.Namespace, bundle: Bundle, works: Sequence[Work]) 
         tell_of_long_work("sd-run")
     pipeline = Pipeline.load(
         bundle,
+        refiner=refiner,
         backend=arguments.backend,
         device=arguments.device,
         threads=arguments.threads,

@@ -22,6 +22,7 @@ No file is left half written.
 
 An option may have underscores for dashes, and other tools' names are understood:"""
 
+REFINE_FROM: Final = 0.8  # of diffusers' examples
 ONE_PROMPT: Final = "--to-prompt and --to-seed go from one PROMPT: give one"
 
 # What the command alone calls otherwise.
@@ -53,6 +54,7 @@ _SHARED: Final = (
     *("seed", "rng", "image", "strength", "mask_image", "expand", "variation"),
     *("num_inference_steps", "guidance_scale", "image_guidance_scale", "noise_level"),
     *("guidance_interval", "guidance_rescale"),
+    *("refine_from", "aesthetic_score", "negative_aesthetic_score"),
     *("sampler", "karras", "spacing", "sigma_schedule", "timesteps", "sigmas", "eta", "solver_order"),
     *("lower_order_final", "original_inference_steps"),
 )
@@ -205,6 +207,7 @@ def _add_drawing(result: argparse.ArgumentParser) -> None:
     )
     add_lora_options(add)
     add("--bundle", metavar="DIR", help="a folder that sd-export made (default: the embedded emoji model)")
+    add("--refiner", metavar="DIR", help="a second bundle, SDXL's refiner, which draws the last steps")
     add(
         "--seed",
         type=int,
@@ -257,7 +260,7 @@ def _add_picture(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="SHARE",
         help="the share of the steps that are run on it, above 0 to 1, one step at least; a strong guidance "
-        "changes much in few steps (default: 0.8; with a mask 1)",
+        "changes much in few steps (default: 0.8, SDXL's refiner 0.3; with a mask 1)",
     )
     add("--mask", metavar="FILE", help="draw where this picture is white; where it is black, nothing changes")
     add(
@@ -323,6 +326,14 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
         metavar="PHI",
         help="against overexposure by strong guidance, 0 to 1 (default: 0)",
     )
+    add(
+        "--refine-from",
+        type=float,
+        metavar="SHARE",
+        help=f"the share of the schedule that the bundle draws before --refiner (default: {REFINE_FROM})",
+    )
+    for name, default in (("aesthetic-score", "6"), ("negative-aesthetic-score", "2.5")):
+        add(f"--{name}", type=float, metavar="N", help=f"that SDXL's refiner is told (default: {default})")
     add(
         "--sampler",
         metavar="NAME",

@@ -50,7 +50,24 @@ class Work(NamedTuple):
         return self.request if self.read_again is None else self.read_again()
 
 
-def read_works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any]) -> list[Work]:
+class _Models(NamedTuple):
+    """What a command draws with."""
+
+    bundle: Bundle
+    library: LoraLibrary
+    refiner: Bundle | None
+
+    def request(self, prompt: Any, options: dict[str, Any]) -> Request:
+        """A call's request, checked."""
+        from sdrt.runtime.request.build import build_request
+
+        refiner = None if self.refiner is None else self.refiner.manifest
+        return build_request(self.bundle.manifest, prompt, options, self.library, refiner)
+
+
+def read_works(
+    arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any], refiner: Bundle | None = None
+) -> list[Work]:
     """What is asked for; the seeds of calls that have none of their own count on.
 
     Requests of ``--interactive`` come later: here are their defaults, if there is anything to check.
@@ -61,11 +78,11 @@ def read_works(arguments: argparse.Namespace, bundle: Bundle, options: dict[str,
     """
     from sdrt.runtime.lora.library import LoraLibrary
 
-    library = LoraLibrary(bundle, arguments.lora_dir)
+    models = _Models(bundle, LoraLibrary(bundle, arguments.lora_dir), refiner)
     if arguments.interactive:
-        defaults = _request_of_defaults(bundle, options, library)
+        defaults = _request_of_defaults(models, options)
         return [] if defaults is None else [Work(defaults, arguments.output)]
-    works = list(_works(arguments, bundle, options, library))
+    works = list(_works(arguments, models, options))
     count = sum(work.images for work in works)
     if count > 1 and any(work.target == STDOUT for work in works):
         raise UsageError(f"--output is -, and {count} pictures are asked for: one goes to standard output")
@@ -78,9 +95,7 @@ def check_target(arguments: argparse.Namespace, output: Path | None) -> None:
     check_output(output, animated=animated, to_stdout=to_stdout, quality=arguments.quality)
 
 
-def _works(
-    arguments: argparse.Namespace, bundle: Bundle, options: dict[str, Any], library: LoraLibrary
-) -> Iterator[Work]:
+def _works(arguments: argparse.Namespace, models: _Models, options: dict[str, Any]) -> Iterator[Work]:
     from dataclasses import replace  # what argparse refuses need not wait for these
 
     from sdrt.runtime.request.texts import RANDOM_SEED
@@ -92,12 +107,12 @@ def _works(
         if task.output is not None:
             target = task.output
             check_target(arguments, target)
-        request = _request(arguments, bundle, library, task, own)
+        request = _request(arguments, models, task, own)
         if "seed" not in task.options and isinstance(seed, int) and seed != RANDOM_SEED:
             seed = (seed + len(request.seeds)) % 2**64
         held = 0 if request.picture is None else request.picture.canvas.nbytes
         if waiting and waiting + held > MAX_WAITING_BYTES:
-            again = partial(_request, arguments, bundle, library, task, {**own, "seed": request.seeds})
+            again = partial(_request, arguments, models, task, {**own, "seed": request.seeds})
             yield Work(replace(request, picture=None), target, again)
             continue
         waiting += held
@@ -113,33 +128,28 @@ def _tasks(arguments: argparse.Namespace) -> Sequence[Task]:
     return tasks
 
 
-def _request(
-    arguments: argparse.Namespace,
-    bundle: Bundle,
-    library: LoraLibrary,
-    task: Task,
-    options: dict[str, Any],
-) -> Request:
-    from sdrt.runtime.request.build import build_interpolation, build_request
+def _request(arguments: argparse.Namespace, models: _Models, task: Task, options: dict[str, Any]) -> Request:
+    from sdrt.runtime.request.build import build_interpolation
 
     try:
         if not interpolates(arguments):
-            return build_request(bundle.manifest, task.prompt, options, library)
+            return models.request(task.prompt, options)
         if not isinstance(task.prompt, str):
             raise UsageError(ONE_PROMPT)
         frames = DEFAULT_FRAMES if arguments.frames is None else arguments.frames
         ends = (arguments.to_prompt, arguments.to_seed)
-        return build_interpolation(bundle.manifest, task.prompt, ends[0], frames, ends[1], options, library)
+        return build_interpolation(
+            models.bundle.manifest, task.prompt, ends[0], frames, ends[1], options, models.library
+        )
     except UsageError as error:
         raise UsageError(f"{task.name}: {error}") if task.name else error from error
 
 
-def _request_of_defaults(bundle: Bundle, options: dict[str, Any], library: LoraLibrary) -> Request | None:
-    from sdrt.runtime.request.build import build_request
+def _request_of_defaults(models: _Models, options: dict[str, Any]) -> Request | None:
     from sdrt.runtime.request.picture import PICTURE_OPTIONS
 
-    if bundle.manifest.needs_picture:
+    if models.bundle.manifest.needs_picture:
         return None  # without a picture there is nothing to check
     if "image" not in options:  # requests may bring one; until then there is nothing to do with it
         options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}
-    return build_request(bundle.manifest, "", options, library)
+    return models.request("", options)

@@ -24,6 +24,7 @@ class AdapterLoader:
     """
 
     _encoder: ConditionEncoder
+    _refiner: AdapterLoader | None
 
     def __init__(self, bundle: Bundle, lora_dir: str | Path | None) -> None:
         """Nothing is loaded.
@@ -66,6 +67,8 @@ class AdapterLoader:
             widths, family = self._encoder.widths, self.bundle.manifest.record
             embedding = read_embedding(path, token, family=family, widths=widths)
             self._encoder.add_embedding(embedding.name, embedding.vectors)
+            if self._refiner is not None:
+                self._refiner.load_textual_inversion(path, token)
             self._embeddings[embedding.name] = sha256(Path(path))
         return embedding.name
 

@@ -46,6 +46,7 @@ class Hook:
         """
         self._pipeline, self._callbacks, self._cancelled = pipeline, request.callbacks, cancelled
         self._preview = request.manifest.preview
+        self._rows_before = 0 if request.continues is None else request.continues.rows
         self.interrupted = False
 
     def check_cancelled(self) -> None:
@@ -67,7 +68,8 @@ class Hook:
             return
         state = self._state(loop)
         given = dict(state)  # the callback may change its own
-        changed = self._callbacks.on_step_end(self._pipeline, row, float(table.timesteps[row]), state)
+        step, timestep = self._rows_before + row, float(table.timesteps[row])
+        changed = self._callbacks.on_step_end(self._pipeline, step, timestep, state)
         if changed is not None and not isinstance(changed, Mapping):
             raise UsageError(f"the callback returned {type(changed).__name__}: a dict or None is wanted")
         # Those of diffusers hand back what they were given, changed or not.

@@ -23,7 +23,7 @@ from sdrt.runtime.drawing.vae import EncodedImage, noised_pixels
 from sdrt.runtime.errors import DeviceMemoryError
 from sdrt.runtime.request.loras import NO_LORAS, LoraSet
 from sdrt.runtime.request.output import PipelineOutput
-from sdrt.runtime.request.picture import PictureTask, draws_at_start, picture_noise_shape
+from sdrt.runtime.request.picture import PictureTask, picture_noise_shape
 from sdrt.runtime.request.request import Request
 from sdrt.runtime.samplers.noise import NoiseSource, noise_source
 
@@ -69,7 +69,8 @@ def draw(request: Request, recipes: Sequence[dict[str, Any]], parts: Parts, hook
         numbers = tuple(dict.fromkeys(batch.images))
         if done < len(request.sampling.table):
             for number in numbers:
-                recipes[number]["interrupted_after_step"] = done
+                before = 0 if request.continues is None else request.continues.rows
+                recipes[number].setdefault("interrupted_after_step", before + done)
         hook.after_batch(numbers, pictures, recipes)
     result, latents = pictures.finish()
     seconds["step"] = seconds["denoise"] / max(steps, 1)
@@ -139,14 +140,13 @@ def _run_rows(
     """
     table = request.sampling.table
     uploads_noise = table.uses_noise and not request.draws_noise_on_device
-    first_draw = len(draws_at_start(request.picture, request.manifest))
     for row, kind in enumerate(step_kinds(request)):
         hook.check_cancelled()
         if hook.interrupted:
             return row
         draw_number = int(table.draws[row])
         if uploads_noise and draw_number >= 0:
-            loop.set_noise(noise.draw(first_draw + draw_number, tuple(loop.noise.shape[1:])))
+            loop.set_noise(noise.draw(request.first_draw + draw_number, tuple(loop.noise.shape[1:])))
         loop.step(kind)
         hook.after_step(loop, table, row, raise_faults)
     return len(table)

@@ -11,17 +11,11 @@ from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import Column
 from sdrt.runtime.bundle.families.components import INPAINTING, NOISE_LEVEL, TIMESTEP_COND
+from sdrt.runtime.bundle.families.told import told_row
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.vae import EncodedImage, Posterior
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.request.picture import (
-    LATENTS,
-    MASKED_LATENTS,
-    NOISE,
-    PICTURE_NOISE,
-    draws_at_start,
-    picture_noise_shape,
-)
+from sdrt.runtime.request.picture import LATENTS, MASKED_LATENTS, NOISE, PICTURE_NOISE, picture_noise_shape
 from sdrt.runtime.request.request import Request, is_device_array
 from sdrt.runtime.request.sizes import latent_shape
 from sdrt.runtime.samplers.guidance import guidance_embedding
@@ -42,7 +36,7 @@ def start_arguments(
         source: Noise, a stream for each image of the batch.
         image: The request's picture, where the run starts from it.
     """
-    order = draws_at_start(request.picture, request.manifest)
+    order = request.draws_at_start
     shape = latent_shape(request.manifest, request.height, request.width)
 
     def sample(posterior: Posterior | None, name: str) -> FloatArray | None:
@@ -51,11 +45,12 @@ def start_arguments(
         return posterior.sample(source.draw(order.index(name), shape))
 
     kept = None if image is None else sample(image.latents, LATENTS)
-    noise = _noise(request, images, source, order.index(NOISE), shape, on_host=image is not None)
+    number = order.index(NOISE) if NOISE in order else 0  # where latents are given no noise is drawn
+    noise = _noise(request, images, source, number, shape, on_host=image is not None)
     masked = None if image is None else sample(image.masked_latents, MASKED_LATENTS)
     arguments: dict[str, Any] = {
         "seeds": source.seeds,
-        "drawn": len(order),
+        "drawn": request.first_draw,
         "latents": noise,
         "scale": request.latents_scale,
         "guidance_rescale": request.sampling.guidance_rescale,
@@ -119,9 +114,10 @@ def _inputs(
 ) -> dict[str, NDArray[np.float32]]:
     """The U-Net's inputs that are numbers of the request or of the picture (``masked``: its latents)."""
     inputs = {}
-    for name, options in request.manifest.record.pixels.items():
-        one = [entry for option in options for entry in request.sizes[option.name]]
-        inputs[name] = np.array([one] * rows, np.float32)
+    unguided = rows - rows // request.rows  # all but the conditional ones, which come last
+    for name, options in request.manifest.record.told.items():
+        one, other = (told_row(options, request.told, unconditional=half) for half in (False, True))
+        inputs[name] = np.array([other] * unguided + [one] * (rows - unguided), np.float32)
     embedding = request.manifest.components["unet"].spec.input(TIMESTEP_COND)
     if embedding is not None and request.sampling.embedded_guidance is not None:
         width = embedding.shape[1]
@@ -144,8 +140,7 @@ def _read_picture(
         return {}
     wanted = np.repeat(given.mean, images, axis=0)
     if (shape := picture_noise_shape(request.manifest, picture)) is not None:
-        order = draws_at_start(picture, request.manifest)
-        noise = source.draw(order.index(PICTURE_NOISE), shape)
+        noise = source.draw(request.draws_at_start.index(PICTURE_NOISE), shape)
         more = wanted.shape[1] - noise.shape[1]  # what is not noised
         wanted = given.sample(np.pad(noise, [(0, 0), (0, more), *[(0, 0)] * (noise.ndim - 2)]))
     first = np.zeros_like(wanted) if family.picture_blank and request.guided else wanted

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.registry import Choice, load_executor
 from sdrt.runtime.bundle.bundle import Bundle, Verify
 from sdrt.runtime.bundle.families.components import CLASS_LABELS
 from sdrt.runtime.bundle.families.stable_unclip import IMAGE_ENCODER
+from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.condition_encoder import ConditionEncoder
 from sdrt.runtime.drawing.text_conditioning import PromptEncoder
 from sdrt.runtime.drawing.text_encoders import open_tokenizers, text_encoders
 from sdrt.runtime.errors import BackendError, UsageError
+from sdrt.runtime.request.ensemble import check_refiner
 from sdrt.runtime.request.request import Request
 from sdrt.runtime.request.texts import MAX_IMAGES
 from sdrt.runtime.text.chunks import Blend, Prompt, PromptPlanner
@@ -23,6 +26,8 @@ from sdrt.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from sdrt.runtime.drawing.picture_conditioning import LabelEncoder
+
+Loaded = TypeVar("Loaded")
 
 MAX_DEVICES: Final = 64
 AT_ONCE: Final = 2  # components that are loaded at the same time: loading one is partly single-threaded
@@ -125,3 +130,21 @@ def load_component(
 
 def _size(bundle: Bundle, component: str) -> int:
     return sum(entry.size for entry in bundle.component(component).files)
+
+
+def load_refiner(
+    manifest: Manifest, refiner: str | Path | Bundle, load: Callable[[Bundle], Loaded]
+) -> Loaded:
+    """Open the second bundle of an ensemble, see whether it fits the first, and load it.
+
+    Args:
+        manifest: The first bundle's.
+        refiner: The second, or its folder.
+        load: Loads it.
+
+    Raises:
+        UsageError: The two do not fit together.
+    """
+    bundle = refiner if isinstance(refiner, Bundle) else Bundle.open(refiner, verify=False)
+    check_refiner(manifest, bundle.manifest)
+    return load(bundle)

@@ -135,7 +135,7 @@ class LoraLibrary:
             return self.adapters[name]
         if _is_path(name) and os.path.lexists(name):
             return self._read(Path(name), partial=partial)
-        return self._of_folder(name, partial=partial)
+        return self._of_folder(name, short_name(name), partial=partial)
 
     def find_tagged(self, name: str, *, partial: bool = False) -> Lora | None:
         """The LoRA that a prompt names: an adapter, or one of the folder, never a path.
@@ -157,11 +157,11 @@ class LoraLibrary:
                 raise self._unknown(str(name), "is not loaded", list(self.adapters))
         return known
 
-    def _of_folder(self, name: str, *, partial: bool) -> Lora:
+    def _of_folder(self, name: str, *others: str, partial: bool) -> Lora:
         if self.folder is None:
             raise self._unknown(name, "is neither loaded nor a file here", list(self.adapters))
         found = _files_below(self.folder)
-        places = found.get(name) or found.get(short_name(name), ())
+        places: Sequence[Path] = next((found[one] for one in (name, *others) if one in found), ())
         if not places:
             raise self._unknown(name, f"is not in {self.folder}", [*self.adapters, *found])
         if len(places) > 1:
@@ -185,7 +185,7 @@ class LoraLibrary:
         key: tuple[Any, ...]
         try:
             facts = path.stat()
-            key = (os.path.realpath(path), facts.st_size, facts.st_mtime_ns, facts.st_ino, partial)
+            key = (path, facts.st_size, facts.st_mtime_ns, facts.st_ino, partial)
         except (OSError, ValueError):  # what is the matter is told when it is read
             key = (path, partial)
         with self._lock:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from sdrt.runtime.bundle.families.registry import FAMILIES
+from sdrt.runtime.bundle.families.told import Told
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import choice, whole
 from sdrt.runtime.errors import UsageError
@@ -17,13 +18,12 @@ from sdrt.runtime.request.options import OPTIONS, check_names
 from sdrt.runtime.request.output import build_callbacks, checked_output_type
 from sdrt.runtime.request.picture import PictureTask, build_picture
 from sdrt.runtime.request.recipes import OF_FRAMES, checked_digests, playable
-from sdrt.runtime.request.request import Request, is_device_array
+from sdrt.runtime.request.request import Continued, Request, is_device_array
 from sdrt.runtime.request.sampling import build_sampling
+from sdrt.runtime.request.schedule_part import with_noisy_latents
 from sdrt.runtime.request.sizes import checked_size, latent_shape
 from sdrt.runtime.request.texts import per_image_seeds, prompt_conditions
 from sdrt.runtime.samplers.noise import DEFAULT_RNG, RNGS
-
-MAX_SIZE: Final = 16_384  # pixels that SDXL may be told of; no picture is larger
 
 
 def build_request(
@@ -31,6 +31,7 @@ def build_request(
     prompt: str | Sequence[str] | None,
     options: Mapping[str, Any],
     library: LoraLibrary | None = None,
+    refiner: Manifest | None = None,
 ) -> Request:
     """Check the arguments of `Pipeline.__call__` against a bundle's manifest.
 
@@ -39,12 +40,23 @@ def build_request(
         prompt: One text, P texts, or None where a picture alone says what to draw.
         options: See `sdrt.runtime.request.options.DrawOptions`; None stands for what was not given.
         library: Finds LoRAs; without it there are none.
+        refiner: The manifest of the bundle that goes on from ``refine_from``.
 
     Raises:
         UsageError: An argument is unknown, of a wrong type or out of range; the message says what is allowed.
     """
     check_names(options, OPTIONS, "the pipeline")
     given = playable(options, manifest)
+    if given.get("frames") is None and given.get("refine_from") is not None:
+        from sdrt.runtime.request.ensemble import build_ensemble
+
+        recipe_of = {name: options[name] for name in ("refiner", "refiner_sha256") if name in options}
+        return build_ensemble(
+            manifest,
+            refiner,
+            {**given, **recipe_of},
+            lambda of, asked, refines: _one_request(of, prompt, asked, options, library, refines=refines),
+        )
     if given.get("frames") is None:
         return _one_request(manifest, prompt, given, options, library)
     rest = {name: value for name, value in given.items() if name not in OF_FRAMES}
@@ -99,6 +111,8 @@ def _one_request(
     options: Mapping[str, Any],
     as_given: Mapping[str, Any],
     library: LoraLibrary | None,
+    *,
+    refines: bool = False,
 ) -> Request:
     """The request of a call without frames.
 
@@ -108,10 +122,13 @@ def _one_request(
         options: What `playable` leaves of the call's options.
         as_given: The call's options before that: None is no way to leave out what is given back.
         library: See `build_request`.
+        refines: Whether it is the refiner's half of a call: LoRAs are for the base model alone.
     """
     rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
     _check_of_family(manifest, options)
-    picture = None
+    picture, continues = None, None
+    if options.get("denoising_start") is not None:
+        options, continues = with_noisy_latents(manifest, options), Continued()
     if not manifest.record.reads_text:
         from sdrt.runtime.request.variations import image_conditions
 
@@ -125,6 +142,10 @@ def _one_request(
         conditions = prompt_conditions(manifest, "" if prompt is None else prompt, options)
     size, strength = _size_and_strength(manifest, options, picture)
     masked = picture is not None and picture.canvas.mask is not None
+    if masked and options.get("denoising_end") is not None:
+        raise UsageError(
+            "denoising_end and a mask are given: what is kept of a picture is put back when it is clean"
+        )
     request = Request(
         manifest=manifest,
         conditions=conditions.wanted,
@@ -136,15 +157,16 @@ def _one_request(
         sampling=build_sampling(manifest, options, strength),
         rng=rng,
         latents=options.get("latents"),
-        latents_scale=None,
+        latents_scale=None if continues is None else 1.0,
         latents_given=options.get("latents") is not None,
-        sizes=_sizes(manifest, options, size),
+        told=_told(manifest, options, size),
         picture=picture,
         embeddings=checked_digests("embeddings", options.get("embeddings")),
-        loras=image_loras(conditions.tags, options, library),
+        loras=[()] * len(conditions.tags) if refines else image_loras(conditions.tags, options, library),
         lora_partial=bool(options.get("lora_partial")),
         output_type=checked_output_type(as_given.get("output_type", "pil"), masked=masked),
         callbacks=build_callbacks(as_given),
+        continues=continues,
     )
     _check_latents(manifest, request)
     return request
@@ -183,26 +205,17 @@ def _check_of_family(manifest: Manifest, options: Mapping[str, Any]) -> None:
             )
 
 
-def _sizes(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, list[int]]:
-    """What the U-Net is told in pixels, height or top first, with defaults for what was not given."""
-    known = manifest.record.pixel_options
+def _told(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> Told:
+    """What the U-Net is told in numbers, with defaults for what was not given."""
+    known = manifest.record.told_options
     for family in FAMILIES.values():
-        for option in family.pixel_options:
-            name, value = option.name, options.get(option.name)
-            if option not in known and value is not None:
-                raise UsageError(
-                    f"{name} is {value!r}: only {family.title} has it, this bundle is {manifest.family}"
-                )
-    sizes = {}
-    for option in known:
-        name, value = option.name, options.get(option.name)
-        pair = option.usual(size) if value is None else value
-        if isinstance(value, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            raise UsageError(f"{name} is {pair!r}: two whole numbers are wanted, as (height, width)")
-        sizes[name] = [whole(name, entry) for entry in pair]
-        if not all(0 <= entry <= MAX_SIZE for entry in sizes[name]):
-            raise UsageError(f"{name} is {pair!r}: from 0 to {MAX_SIZE} pixels")
-    return sizes
+        for option in family.told_options:
+            for name in option.names if option not in known else ():
+                if (value := options.get(name)) is not None:
+                    raise UsageError(
+                        f"{name} is {value!r}: only {family.title} has it, this bundle is {manifest.family}"
+                    )
+    return {name: value for option in known for name, value in option.read(options, size).items()}
 
 
 def _check_latents(manifest: Manifest, request: Request) -> None:

@@ -39,6 +39,10 @@ def check_ends(
             raise UsageError(f"{name} is {type(end).__name__}: one text is wanted")
     if not manifest.record.reads_text:
         raise UsageError("this bundle draws variations of an image: there are no prompts to go between")
+    if options.get("refine_from") is not None:
+        raise UsageError(
+            "refine_from is given: frames are drawn by one bundle, draw them without the refiner"
+        )
     if options.get("latents") is not None:
         raise UsageError("latents are given: an interpolation makes its own from the seeds")
     if options.get("num_images_per_prompt") not in (None, 1):

@@ -33,7 +33,9 @@ class DrawOptions(CallbackOptions, total=False):
       refused;
     * ``num_images_per_prompt``: K; N = P·K images are drawn, prompt by prompt;
     * ``original_size``, ``crops_coords_top_left``, ``target_size``: height and width, or top and left, of
-      what SDXL is to imitate; by default the picture's size, and (0, 0).
+      what SDXL is to imitate; by default the picture's size, and (0, 0);
+    * ``aesthetic_score``, ``negative_aesthetic_score``: how much people like what SDXL's refiner is to
+      imitate, and what it is to move away from, 0 to 100; by default 6 and 2.5.
 
     From what:
 
@@ -46,7 +48,7 @@ class DrawOptions(CallbackOptions, total=False):
       and generators. For an image-variations or stable-unclip bundle it is what is varied, for an
       instruct-pix2pix one what is edited, for an x4-upscaler one what is enlarged;
     * ``strength``: how much of the schedule is run on the picture, above 0 (nearly all is kept) to 1; by
-      default 0.8, and 1 with a mask;
+      default 0.8 (SDXL's refiner 0.3), and 1 with a mask;
     * ``mask_image``: what of ``image`` is drawn anew: white is, black is kept exactly;
     * ``expand``: pixels that the picture grows by, (left, top, right, bottom); the new area is drawn;
     * ``variation``: the picture is inverted to the noise that it would be drawn from (DDIM inversion), and
@@ -66,6 +68,11 @@ class DrawOptions(CallbackOptions, total=False):
     * ``guidance_interval``: (start, stop) as shares of the steps, outside of which w is 1 (Kynkäänniemi et
       al. 2024), so that only one half runs there;
     * ``guidance_rescale``: phi of Lin et al. 2023, section 3.4, 0 to 1;
+    * ``refine_from``: the share of the schedule, above 0 and below 1, after which the refiner goes on that
+      the pipeline was loaded with. It is asked the same; the picture is decoded by its VAE;
+    * ``denoising_end``, ``denoising_start``: the share of the schedule after which this run ends, with noisy
+      latents, and that which another run did before this one: ``latents`` (or ``image``, as in diffusers)
+      are then what that one ended with. So an ensemble is drawn by two calls;
     * ``sampler``: a name in `sdrt.runtime.samplers.registry.SAMPLERS`, or what A1111 or diffusers call it,
       with a schedule or without (``DPM++ 2M Karras``: `sdrt.runtime.samplers.registry`); by default the
       bundle's;
@@ -108,6 +115,8 @@ class DrawOptions(CallbackOptions, total=False):
     original_size: Sequence[int] | None
     crops_coords_top_left: Sequence[int] | None
     target_size: Sequence[int] | None
+    aesthetic_score: float | None
+    negative_aesthetic_score: float | None
     seed: int | Sequence[int] | None
     rng: Rng
     latents: Any
@@ -122,6 +131,9 @@ class DrawOptions(CallbackOptions, total=False):
     noise_level: int | None
     guidance_interval: Sequence[float] | None
     guidance_rescale: float
+    refine_from: float | None
+    denoising_end: float | None
+    denoising_start: float | None
     sampler: str | None
     karras: bool
     spacing: str | None

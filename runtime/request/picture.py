@@ -19,7 +19,6 @@ from sdrt.runtime.request.sizes import checked_size
 if TYPE_CHECKING:
     from sdrt.runtime.pictures.canvas import Canvas
 
-DEFAULT_STRENGTH: Final = 0.8  # of diffusers' image-to-image pipelines
 DEFAULT_VARIATION: Final = 0.3  # seen on the embedded model: the same thing, drawn otherwise
 PICTURE_OPTIONS: Final = ("strength", "mask_image", "expand", "variation")
 
@@ -112,7 +111,7 @@ def build_picture(manifest: Manifest, options: Mapping[str, Any], *, has_prompt:
     if not has_prompt and variation is None:
         raise UsageError("the prompt is missing: what shall be drawn?")
     canvas, shown = _canvas(manifest, options)
-    strength = _strength(options.get("strength"), masked=masked)
+    strength = _strength(options.get("strength"), 1.0 if masked else manifest.record.strength)
     way = {"strength": strength} if variation is None else {"variation": variation}
     return PictureTask(canvas, strength, variation, {**shown, **way})
 
@@ -229,9 +228,9 @@ def _variation(options: Mapping[str, Any], *, masked: bool, has_prompt: bool) ->
     return share("variation", given)
 
 
-def _strength(given: object, *, masked: bool) -> float:
+def _strength(given: object, default: float) -> float:
     if given is None:
-        return 1.0 if masked else DEFAULT_STRENGTH
+        return default
     strength = number("strength", given)
     if not 0.0 < strength <= 1.0:
         raise UsageError(

@@ -18,14 +18,8 @@ from sdrt.runtime.errors import UsageError
 
 # Nothing is drawn otherwise for them; the model is compared, for another one draws another picture.
 INFORMING: Final = (
-    "backend",
-    "model",
-    "model_sha256",
-    "version",
-    "output_size",
-    "fps",
-    "timings",
-    "lora_hashes",
+    *("backend", "model", "model_sha256", "refiner", "refiner_sha256"),
+    *("version", "output_size", "fps", "timings", "lora_hashes"),
 )
 # What must be there, and the same, for the picture to be the same.
 CHECKED: Final = ("image_sha256", "mask_sha256", "embeddings", "lora_sha256", "interrupted_after_step")
@@ -41,21 +35,18 @@ class RecipeWarning(UserWarning):
     """A recipe is drawn by another model than the one that it is of."""
 
 
+def is_recipe(options: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a call are a recipe: all that its picture was drawn with."""
+    return options.get("version") is not None
+
+
 def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     """The arguments of a call without what only informs. A recipe says all LoRAs that it was drawn with.
 
     Raises:
         UsageError: Something that the recipe was drawn from is missing, or it is of an unfinished picture.
     """
-    digest, own = options.get("model_sha256"), manifest.provenance.get("source_sha256")
-    if digest and own and digest != own:
-        here, there = manifest.provenance.get("source", "unknown"), options.get("model", "unknown")
-        warnings.warn(
-            f"the recipe is of the model {there} (SHA-256 {str(digest)[:12]}…), and this bundle is of {here} "
-            f"({str(own)[:12]}…): the picture will be another",
-            RecipeWarning,
-            stacklevel=2,
-        )
+    warn_of_another_model(options, manifest)
     unfinished = options.get("interrupted_after_step")
     if unfinished is not None:
         raise UsageError(
@@ -71,7 +62,26 @@ def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
                 f"{str(options[field])[:12]}…): give it as {name}"
             )
     found = {name: value for name, value in options.items() if value is not None and name not in INFORMING}
-    return {"loras": {}, **found} if options.get("version") is not None else found
+    return {"loras": {}, **found} if is_recipe(options) else found
+
+
+def warn_of_another_model(options: Mapping[str, Any], manifest: Manifest, role: str = "model") -> None:
+    """Warn where a recipe is of another model than the bundle's.
+
+    Args:
+        options: The recipe's fields.
+        manifest: The bundle's.
+        role: ``model``, or ``refiner`` for the second of an ensemble.
+    """
+    digest, own = options.get(f"{role}_sha256"), manifest.provenance.get("source_sha256")
+    if digest and own and digest != own:
+        here, there = manifest.provenance.get("source", "unknown"), options.get(role, "unknown")
+        warnings.warn(
+            f"the recipe is of the {role} {there} (SHA-256 {str(digest)[:12]}…), and this bundle is of "
+            f"{here} ({str(own)[:12]}…): the picture will be another",
+            RecipeWarning,
+            stacklevel=3,
+        )
 
 
 def pixels_sha256(pixels: NDArray[Any]) -> str:
@@ -133,6 +143,24 @@ def check_lora(name: str, digest: str, wanted: Mapping[str, Any]) -> None:
         raise UsageError(
             f"the LoRA {name[:200]!r} is not the one that the recipe was drawn with (a file with SHA-256 "
             f"{digest[:12]}…, not {str(wanted[name])[:12]}…): give that one, or leave lora_sha256 out"
+        )
+
+
+def refuse_missing_lora(name: str, wanted: Mapping[str, Any]) -> None:
+    """Refuse to draw a recipe without a LoRA that it was drawn with, and of which nobody says where it is.
+
+    Args:
+        name: The LoRA's, as the recipe's prompt has it.
+        wanted: What `checked_digests` gave.
+
+    Raises:
+        UsageError: The recipe was drawn with it.
+    """
+    if name in wanted:
+        raise UsageError(
+            f"the recipe's LoRA {name[:99]!r} (a file with SHA-256 {str(wanted[name])[:12]}…) is not loaded: "
+            "give the folder where it lies (--lora-dir DIR, Pipeline.load(lora_dir=…)), or load its file "
+            "under this name (load_lora_weights)"
         )
 
 

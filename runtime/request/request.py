@@ -8,6 +8,7 @@ from typing import Any, Final, Unpack
 
 import numpy as np
 
+from sdrt.runtime.bundle.families.told import Told
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.request.loras import LoraSet, LoraUse, lora_recipe
 from sdrt.runtime.request.output import (
@@ -17,12 +18,25 @@ from sdrt.runtime.request.output import (
     OutputType,
     build_callbacks,
 )
-from sdrt.runtime.request.picture import PictureTask
+from sdrt.runtime.request.picture import PictureTask, draws_at_start
 from sdrt.runtime.request.recipes import GIVEN
 from sdrt.runtime.request.sampling import Sampling
 from sdrt.runtime.samplers.noise import Rng
 
 _DLPACK_CPU: Final = 1  # kDLCPU of dlpack.h: a tensor in main memory, such as PyTorch's on the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """A run that another one goes on from.
+
+    Attributes:
+        draws: What it took of each image's stream of noise.
+        rows: How many rows it ran.
+    """
+
+    draws: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,13 +59,16 @@ class Request:
         latents: Noise that was given: a NumPy array or device array; None for noise from the seeds.
         latents_scale: What ``latents`` are multiplied with to be x; None for the table's own.
         latents_given: Whether the caller brought them.
-        sizes: What the U-Net is told in pixels, such as SDXL's original_size; else empty.
+        told: What the U-Net is told in numbers, such as SDXL's original_size; else empty.
         picture: What the run starts from, if that is a picture.
         embeddings: Textual inversions that must be loaded, name → SHA-256 of the file.
         loras: The LoRAs of each image, read.
         lora_partial: Whether what has no place in the model was left out of them.
         output_type: What is given back.
         callbacks: The caller's functions.
+        continues: Another run, which left ``latents`` as they are for this one; None for a run of its own.
+        refinement: What a second bundle, the refiner, draws of the latents that this one ends with; without
+            latents and callbacks yet, which it gets from here.
     """
 
     manifest: Manifest = field(repr=False)
@@ -66,13 +83,25 @@ class Request:
     latents: Any
     latents_scale: float | None
     latents_given: bool
-    sizes: dict[str, list[int]]
+    told: Told
     picture: PictureTask | None
     embeddings: Mapping[str, Any]
     loras: list[tuple[LoraUse, ...]] = field(repr=False)
     lora_partial: bool
     output_type: OutputType
     callbacks: Callbacks
+    continues: Continued | None = None
+    refinement: Request | None = None
+
+    @property
+    def draws_at_start(self) -> tuple[str, ...]:
+        """See `sdrt.runtime.request.picture.draws_at_start`; a run that continues another draws nothing."""
+        return () if self.continues is not None else draws_at_start(self.picture, self.manifest)
+
+    @property
+    def first_draw(self) -> int:
+        """The number of the first row's draw in each image's stream."""
+        return len(self.draws_at_start) if self.continues is None else self.continues.draws
 
     @property
     def guided(self) -> bool:
@@ -123,7 +152,7 @@ class Request:
             "width": self.width,
             **self.sampling.recipe,
             "rng": self.rng,
-            **self.sizes,
+            **self.told,
             **({} if self.picture is None else self.picture.recipe),
         }
         if self.latents_given:

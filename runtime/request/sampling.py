@@ -15,6 +15,7 @@ from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import flag, number, share, whole
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.options import OPTIONS
+from sdrt.runtime.request.schedule_part import build_part
 from sdrt.runtime.samplers.guidance import MAX_GUIDANCE_SCALE, guidance_weights
 from sdrt.runtime.samplers.registry import SAMPLERS, find_sampler, first_step, make_table
 from sdrt.runtime.samplers.schedule import NoiseSchedule
@@ -75,7 +76,12 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     chosen = _sampler_options(sampler, options, inherited, karras=karras, eta=eta)
     steps = _steps(manifest, chosen, options.get("num_inference_steps"))
     start = 0 if strength is None else first_step(steps, strength)
-    table = make_table(sampler, manifest.schedule, steps, chosen, start=start, karras=karras)
+    part = build_part(options)
+    table, counted = part.cut(
+        lambda first: make_table(sampler, manifest.schedule, steps, chosen, start=first, karras=karras),
+        manifest.schedule,
+        start,
+    )
     if len(table) > MAX_ROWS:
         raise UsageError(
             f"num_inference_steps is {steps}, which is {len(table)} evaluations of the unet with "
@@ -87,7 +93,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     embeds_guidance = manifest.components["unet"].spec.input(TIMESTEP_COND) is not None
     rescale = share("guidance_rescale", options.get("guidance_rescale", 0.0))
     guided = (0.0, 1.0) if interval is None else interval
-    weights = guidance_weights(table, 1.0 if embeds_guidance else scale, guided)
+    weights = _weights(table, counted, 1.0 if embeds_guidance else scale, guided)
     image_guidance = _image_guidance(manifest, options.get(IMAGE_GUIDANCE_SCALE))
     recipe = {
         "num_inference_steps": steps,
@@ -99,6 +105,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         **_beyond_usual(chosen, inherited),
         **({} if interval is None else {"guidance_interval": _plain(interval)}),
         **({"guidance_rescale": rescale} if rescale else {}),
+        **part.recipe,
     }
     return Sampling(
         table=table,
@@ -109,6 +116,17 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         embedded_guidance=_embedded(table, scale, interval, rescale) if embeds_guidance else None,
         recipe=recipe,
     )
+
+
+def _weights(
+    table: SamplerTable, counted: SamplerTable, scale: float | list[float], interval: Any
+) -> NDArray[np.float64]:
+    """w of each row of a part of the schedule, as in the run that ``counted`` is."""
+    weights = guidance_weights(counted, scale, interval)
+    if counted is table:
+        return weights
+    of_step = dict(zip((counted.start + counted.steps).tolist(), weights, strict=True))
+    return np.array([of_step[step] for step in (table.start + table.steps).tolist()])
 
 
 def _with_implied(options: Mapping[str, Any], implied: Mapping[str, str]) -> Mapping[str, Any]:

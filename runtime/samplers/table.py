@@ -84,6 +84,18 @@ class SamplerTable:
         for array in (self.timesteps, self.rows, self.steps):
             array.setflags(write=False)
 
+    def first(self, steps: int) -> SamplerTable:
+        """The table of its first steps alone; what they end with has the noise of the step that follows."""
+        count = int(np.searchsorted(self.steps, steps))
+        return replace(
+            self, timesteps=self.timesteps[:count], rows=self.rows[:count], steps=self.steps[:count]
+        )
+
+    def steps_above(self, timestep: float) -> int:
+        """How many of its steps begin at that timestep or above it."""
+        begins = self.timesteps[np.searchsorted(self.steps, np.arange(self.steps[-1] + 1))]
+        return int(np.count_nonzero(begins >= timestep))
+
     def __len__(self) -> int:
         """How often the model is called, each time with both halves under guidance."""
         return len(self.timesteps)

@@ -144,6 +144,9 @@ def _vectors(
 
 
 def _names(file: Path, tensors: Mapping[str, Any], family: Family) -> Sequence[str]:
+    own = _keys(family)
+    if all(own) and set(own) <= set(tensors):
+        return own
     others = [one for one in FAMILIES.values() if len(one.encoders) > 1]
     meant = next((one for one in others if set(_keys(one)) <= set(tensors)), None)
     wanted = family if len(family.encoders) > 1 else None
@@ -153,8 +156,6 @@ def _names(file: Path, tensors: Mapping[str, Any], family: Family) -> Sequence[s
             f"{wanted.title}, with {_count(len(wanted.encoders))} of them" if wanted else "one text encoder"
         )
         raise UsageError(f"{file} is for {given}, this model is of {needed}: another embedding is needed")
-    if wanted:
-        return _keys(wanted)
     if WEBUI in tensors:
         return (WEBUI,)
     if len(tensors) != 1:

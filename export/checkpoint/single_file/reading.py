@@ -44,8 +44,8 @@ class Reading:
         index: ``model_index.json``.
         configs: Folder of a network → its ``config.json``.
         scheduler: ``scheduler_config.json``.
-        prefixes: Folder of a network → where its tensors' names begin, otherwise than usual.
         line: All of that for people, in one line.
+        names: What says that it was distilled to few steps, if anything does.
         published: Whether the configurations are ours, of a published kind.
     """
 
@@ -54,8 +54,8 @@ class Reading:
     index: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
-    prefixes: Mapping[str, tuple[str, ...]]
     line: str
+    names: tuple[str, ...]
     published: bool
 
 
@@ -83,9 +83,7 @@ def read_single_file(header: Header, overrides: Overrides) -> Reading:
     told = _told(header, overrides)
     kind, why = _kind(header, told.overrides)
     base = FOLDER / kind.base
-    index = read_json(base / INDEX_FILE, limit=MAX_CONFIG_BYTES)
-    if kind.pipeline:
-        index["_class_name"] = kind.pipeline
+    index = read_json(base / INDEX_FILE, limit=MAX_CONFIG_BYTES) | dict(kind.index)
     family = pipeline_family(base, index)
     configs = _configs(base, family)
     configs["unet"] |= {**kind.unet, **_guidance(header)}
@@ -94,7 +92,9 @@ def read_single_file(header: Header, overrides: Overrides) -> Reading:
     scheduler = with_overrides(scheduler, told.overrides)
     words = f"{kind.words}{why}"
     line = _line(header, words, scheduler, told)
-    return Reading(base, family, index, configs, scheduler, kind.prefixes, line, published=True)
+    # The kind has the last word: a file that the user takes for another is not told by its name.
+    names = (f"{kind.name}, {header.path.stem}",) if kind.hints else ()
+    return Reading(base, family, index, configs, scheduler, line, names, published=True)
 
 
 def _by_config(header: Header, base: Path, overrides: Overrides) -> Reading:
@@ -105,7 +105,8 @@ def _by_config(header: Header, base: Path, overrides: Overrides) -> Reading:
     scheduler = with_overrides(scheduler_in(base, index), overrides)
     words = f"{family.record.title} by --config {base.resolve().name}"
     line = _line(header, words, scheduler, _Told(overrides))
-    return Reading(base, family, index, _configs(base, family), scheduler, {}, line, published=False)
+    names = (header.path.stem,)
+    return Reading(base, family, index, _configs(base, family), scheduler, line, names, published=False)
 
 
 def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:

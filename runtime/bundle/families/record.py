@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
+from sdrt.runtime.bundle.families.told import ToldOption
+
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16")
 
@@ -131,23 +133,6 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
-class PixelOption:
-    """An option of a request that the U-Net is told: two numbers of pixels, those of the height first.
-
-    Attributes:
-        name: The option's.
-        of_picture: Whether it is the picture's size where it is not given; otherwise it is (0, 0).
-    """
-
-    name: str
-    of_picture: bool = True
-
-    def usual(self, size: tuple[int, int]) -> tuple[int, int]:
-        """What it is for a picture of that size where it is not given."""
-        return size if self.of_picture else (0, 0)
-
-
-@dataclass(frozen=True, slots=True)
 class Family:
     """One model family.
 
@@ -157,11 +142,14 @@ class Family:
         components: By name, in the order in which they are exported.
         encoders: What texts or a picture become, in the order in which they stand side by side. Either all
             have a tokenizer, or a single one reads a picture.
-        pixels: Input of the U-Net, float [rows, 2·n] → the n options whose numbers it is told.
+        told: Input of the U-Net, float [rows, n] → the options whose n numbers it is told.
         without: Options of a request that it has no use for, so that a request with one is refused.
         spare: Components that only some drawings need.
         zeros_for_no_text: Whether its checkpoints say if a negative prompt that was not given is zeros in
             place of the empty text's embeddings.
+        strength: The share of the schedule that is run on a given picture where a request does not say it.
+        refines: Families whose latents it draws on with, as the second of an ensemble of denoisers; each does
+            those of its own.
         guided_rows: Rows of the U-Net's batch that a guided picture takes, the one of nothing first and that
             of all that is wanted last: 2, or 3 where a given picture guides beside the text.
         picture_input: Input of the U-Net that the given picture becomes. A request must have one, and what is
@@ -177,10 +165,12 @@ class Family:
     title: str
     components: Mapping[str, ComponentSpec]
     encoders: tuple[Encoder, ...]
-    pixels: Mapping[str, tuple[PixelOption, ...]] = field(default_factory=dict)
+    told: Mapping[str, tuple[ToldOption, ...]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     spare: frozenset[str] = frozenset({"vae_encoder"})
     zeros_for_no_text: bool = False
+    strength: float = 0.8
+    refines: tuple[str, ...] = ()
     guided_rows: int = 2
     picture_input: str = ""
     picture_blank: bool = True
@@ -204,9 +194,9 @@ class Family:
         return tuple(name for name in self.components if name not in self.spare)
 
     @property
-    def pixel_options(self) -> tuple[PixelOption, ...]:
-        """Every option of `pixels`, in the order in which the U-Net is told them."""
-        return tuple(option for options in self.pixels.values() for option in options)
+    def told_options(self) -> tuple[ToldOption, ...]:
+        """Every option of `told`, in the order in which the U-Net is told them."""
+        return tuple(option for options in self.told.values() for option in options)
 
     def sources(self, name: str) -> tuple[tuple[int, str], ...]:
         """What gives an input of the U-Net: numbers of encoders, and their outputs."""

@@ -90,7 +90,7 @@ BAD: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "a refiner": (
         lambda path: edit(path / UNET, projection_class_embeddings_input_dim=PROJECTION + 5 * TIME_WIDTH),
-        ("projection_class_embeddings_input_dim is 52", "six time ids give 60"),
+        ("projection_class_embeddings_input_dim is 52", "6 time ids give 60"),
     ),
     "no projection": (lambda path: edit(path / SECOND, projection_dim=None), ("projection_dim is None",)),
     "lengths": (

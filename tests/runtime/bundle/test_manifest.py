@@ -257,7 +257,11 @@ def nested(depth: int) -> dict[str, Any]:
         (("defaults", "guidance_scale"), float("inf"), "Infinity is no finite number"),
         (("defaults", "guidance_scale"), 10**400, "not a finite number"),
         (("family",), "sdxl", "text_embeds, time_ids"),
-        (("family",), "flux", "family 'flux', this sdrt draws sd, sdxl, image-variations: upgrade"),
+        (
+            ("family",),
+            "flux",
+            "family 'flux', this sdrt draws sd, sdxl, sdxl-refiner, image-variations: upgrade",
+        ),
         (("components", "text_encoder", "inputs", 1, "shape", 2), 24, "custom_embeddings are as wide"),
         (("components", "text_encoder", "inputs", 2, "dtype"), "int32", "clip_skip is int32[1]"),
         (

@@ -221,7 +221,10 @@ def with_another_graph(bundle: Path) -> None:
     ("damage", "words"),
     [
         (unlisted, "unet/model.onnx.data is not in the manifest"),
-        (of_another_family, "family 'flux', this sdrt draws sd, sdxl, image-variations: upgrade sdrt"),
+        (
+            of_another_family,
+            "family 'flux', this sdrt draws sd, sdxl, sdxl-refiner, image-variations: upgrade sdrt",
+        ),
         (with_another_graph, "is not the graph that the manifest describes: sample should be float32"),
         (missing, "unet/model.onnx.data is missing"),
         (truncated, "unet/model.onnx.data has 1000 bytes, the manifest says"),

@@ -166,6 +166,7 @@ def single_file_tensors(
 
 SD1 = {"unet": UNET, "vae": VAE, "text_encoder": CLIP}
 SD2 = {"unet": UNET, "vae": VAE, "text_encoder": OPEN_CLIP}
+REFINER = {"unet": UNET, "vae": VAE, "text_encoder_2": "conditioner.embedders.0.model."}
 SDXL = {"unet": UNET, "vae": VAE, "text_encoder": XL_CLIP, "text_encoder_2": XL_OPEN_CLIP}
 
 

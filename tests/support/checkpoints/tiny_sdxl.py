@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from support.checkpoints.tiny_variants import TWO_TEXTS, write_model_index
@@ -88,4 +89,37 @@ def write_tiny_sdxl_checkpoint(folder: Path) -> None:
         scheduler="EulerDiscreteScheduler",
         encoders=TWO_TEXTS,
         force_zeros_for_empty_prompt=True,
+    )
+
+
+def write_tiny_refiner_checkpoint(folder: Path, tiny: Path) -> None:
+    """SDXL's refiner of a tiny base: the second text encoder alone, and a U-Net that is told a score.
+
+    Args:
+        folder: To be made.
+        tiny: Of `write_tiny_sdxl_checkpoint`.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(tiny, folder)
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / name)
+    torch.manual_seed(3)
+    config = UNet2DConditionModel.load_config(tiny / "unet")
+    own = {
+        "cross_attention_dim": WIDTHS[1],
+        "projection_class_embeddings_input_dim": PROJECTION + 5 * TIME_WIDTH,
+    }
+    unet = UNet2DConditionModel.from_config({**config, **own})
+    unet.half().save_pretrained(folder / "unet", safe_serialization=True)
+    write_model_index(
+        folder,
+        "StableDiffusionXLImg2ImgPipeline",
+        scheduler="EulerDiscreteScheduler",
+        encoders={name: kind for name, kind in TWO_TEXTS.items() if name.endswith("_2")},
+        text_encoder=[None, None],
+        tokenizer=[None, None],
+        force_zeros_for_empty_prompt=False,
+        requires_aesthetics_score=True,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints.ldm_names import SD1, SD2, SDXL, UNET
+from support.checkpoints.ldm_names import REFINER, SD1, SD2, SDXL, UNET
 from support.checkpoints.published import CONFIGS
 from support.checkpoints.published_headers import Shapes, ldm_shapes, network_shapes, write_header
 
@@ -28,7 +29,9 @@ BESIDE: Mapping[str, Shapes] = {
 
 def shapes_of(published: str, unet: str = "{}") -> Shapes:
     """A published model's tensors in LDM's names."""
-    if "text_encoder_2/config.json" in CONFIGS[published]:
+    if unet == REFINER_UNET:
+        prefixes, open_clip = REFINER, ("text_encoder_2",)
+    elif "text_encoder_2/config.json" in CONFIGS[published]:
         prefixes, open_clip = SDXL, ("text_encoder_2",)
     elif published.startswith("sd-2"):
         prefixes, open_clip = SD2, ("text_encoder",)
@@ -46,6 +49,20 @@ def shapes_of(published: str, unet: str = "{}") -> Shapes:
 
 def read(file: Path, **overrides: Any) -> Assembly:
     return assembly_of(Parts(str(file), overrides=Overrides(**overrides)))
+
+
+# SDXL's refiner, as published; all else of it is the base's.
+REFINER_UNET = json.dumps(
+    {
+        "block_out_channels": [384, 768, 1536, 1536],
+        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+        "attention_head_dim": [6, 12, 24, 24],
+        "transformer_layers_per_block": 4,
+        "cross_attention_dim": 1280,
+        "projection_class_embeddings_input_dim": 2560,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,7 @@ CASES = {
     "SDXL Turbo": Case(XL, "SDXL Turbo (by its name)", EULER_A, TRAILING, file="sd_xl_turbo_1.0_fp16"),
     "SDXL Lightning": Case(XL, "SDXL Lightning", EULER, TRAILING, file="sdxl_lightning_4step"),
     "SDXL LCM": Case(XL, "SDXL, a latent c", LCM, EPSILON, unet='{"time_cond_proj_dim": 256}'),
+    "refiner": Case(XL, "is the SDXL refiner, predicts epsilon", EULER, EPSILON, unet=REFINER_UNET),
     "Playground": Case(XL, "Playground 2.5", "EDMDPMSolverMultistepScheduler", EPSILON, beside="edm"),
     "CosXL": Case(XL, "CosXL", "EDMEulerScheduler", V, beside="cosxl"),
 }
@@ -160,10 +178,6 @@ def test_fp8_and_ema_copies_are_said(tmp_path: Path) -> None:
     assert assembly.line.endswith("fp8 (F8_E4M3), widened to fp16, its EMA copies left out")
 
 
-REFINER = {
-    f"{UNET}input_blocks.0.0.weight": (384, 4, 3, 3),
-    f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280),
-}
 FIRST, KEYS = (
     f"{UNET}input_blocks.0.0.weight",
     f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
@@ -173,7 +187,6 @@ FIRST, KEYS = (
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        (REFINER, "is the SDXL refiner: a second pass"),
         ({FIRST: (320, 8, 3, 3), KEYS: (320, 768)}, "is InstructPix2Pix: not supported"),
         ({FIRST: (320, 5, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion 2 depth: not supported"),
         ({FIRST: (256, 7, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion x4 upscaler"),
