@@ -171,7 +171,7 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         config = read.configs[folder]
         if folder in parts.others:
             found[folder] = _brought(network, parts.others[folder], config)
-        elif names := names_in(header.tensors, folder, read.prefixes.get(folder)):
+        elif names := names_in(header.tensors, folder, read.family.folders):
             check_storage(header, names.values())
             found[folder] = FilePart(network, header, names, config)
         else:
@@ -194,7 +194,7 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         tokenizers={name: read.base / name for name in folders if name not in own},
         linked=own,
         names=(*few, *read.names),
-        line=read.line,
+        line=", ".join([read.line, *_brought_words(parts)]),
         hint=""
         if not read.published
         else "its sizes are not the published ones: --config FOLDER gives its own",
@@ -226,8 +226,9 @@ def _of_folder(base: Path, parts: Parts) -> Assembly:
         documents[INDEX_FILE] = _index(index, family, parts.others, documents.get(SCHEDULER_FILE))
     written = {name.partition("/")[0] for name in documents} | found.keys()
     linked = sorted(entry.name for entry in base.iterdir() if entry.name not in written)
+    words = [*_variant_words(found), *_override_words(overrides), *_brought_words(parts)]
+    line = ", ".join([f"{base.resolve().name} is a {index['_class_name']}", *words]) if words else ""
     names = (*few, *names_of(base, parts.model, (index,))) if few else None
-    line = _variants(found)
     return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), names, line)
 
 
@@ -248,11 +249,23 @@ def _few_steps(parts: Parts, scheduler: Mapping[str, Any]) -> tuple[tuple[str, .
     return (name,), {**scheduler, **wanted}
 
 
-def _variants(parts: Mapping[str, Part]) -> str:
-    """A line about networks whose weights are there as a variant alone; empty where none is."""
-    given = {folder: part.variant for folder, part in parts.items() if isinstance(part, FolderPart)}
-    words = ", ".join(f"{folder} has the variant {name}" for folder, name in given.items() if name)
-    return words and f"only variants of weights are there, and read: {words}"
+def _variant_words(parts: Mapping[str, Part]) -> Iterator[str]:
+    """About networks whose weights are there as a variant alone."""
+    for folder, part in parts.items():
+        if isinstance(part, FolderPart) and part.variant:
+            yield f"{folder} has the variant {part.variant} alone"
+
+
+def _override_words(overrides: Overrides) -> Iterator[str]:
+    if overrides.prediction_type:
+        yield f"predicts {overrides.prediction_type} (--prediction-type)"
+    if overrides.zero_snr:
+        yield "zero terminal SNR (--zero-snr)"
+
+
+def _brought_words(parts: Parts) -> Iterator[str]:
+    for folder, place in parts.others.items():
+        yield f"{WORDS[folder]} of {place.resolve().name}"
 
 
 def _brought(network: Network, place: Path, config: Mapping[str, Any]) -> Part:
@@ -302,8 +315,10 @@ def _check_options(parts: Parts, family: CheckpointFamily) -> None:
 
 
 def _lacking(path: Path, missing: Sequence[str]) -> CheckpointError:
-    words = " and ".join(f"no {WORDS[folder]}" for folder in missing)
-    options = " ".join(f"{OPTIONS[folder]} FILE|FOLDER" for folder in missing if folder in OPTIONS)
+    words = " and ".join(f"no {WORDS.get(folder, folder)}" for folder in missing)
+    if not OPTIONS.keys() >= set(missing):
+        return CheckpointError(f"{path} has {words}: give such a model as a folder in the diffusers format")
+    options = " ".join(f"{OPTIONS[folder]} FILE|FOLDER" for folder in missing)
     return CheckpointError(f"{path} has {words}: bring what is missing with {options}")
 
 

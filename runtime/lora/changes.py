@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-_BLOCK: Final = 1 << 20  # elements of a float64 product at once
+# Of one tile: multiplications that no build of OpenBLAS shares out among threads, which would wait for each
+# other while several tensors are merged, and with which the last bit would depend on their number.
+_TILE_WORK: Final = 1 << 18
+_TILE_WIDTH: Final = 128  # columns; half of them of large ranks, whose tiles would be too flat
 
 
 class Change(Protocol):
@@ -50,7 +53,7 @@ class Scaled:
 
     def added(self, base: Floats, weight: float) -> Floats:
         """See `Change`."""
-        return _times(self.product.numbers(base), self.scale * weight)
+        return self.product.numbers(base) * np.float32(self.scale * weight)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,11 +176,8 @@ class Decomposed:
             np.float32
         )
         changed -= base
-        return _times(changed, weight)
-
-
-def _times(numbers: Floats, factor: float) -> Floats:
-    return numbers * np.float32(factor)
+        changed *= np.float32(weight)
+        return changed
 
 
 def _spread(matrix: Floats) -> tuple[int, int, int, int]:
@@ -187,16 +187,20 @@ def _spread(matrix: Floats) -> tuple[int, int, int, int]:
 def _matrix_product(left: Floats, right: Floats, base: Floats) -> Floats:
     """``left @ right`` in the shape of ``base``, and for a matrix in its order in memory."""
     if base.ndim == 2 and base.flags.f_contiguous:
-        return _blocks(right.T, left.T).T
-    return _blocks(left, right).reshape(base.shape)
+        return _tiles(right.T, left.T).T
+    return _tiles(left, right).reshape(base.shape)
 
 
-def _blocks(left: NDArray[Any], right: NDArray[Any]) -> Floats:
-    """A product, some rows at a time."""
-    rows, columns = left.shape[0], right.shape[1]
+def _tiles(left: NDArray[Any], right: NDArray[Any]) -> Floats:
+    """A product of matrices, tile by tile."""
+    (rows, rank), columns = left.shape, right.shape[1]
     wide_left, wide_right = left.astype(np.float64, order="C"), right.astype(np.float64, order="C")
     product = np.empty((rows, columns), np.float32)
-    step = max(1, _BLOCK // columns)
-    for start in range(0, rows, step):
-        product[start : start + step] = wide_left[start : start + step] @ wide_right
+    width = _TILE_WIDTH if rank * _TILE_WIDTH**2 <= 2 * _TILE_WORK else _TILE_WIDTH // 2
+    height = max(1, _TILE_WORK // (rank * width))
+    for column in range(0, columns, width):
+        factor = np.ascontiguousarray(wide_right[:, column : column + width])
+        for row in range(0, rows, height):
+            tile = wide_left[row : row + height] @ factor
+            product[row : row + height, column : column + width] = tile
     return product

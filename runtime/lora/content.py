@@ -106,7 +106,7 @@ def _tensors(file: Path, content: bytes) -> Tensors:
     with library_errors(UsageError, f"{file} is no safetensors file, or damaged"):
         entries = deserialize(content)
     tensors = {}
-    for name, entry in entries:
+    for name, entry in sorted(entries, key=lambda named: named[0]):  # the library gives no order
         numbers = _numbers(file, name, entry["dtype"], entry["data"])
         if not np.isfinite(numbers).all():
             raise UsageError(f"{file}: the tensor {name!r} holds NaN or infinity, so the LoRA cannot be used")

@@ -112,11 +112,12 @@ def _merged(bundle: Bundle, stored: StoredWeights, job: _Job, changes: Changes) 
     inside = np.ascontiguousarray(total.transpose(holder.permutation)).reshape(holder.shape)
     rounded = _rounded(inside, "float32" if WEIGHT_STORAGE in holder.passes else dtype)
     largest = max(float(inside.max()), -float(inside.min())) if inside.size else 0.0
-    limit = float(np.finfo(np.float16 if rounded.dtype == np.float16 else np.float32).max)
+    kind = np.float16 if rounded.dtype == np.float16 else np.float32  # bfloat16 has float32's range
+    limit = float(np.finfo(kind).max)
     if not largest <= limit:
         raise UsageError(
-            f"with this LoRA {key.tensor} of the {key.folder} reaches {largest:g}, and the bundle's "
-            f"{dtype} holds {limit:g}: give it a smaller weight"
+            f"with this LoRA {key.tensor} of the {key.folder} reaches {largest:g}, and {kind.__name__} "
+            f"holds {limit:g}: give it a smaller weight"
         )
     return rounded
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.runtime.bundle.families.depth import DEPTH_MAP
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.picture import picture_recipe
-
-DEPTH_MAP: Final = "depth_map"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +50,13 @@ def build_depth(manifest: Manifest, options: Mapping[str, Any]) -> DepthMap | No
     """Read what a call gives as depth map; None for a bundle that reads none.
 
     Raises:
-        UsageError: It is missing, cannot be read, or the bundle has no use for it or for what is beside it.
+        UsageError: It is missing, or cannot be read.
     """
-    given = options.get(DEPTH_MAP)
     if not manifest.reads_depth:
-        if given is not None:
-            raise UsageError(f"depth_map is given, and this bundle is {manifest.family}: it reads none")
         return None
+    given = options.get(DEPTH_MAP)
     if given is None:
         raise UsageError("this bundle draws with depth maps: it needs a depth_map (--depth FILE)")
-    for name in manifest.record.without:
-        if options.get(name) is not None:
-            raise UsageError(f"{name} is given: {manifest.record.title} draws without it")
     from sdrt.runtime.pictures.reading import read_levels
 
     levels = read_levels(given, DEPTH_MAP)

@@ -7,7 +7,7 @@ have. They are turned into diffusers' by diffusers' own functions.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -42,21 +42,22 @@ _LAYER: Final = re.compile(r"transformer\.resblocks\.(\d+)\..*")
 
 
 def names_in(
-    names: Collection[str], folder: str, prefixes: Iterable[str] | None = None, *, alone: bool = False
+    names: Collection[str], folder: str, folders: Collection[str] = (), *, alone: bool = False
 ) -> dict[str, str]:
     """The tensors of one network in a file.
 
     Args:
         names: Of all its tensors.
         folder: Of the network in diffusers' format.
-        prefixes: With one of which they begin; by default those of `PREFIXES`.
+        folders: Of all networks of its family. SDXL's refiner has its only text encoder in the place of the
+            base's first one.
         alone: Whether the file may be the network's own, whose names have no prefix.
 
     Returns:
         Name without the prefix → name; empty where the network is not there.
     """
-    found = [*(PREFIXES.get(folder, ()) if prefixes is None else prefixes), *([""] if alone else [])]
-    for prefix in found:
+    only = folder == "text_encoder_2" and bool(folders) and "text_encoder" not in folders
+    for prefix in (*PREFIXES.get("text_encoder" if only else folder, ()), *([""] if alone else [])):
         inner = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
         if folder in _MARKS and any(_MARKS[folder].fullmatch(name) for name in inner):
             return {short: name for short, name in inner.items() if not _BESIDE.fullmatch(short)}
@@ -119,7 +120,7 @@ def _text_encoder(folder: str, tensors: Mapping[str, Any], config: Mapping[str, 
 
         inner = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
         # Stable Diffusion 2 reads the state before the last layer: diffusers' text encoder has one less.
-        last = str(config.get("num_hidden_layers"))
+        last = str(config.get("num_hidden_layers")) if folder == "text_encoder" else ""
         kept = {
             name: tensor
             for name, tensor in inner.items()

@@ -13,6 +13,8 @@ from sdrt.runtime.bundle.families.components import DEPTH, unet
 from sdrt.runtime.bundle.families.record import FLOAT, TensorSpec
 from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
 
+DEPTH_MAP: Final = "depth_map"
+
 _UNET: Final = unet(
     TensorSpec(
         DEPTH,
@@ -29,4 +31,5 @@ STABLE_DIFFUSION_DEPTH: Final = replace(
     title="Stable Diffusion with depth maps",
     components={**STABLE_DIFFUSION.components, _UNET.name: _UNET},
     without=("mask_image", "expand"),  # of a canvas that the map does not cover
+    own=(DEPTH_MAP,),
 )

@@ -185,8 +185,11 @@ def test_a_loop_that_stays_loaded(pipeline: Pipeline, capsys: pytest.CaptureFixt
         ({"depth_map": np.full((8, 8), np.nan)}, "depth_map holds NaN"),
         ({"depth_map": "missing.png"}, "depth_map missing.png does not exist"),
         ({"depth_map": 3}, "depth_map is int: a path"),
-        ({"depth_map": np.eye(8), "image": picture(), "expand": (8, 0, 0, 0)}, "draws without it"),
-        ({"depth_map": np.eye(8), "image": picture(), "mask_image": picture()}, "draws without it"),
+        (
+            {"depth_map": np.eye(8), "image": picture(), "expand": (8, 0, 0, 0)},
+            "expand is given: a bundle of",
+        ),
+        ({"depth_map": np.eye(8), "image": picture(), "mask_image": picture()}, "has no such thing"),
     ],
 )
 def test_what_is_refused(pipeline: Pipeline, options: dict[str, Any], words: str) -> None:
@@ -195,5 +198,5 @@ def test_what_is_refused(pipeline: Pipeline, options: dict[str, Any], words: str
 
 
 def test_other_bundles_have_no_use_for_it(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="depth_map is given, and this bundle is sd: it reads none"):
+    with pytest.raises(UsageError, match="only Stable Diffusion with depth maps have it, this bundle is sd"):
         opened(tiny_bundle).request("a", depth_map=np.eye(8))

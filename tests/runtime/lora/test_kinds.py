@@ -165,12 +165,12 @@ def test_dora_as_lycoris_writes_it(tmp_path: Path, layer: str, axis: int) -> Non
 def test_dora_is_as_peft_merges_it(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
-    linear = torch.nn.ModuleDict({"mid": torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 12)})})
-    linear.mid.to_q.weight.data = torch.from_numpy(base_of(LINEAR))
+    linear = torch.nn.Linear(8, 12)
+    linear.weight.data = torch.from_numpy(base_of(LINEAR))
+    network = torch.nn.ModuleDict({"mid": torch.nn.ModuleDict({"to_q": linear})})
     config = LoraConfig(r=RANK, lora_alpha=8, target_modules=["to_q"], use_dora=True, use_rslora=True)
-    model = get_peft_model(linear, config)
-    layer = model.base_model.model.mid.to_q
+    model = get_peft_model(network, config)
+    layer: Any = model.base_model.model.mid.to_q
     layer.lora_B["default"].weight.data = numbers(12, RANK)
     layer.lora_magnitude_vector["default"].weight.data = numbers(12).abs()
     model.save_pretrained(tmp_path)  # with adapter_config.json, which says alpha and the root of the rank
