@@ -93,6 +93,7 @@ KINDS: dict[str, tuple[str, dict[str, str], tuple[str, ...], State]] = {
     "1.x of old names": ("tiny_checkpoint", {**SD1, "vae": "vae."}, (), {}),
     "inpainting": ("inpainting_checkpoint", SD1, (), {}),
     "LCM": ("lcm_checkpoint", SD1, (), {}),
+    "pix2pix": ("pix2pix_checkpoint", SD1, (), {}),
     "2.x": ("sd2_checkpoint", SD2, ("text_encoder",), LAST),
     "SDXL": ("sdxl_checkpoint", SDXL, ("text_encoder_2",), {}),
     "refiner": ("refiner_checkpoint", REFINER, ("text_encoder_2",), {}),
@@ -370,6 +371,23 @@ def test_a_cache_of_the_hub_with_links_is_read(
             assert_equal(state_of(checkpoint.path / name), state_of(given))
         check_architectures(checkpoint)
         load_module(checkpoint, "unet")
+
+
+def test_words_of_a_saved_textual_inversion_go_along(checkpoint_copy: Path) -> None:
+    """As `load_textual_inversion` and `save_pretrained` leave them: an id and a row of embeddings more."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint_copy / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(checkpoint_copy / "text_encoder")
+    tokenizer.add_tokens(["<cat-toy>"])
+    encoder.resize_token_embeddings(len(tokenizer))
+    for part, folder in ((tokenizer, "tokenizer"), (encoder, "text_encoder")):
+        shutil.rmtree(checkpoint_copy / folder)
+        part.save_pretrained(checkpoint_copy / folder)
+    checkpoint = open_checkpoint(str(checkpoint_copy))
+    assert checkpoint.tokenizer.vocabulary.added == ("<cat-toy>",)
+    assert checkpoint.configs["text_encoder"]["vocab_size"] == len(tokenizer)
+    check_architectures(checkpoint)
 
 
 def test_a_folder_as_it_is_needs_no_copy(tiny_checkpoint: Path, tmp_path: Path) -> None:
