@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -306,6 +308,25 @@ def test_large_networks_are_written_in_shards(
         loaded = load_module(checkpoint, "unet").state_dict()
     wanted = load_module(open_checkpoint(str(tiny_checkpoint)), "unet").state_dict()
     assert_equal(loaded, wanted)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from sdrt.export.checkpoint.assembly import Overrides, Parts, assembly_of
+file, config, out = map(Path, sys.argv[1:])
+assembly = assembly_of(Parts(str(file), overrides=Overrides(config=config)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, resource.RLIM_INFINITY))
+assembly.opened(out).__enter__()
+"""
+
+
+def test_a_full_disk_is_said_of_the_place(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file, out = write_single_file(tmp_path / "model.safetensors", tiny_checkpoint), tmp_path / "out"
+    command = [sys.executable, "-c", FULL, str(file), str(tiny_checkpoint), str(out)]
+    errors = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stderr
+    assert errors.splitlines()[-1] == f"sdrt.runtime.errors.OutputError: cannot write {out}: File too large"
+    assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
 
 
 def test_what_a_killed_run_left_is_removed(tiny_checkpoint: Path, tmp_path: Path) -> None:
