@@ -168,6 +168,7 @@ def manifest_of(
         preview=preview,
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
         image_processor=checkpoint.image_processor,
+        noising=checkpoint.noising,
         text_output=_text_output(checkpoint),
         defaults=Defaults(
             height,
