@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Checkpoint:
         force_zeros_for_empty_prompt: See `sdrt.runtime.bundle.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
         read_as: What a single file was taken for, in one line; empty where a folder says it all.
+        loras: Name, weight and SHA-256 of each LoRA that was merged into its weights.
         remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
 
@@ -50,6 +52,7 @@ class Checkpoint:
     sampler_options: SamplerOptions = NO_OPTIONS
     remarks: tuple[str, ...] = ()
     read_as: str = ""
+    loras: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def record(self) -> Family:
