@@ -103,8 +103,8 @@ def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Axis
 
     return {
         "batch": options.batch,
-        # One row an image without guidance, two with it.
-        "rows": AxisRange(options.batch.minimum, 2 * options.batch.maximum),
+        # One row an image without guidance, two or three with it.
+        "rows": AxisRange(options.batch.minimum, checkpoint.record.guided_rows * options.batch.maximum),
         "height": height,
         "width": width,
         "context": AxisRange(tokens, tokens * most_chunks(checkpoint, options), tokens),
@@ -168,12 +168,13 @@ def manifest_of(
         preview=preview,
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
         image_processor=checkpoint.image_processor,
+        noising=checkpoint.noising,
         text_output=_text_output(checkpoint),
         defaults=Defaults(
             height,
             width,
-            default_steps(checkpoint),
-            default_guidance(checkpoint),
+            default_steps(checkpoint) if options.steps is None else options.steps,
+            default_guidance(checkpoint) if options.guidance is None else options.guidance,
             checkpoint.sampler,
             checkpoint.sampler_options,
         ),
@@ -199,8 +200,10 @@ def _text_output(checkpoint: Checkpoint) -> str:
 
 
 def default_steps(checkpoint: Checkpoint) -> int:
-    """A few where the sampler says that the model was distilled for that."""
+    """A few where a name or the sampler says that the model was distilled for that."""
     steps = DISTILLED_STEPS if checkpoint.sampler in DISTILLED else DEFAULT_STEPS
+    if checkpoint.few_steps is not None:
+        steps = checkpoint.few_steps.steps
     return min(steps, checkpoint.schedule.num_train_timesteps)
 
 
@@ -208,6 +211,8 @@ def default_guidance(checkpoint: Checkpoint) -> float:
     """That of diffusers' pipeline; none for a distilled U-Net that is not told it, which has it inside."""
     if checkpoint.distilled_guidance:
         return TOLD_GUIDANCE
+    if checkpoint.few_steps is not None:
+        return checkpoint.few_steps.guidance
     return 1.0 if checkpoint.sampler in DISTILLED else checkpoint.kind.guidance
 
 

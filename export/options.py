@@ -38,6 +38,8 @@ class ExportOptions:
         chunks: The most chunks of a long prompt.
         opset: ONNX opset.
         full_parity: Compare a large model at its own size too: minutes longer.
+        steps: Of a request that does not say it; None: what the checkpoint says.
+        guidance: Likewise.
         vae_precision: Of the VAE in an fp16 bundle; None: fp16 where that holds it, else fp32.
     """
 
@@ -50,3 +52,5 @@ class ExportOptions:
     opset: int
     full_parity: bool = False
     vae_precision: Precision | None = None
+    steps: int | None = None
+    guidance: float | None = None

@@ -66,11 +66,14 @@ def test_the_wheel_has_every_module_and_the_embedded_bundle(wheel: Path) -> None
     for component in manifest["components"].values():
         for entry in component["files"]:
             assert f"sdrt/models/emoji/bundle/{entry['path']}" in names
+    for adapter in (ROOT / "models" / "emoji" / "lora").glob("*.safetensors"):
+        assert f"sdrt/models/emoji/lora/{adapter.name}" in names
 
 
 def test_the_wheel_has_nothing_else(wheel: Path) -> None:
     others = set(zipfile.ZipFile(wheel).namelist()) - expected()
-    assert [name for name in others if not name.startswith(("sdrt-", "sdrt/models/emoji/bundle/"))] == []
+    embedded = ("sdrt/models/emoji/bundle/", "sdrt/models/emoji/lora/")
+    assert [name for name in others if not name.startswith(("sdrt-", *embedded))] == []
     assert wheel.stat().st_size < 25e6
 
 

@@ -18,6 +18,7 @@ from sdrt.export.checkpoint.architectures import FOLDER
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.classes import pipeline_family
 from sdrt.export.checkpoint.families import DIFFUSERS, TRANSFORMERS, CheckpointFamily, Network
+from sdrt.export.checkpoint.few_steps import few_steps, names_of
 from sdrt.export.checkpoint.files import find_checkpoint, read_json, reading
 from sdrt.export.checkpoint.fit import MisfitError, check_fit
 from sdrt.export.checkpoint.kinds import refuse_file, refuse_folder
@@ -35,7 +36,12 @@ from sdrt.runtime.errors import CheckpointError, UsageError
 from sdrt.runtime.system.files import scratch_folder, writing
 
 # Networks that can be brought or replaced → the option that does.
-OPTIONS: Final = {"vae": "--vae", "text_encoder": "--text-encoder", "text_encoder_2": "--text-encoder-2"}
+OPTIONS: Final = {
+    "unet": "--unet",
+    "vae": "--vae",
+    "text_encoder": "--text-encoder",
+    "text_encoder_2": "--text-encoder-2",
+}
 WORDS: Final = {
     "unet": "U-Net",
     "vae": "VAE",
@@ -74,6 +80,7 @@ class Assembly:
         documents: Files that are written: path in the folder → JSON.
         tokenizers: Folders of tokenizers that are written with CLIP's vocabulary → their configuration.
         linked: Entries of ``base`` that the folder has as well.
+        names: What the model is called, where it is not the folder that is; see `few_steps`.
         line: What a single file is, for people, or what is taken of a folder; usually empty there.
         hint: What to do where the configurations do not fit the weights.
     """
@@ -85,6 +92,7 @@ class Assembly:
     documents: Mapping[str, Mapping[str, Any]]
     tokenizers: Mapping[str, Path]
     linked: tuple[str, ...]
+    names: tuple[str, ...] | None = None
     line: str = ""
     hint: str = ""
 
@@ -113,7 +121,7 @@ class Assembly:
             with writing(out):
                 self._write(folder, edit or {})
             with reading(self.source):
-                checkpoint = read_checkpoint(folder, self.source)
+                checkpoint = read_checkpoint(folder, self.source, names=self.names)
             check_fit(checkpoint)
             yield replace(checkpoint, read_as=self.line)
 
@@ -163,16 +171,17 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         config = read.configs[folder]
         if folder in parts.others:
             found[folder] = _brought(network, parts.others[folder], config)
-        elif names := names_in(header.tensors, folder, read.prefixes.get(folder)):
+        elif names := names_in(header.tensors, folder, read.family.folders):
             check_storage(header, names.values())
             found[folder] = FilePart(network, header, names, config)
         else:
             missing.append(folder)
     if missing:
         raise _lacking(path, missing)
+    few, scheduler = _few_steps(parts, read.scheduler)
     documents = {
-        INDEX_FILE: _index(read.index, read.family, read.family.folders, read.scheduler),
-        SCHEDULER_FILE: read.scheduler,
+        INDEX_FILE: _index(read.index, read.family, read.family.folders, scheduler),
+        SCHEDULER_FILE: scheduler,
     }
     folders = read.family.tokenizers.values()
     own = tuple(name for name in folders if _has_vocabulary(read.base / name))
@@ -184,7 +193,8 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         documents=documents,
         tokenizers={name: read.base / name for name in folders if name not in own},
         linked=own,
-        line=read.line,
+        names=(*few, *read.names),
+        line=", ".join([read.line, *_brought_words(parts)]),
         hint=""
         if not read.published
         else "its sizes are not the published ones: --config FOLDER gives its own",
@@ -209,20 +219,53 @@ def _of_folder(base: Path, parts: Parts) -> Assembly:
     for folder, place in parts.others.items():
         found[folder] = _brought(family.network(folder), place, _config_beside(base, family, folder))
     documents: dict[str, Mapping[str, Any]] = {}
-    if overrides.prediction_type or overrides.zero_snr:
-        documents[SCHEDULER_FILE] = with_overrides(scheduler_in(base, index), overrides)
+    few, scheduler = _few_steps(parts, own := scheduler_in(base, index))
+    if overrides.prediction_type or overrides.zero_snr or scheduler != own:
+        documents[SCHEDULER_FILE] = with_overrides(scheduler, overrides)
     if parts.others or documents:
         documents[INDEX_FILE] = _index(index, family, parts.others, documents.get(SCHEDULER_FILE))
     written = {name.partition("/")[0] for name in documents} | found.keys()
     linked = sorted(entry.name for entry in base.iterdir() if entry.name not in written)
-    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), _variants(found))
+    words = [*_variant_words(found), *_override_words(overrides), *_brought_words(parts)]
+    line = ", ".join([f"{base.resolve().name} is a {index['_class_name']}", *words]) if words else ""
+    names = (*few, *names_of(base, parts.model, (index,))) if few else None
+    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), names, line)
 
 
-def _variants(parts: Mapping[str, Part]) -> str:
-    """A line about networks whose weights are there as a variant alone; empty where none is."""
-    given = {folder: part.variant for folder, part in parts.items() if isinstance(part, FolderPart)}
-    words = ", ".join(f"{folder} has the variant {name}" for folder, name in given.items() if name)
-    return words and f"only variants of weights are there, and read: {words}"
+def _few_steps(parts: Parts, scheduler: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What a U-Net that is brought is called, and the scheduler as it wants it.
+
+    A U-Net of SDXL Lightning comes without one: its name says how many steps it draws in, and its authors
+    what the scheduler of the checkpoint must be for it. What the user says of the prediction counts more.
+    """
+    place = parts.others.get("unet")
+    if place is None:
+        return (), dict(scheduler)
+    name = place.resolve().name if place.is_dir() else place.stem
+    few = few_steps([name], {})
+    wanted = dict(few.scheduler) if few else {}
+    if parts.overrides.prediction_type:
+        wanted.pop("prediction_type", None)
+    return (name,), {**scheduler, **wanted}
+
+
+def _variant_words(parts: Mapping[str, Part]) -> Iterator[str]:
+    """About networks whose weights are there as a variant alone."""
+    for folder, part in parts.items():
+        if isinstance(part, FolderPart) and part.variant:
+            yield f"{folder} has the variant {part.variant} alone"
+
+
+def _override_words(overrides: Overrides) -> Iterator[str]:
+    if overrides.prediction_type:
+        yield f"predicts {overrides.prediction_type} (--prediction-type)"
+    if overrides.zero_snr:
+        yield "zero terminal SNR (--zero-snr)"
+
+
+def _brought_words(parts: Parts) -> Iterator[str]:
+    for folder, place in parts.others.items():
+        yield f"{WORDS[folder]} of {place.resolve().name}"
 
 
 def _brought(network: Network, place: Path, config: Mapping[str, Any]) -> Part:
@@ -272,8 +315,10 @@ def _check_options(parts: Parts, family: CheckpointFamily) -> None:
 
 
 def _lacking(path: Path, missing: Sequence[str]) -> CheckpointError:
-    words = " and ".join(f"no {WORDS[folder]}" for folder in missing)
-    options = " ".join(f"{OPTIONS[folder]} FILE|FOLDER" for folder in missing if folder in OPTIONS)
+    words = " and ".join(f"no {WORDS.get(folder, folder)}" for folder in missing)
+    if not OPTIONS.keys() >= set(missing):
+        return CheckpointError(f"{path} has {words}: give such a model as a folder in the diffusers format")
+    options = " ".join(f"{OPTIONS[folder]} FILE|FOLDER" for folder in missing)
     return CheckpointError(f"{path} has {words}: bring what is missing with {options}")
 
 

@@ -15,6 +15,7 @@ from sdrt.export.checkpoint.classes import (
     scheduler_class,
 )
 from sdrt.export.checkpoint.families import CheckpointFamily, Network
+from sdrt.export.checkpoint.few_steps import few_steps, names_of, unlike_few_steps
 from sdrt.export.checkpoint.fields import check_vae, unread_fields, with_default_size
 from sdrt.export.checkpoint.files import (
     IMAGE_PROCESSOR,
@@ -27,9 +28,9 @@ from sdrt.export.checkpoint.fit import check_fit
 from sdrt.export.checkpoint.image_processor import image_processor_from_config
 from sdrt.export.checkpoint.kinds import refuse_folder
 from sdrt.export.checkpoint.limits import MAX_CONFIG_BYTES, check_limits
-from sdrt.export.checkpoint.scheduler import CheckpointScheduler, read_scheduler
+from sdrt.export.checkpoint.scheduler import CheckpointScheduler, noising_schedule, read_scheduler
 from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer, open_tokenizer, vocabulary_from_clip
-from sdrt.runtime.bundle.manifest import ImageProcessorFacts
+from sdrt.runtime.bundle.manifest import ImageProcessorFacts, NoisingFacts
 from sdrt.runtime.errors import CheckpointError, UsageError
 
 
@@ -50,12 +51,15 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: Path, source: str, random_seed: int | None = None, names: Sequence[str] | None = None
+) -> Checkpoint:
     """Read and check everything but the weights.
 
     Args:
         path: A folder in the diffusers format.
         source: What the user named.
+        names: What the model is called; by default the folder's own names.
         random_seed: With it the folder needs neither weights nor a vocabulary: CLIP's is taken.
 
     Raises:
@@ -81,7 +85,9 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         _read_tokenizer(path / tokenizer, configs[encoder], ships_with_weights=random_seed is None)
         for encoder, tokenizer in kind.tokenizers.items()
     )
-    scheduler, written = _read_scheduler(path, index, family, configs)
+    scheduler, written, config = _read_scheduler(path, index, family, configs)
+    called = names_of(path, source, (index, configs["unet"])) if names is None else names
+    few = few_steps(called, config)
     return Checkpoint(
         path=path,
         source=source,
@@ -91,7 +97,8 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
         schedule=scheduler.schedule,
         sampler=scheduler.sampler,
         tokenizers=tokenizers,
-        image_processor=None if kind.record.reads_text else _read_image_processor(path),
+        image_processor=_read_image_processor(path) if "image_encoder" in kind.folders else None,
+        noising=_read_noising(path, index, kind),
         # StableDiffusionXLPipeline's default is true; the pipelines of the other families have no such thing.
         force_zeros_for_empty_prompt=kind.record.zeros_for_no_text
         and bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -102,7 +109,9 @@ def read_checkpoint(path: Path, source: str, random_seed: int | None = None) -> 
             *unread_fields(family, configs),
             *written,
             *scheduler.remarks,
+            *(unlike_few_steps(config) if few is None else ()),
         ),
+        few_steps=few,
     )
 
 
@@ -119,8 +128,8 @@ def _read_config(file: Path, network: Network) -> dict[str, Any]:
 
 def _read_scheduler(
     path: Path, index: Mapping[str, Any], family: str, configs: Mapping[str, Mapping[str, Any]]
-) -> tuple[CheckpointScheduler, list[str]]:
-    """The file in ``scheduler/``, read as the class that model_index.json names, and what to remark on."""
+) -> tuple[CheckpointScheduler, list[str], dict[str, Any]]:
+    """The file in ``scheduler/``, read as the class that model_index.json names; remarks; what it says."""
     config = read_json(path / "scheduler" / "scheduler_config.json", limit=MAX_CONFIG_BYTES)
     written_by, name = config.get("_class_name"), scheduler_class(path, index, config)
     remarks = []
@@ -139,7 +148,7 @@ def _read_scheduler(
         )
     except UsageError as error:
         raise CheckpointError(f"{path}/scheduler: {error}") from error
-    return scheduler, remarks
+    return scheduler, remarks, {**config, "_class_name": name}
 
 
 def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weights: bool) -> ClipTokenizer:
@@ -152,6 +161,28 @@ def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weigh
 def _read_image_processor(path: Path) -> ImageProcessorFacts:
     file = path / IMAGE_PROCESSOR
     return image_processor_from_config(file, read_json(file))
+
+
+def _read_noising(path: Path, index: Mapping[str, Any], kind: CheckpointFamily) -> NoisingFacts | None:
+    """The scheduler that lays noise over a given picture: of its fields only the betas count."""
+    if not kind.noising:
+        return None
+    config = read_json(path / kind.noising / "scheduler_config.json", limit=MAX_CONFIG_BYTES)
+    try:
+        schedule = noising_schedule(config)
+    except UsageError as error:
+        raise CheckpointError(f"{path / kind.noising}: {error}") from error
+    most = schedule.num_train_timesteps - 1
+    if kind.most_noise is not None:
+        setting, usual = kind.most_noise
+        given = index.get(setting, usual)
+        if type(given) is not int or not 0 <= given <= most:
+            raise CheckpointError(
+                f"{path / 'model_index.json'}: {setting} is {given!r}; it must be a whole number from 0 to "
+                f"{most}"
+            )
+        most = given
+    return NoisingFacts(schedule, most)
 
 
 def _check_folders(path: Path, family: CheckpointFamily) -> None:

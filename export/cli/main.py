@@ -84,6 +84,8 @@ def _write(
     if not arguments.quiet:
         for remark in checkpoint.remarks:
             say("sd-export", f"warning: {remark}")
+    if checkpoint.few_steps is not None:
+        show(checkpoint.few_steps.line)
     batch = arguments.sizes.get("batch") or parse_extent("--batch", DEFAULT_BATCH)
     options = ExportOptions(
         precision=arguments.dtype,
@@ -95,6 +97,8 @@ def _write(
         opset=arguments.opset,
         full_parity=arguments.full_parity,
         vae_precision=arguments.vae_dtype,
+        steps=arguments.default_steps,
+        guidance=arguments.default_guidance,
     )
     report = write_bundle(
         checkpoint,

@@ -25,6 +25,7 @@ from sdrt.runtime.bundle.manifest import MANIFEST_NAME
 from sdrt.runtime.cli.lora_options import AddLora
 from sdrt.runtime.console.run_command import Parser
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.samplers.guidance import MAX_GUIDANCE_SCALE
 from sdrt.runtime.samplers.schedule import PREDICTION_TYPES
 
 ARCHITECTURES: Final = ("sd15", "sd21", "sdxl")
@@ -34,7 +35,8 @@ DEFAULT_BATCH: Final = "1..4"
 MAX_CHUNKS: Final = 16
 DEFAULT_CHUNKS: Final = 4
 # Options that bring or replace one network of the checkpoint.
-PARTS: Final = ("vae", "text_encoder", "text_encoder_2")
+PARTS: Final = ("unet", "vae", "text_encoder", "text_encoder_2")
+_DEFAULTS: Final = ("default_steps", "default_guidance")
 # Options that say what MODEL is and what belongs to it.
 _OF_MODEL: Final = (
     *PARTS,
@@ -107,7 +109,11 @@ def _add_sizes(result: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint(group: Any) -> None:
     group.add_argument("--vae", metavar="FILE|FOLDER", help="a VAE in place of MODEL's, or where it has none")
-    for option, words in (("--text-encoder", "a text encoder"), ("--text-encoder-2", "SDXL's second one")):
+    for option, words in (
+        ("--unet", "a U-Net, such as SDXL Lightning's of some steps"),
+        ("--text-encoder", "a text encoder"),
+        ("--text-encoder-2", "SDXL's second one"),
+    ):
         group.add_argument(option, metavar="FILE|FOLDER", help=f"{words}, likewise")
     group.add_argument(
         "--config",
@@ -168,6 +174,19 @@ def _add_export(group: Any) -> None:
         "--full-parity",
         action="store_true",
         help="compare a large model at its own size too, minutes longer (default: small pictures only)",
+    )
+    group.add_argument(
+        "--default-steps",
+        type=int,
+        metavar="N",
+        help="steps of a picture whose request does not say it (default: 4 of a model that was distilled to "
+        "few steps, if its name does not say another number; 20 of others)",
+    )
+    group.add_argument(
+        "--default-guidance",
+        type=float,
+        metavar="W",
+        help="guidance, likewise (default: that of diffusers' pipeline; 1, none, of distilled models)",
     )
     group.add_argument("--opset", type=int, help=f"ONNX opset, 18 to 23 (default: {MAX_OPSET})")
     group.add_argument(
@@ -242,7 +261,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _place_names(arguments)
     _check_architecture(arguments)
     arguments.mode = _mode(arguments)
-    for name in ("dtype", "vae_dtype", "opset", "fp16_weights", "full_parity", *_OF_MODEL):
+    for name in ("dtype", "vae_dtype", "opset", "fp16_weights", "full_parity", *_DEFAULTS, *_OF_MODEL):
         if arguments.mode == "engines" and _given(arguments, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} is for exporting; {arguments.model} is a bundle already: "
@@ -332,6 +351,11 @@ def _check_values(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--vae-dtype goes with --dtype fp16, not with {arguments.dtype}")
     if arguments.optimization_level is not None and not 0 <= arguments.optimization_level <= MAX_LEVEL:
         raise UsageError(f"--optimization-level is {arguments.optimization_level}: 0 to {MAX_LEVEL}")
+    steps, guidance = arguments.default_steps, arguments.default_guidance
+    if steps is not None and steps < 1:
+        raise UsageError(f"--default-steps is {steps}: 1 or more")
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE_SCALE:  # so written that NaN is refused
+        raise UsageError(f"--default-guidance is {guidance:g}: 0 to {MAX_GUIDANCE_SCALE:g}")
     arguments.engines = engine_options(arguments)
     if arguments.engines:
         return

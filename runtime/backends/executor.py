@@ -25,10 +25,12 @@ class Executor(Protocol):
         spec: The component's inputs and outputs.
         capturable: Whether a bound call may be recorded into a CUDA graph. It must have run once before, and
             only then is the answer final: a first run may turn it to False.
+        generation: Another number after each change that graphs which were captured before do not have.
     """
 
     spec: ComponentSpec
     capturable: bool
+    generation: int
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Callable[[], None]:
         """Bind buffers and return the call that evaluates the component on them.
@@ -72,6 +74,8 @@ class Executor(Protocol):
 class FixedWeights:
     """The part of an executor whose weights cannot be replaced."""
 
+    generation = 0
+
     def replace_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """See `Executor.replace_weights`.
 
@@ -79,7 +83,10 @@ class FixedWeights:
             BackendError: There are any.
         """
         if weights:
-            raise BackendError(f"{type(self).__name__} cannot take other weights than its graph has")
+            raise BackendError(
+                "this backend cannot change weights, which a LoRA asks for: choose another one, or merge "
+                "the LoRA when the model is exported (sd-export --lora)"
+            )
 
 
 def check_buffers(
@@ -227,6 +234,9 @@ def replayable(device: Device, work: Callable[[], None], executors: Sequence[Exe
     Otherwise ``work`` itself. To be captured it is run once, with whatever is in its buffers: TensorRT must
     have enqueued once after a change of shape, and kernels are loaded when they are first used.
 
+    Where an executor's weights were replaced in a way that the graph does not have, the next call is ``work``
+    itself, and the one after it records it anew.
+
     The call keeps ``work``: if that is a method of whoever keeps the call, the two keep each other, and
     memory is given back late. So it had better be a function of just what it needs.
     """
@@ -235,4 +245,28 @@ def replayable(device: Device, work: Callable[[], None], executors: Sequence[Exe
     work()
     if not all(executor.capturable for executor in executors):  # TensorRT for RTX can tell only now
         return work
-    return device.capture(work)
+    return _Replayed(device, work, executors)
+
+
+class _Replayed:
+    """A captured graph of some work, as long as it is of the executors' generations."""
+
+    def __init__(self, device: Device, work: Callable[[], None], executors: Sequence[Executor]) -> None:
+        """``work`` has run."""
+        self._device, self._work, self._executors = device, work, tuple(executors)
+        self._ran_in = self._generations()
+        self._graph: Callable[[], None] | None = device.capture(work)
+
+    def _generations(self) -> list[int]:
+        return [executor.generation for executor in self._executors]
+
+    def __call__(self) -> None:
+        generations = self._generations()
+        if generations != self._ran_in:
+            self._graph = None  # what it holds of the device is given back first
+            self._work()  # an engine must have run once before it can be captured
+            self._ran_in = generations
+            return
+        if self._graph is None:
+            self._graph = self._device.capture(self._work)
+        self._graph()

@@ -1,15 +1,15 @@
 """What an ONNX graph consists of, read from the file's bytes without the package onnx.
 
 Of ONNX's messages (onnx.proto) only these fields are needed: ModelProto.graph = 7; GraphProto.node = 1,
-.initializer = 5, .value_info = 13; NodeProto.input = 1, .output = 2, .name = 3, .op_type = 4, .domain = 7;
-TensorProto.dims = 1, .data_type = 2, .name = 8, .raw_data = 9, .external_data = 13 (key = 1, value = 2);
-ValueInfoProto.name = 1.
+.initializer = 5, .input = 11, .value_info = 13; NodeProto.input = 1, .output = 2, .name = 3, .op_type = 4,
+.domain = 7; TensorProto.dims = 1, .data_type = 2, .name = 8, .raw_data = 9; ValueInfoProto.name = 1. What an
+initializer says of its place is read as `sdrt.runtime.admission.graph_messages` has it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,9 +21,13 @@ from sdrt.runtime.admission.graph_messages import ELEMENT_TYPES, MESSAGES
 from sdrt.runtime.admission.wire_format import BYTES, VARINT, parse, read_fields, write_fields
 
 _GRAPH: Final = 7
-_NODE, _INITIALIZER, _VALUE_INFO = 1, 5, 13
+_NODE, _INITIALIZER, _INPUT, _VALUE_INFO = 1, 5, 11, 13
 _DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA = 1, 2, 8, 9
-_TYPE_NUMBERS: Final = {dtype: number for number, (dtype, _, _) in ELEMENT_TYPES.items()}
+BFLOAT16: Final = 16  # TensorProto.BFLOAT16: NumPy has no such type, and its bits are uint16 here
+_TYPE_NUMBERS: Final = {
+    **{dtype: number for number, (dtype, _, _) in ELEMENT_TYPES.items()},
+    "uint16": BFLOAT16,
+}
 _MAX_BYTES: Final = (1 << 31) - (1 << 20)
 
 
@@ -127,6 +131,41 @@ def with_initializers(model: bytes, arrays: Mapping[str, NDArray[Any]]) -> bytes
         return number, wire, value
 
     return write_fields(model_field(*field) for field in read_fields(memoryview(model)))
+
+
+def with_inputs(
+    model: bytes, inputs: Mapping[str, tuple[str, tuple[int, ...]]], initializers: Collection[str]
+) -> bytes:
+    """A model with inputs in place of some initializers, or of what single nodes make of them.
+
+    Args:
+        model: An ONNX file's bytes.
+        inputs: Name of the value → its dtype and shape.
+        initializers: Those whose place they take. They are left out, as are nodes that make an input.
+    """
+
+    def stays(number: int, _wire: int, value: Any) -> bool:
+        if number == _NODE:
+            return not any(name in inputs for name in _node(value).outputs)
+        if number == _INITIALIZER:
+            return _name_of(value, _TENSOR_NAME) not in initializers
+        return number != _VALUE_INFO or _name_of(value, 1) not in inputs
+
+    def model_field(number: int, wire: int, value: Any) -> tuple[int, int, Any]:
+        if number == _GRAPH:
+            kept = [field for field in read_fields(value) if stays(*field)]
+            made = [(_INPUT, BYTES, _value_info(name, *kind)) for name, kind in inputs.items()]
+            value = write_fields([*kept, *made])
+        return number, wire, value
+
+    return write_fields(model_field(*field) for field in read_fields(memoryview(model)))
+
+
+def _value_info(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """ValueInfoProto: name = 1, type = 2; TypeProto.tensor_type = 1, with elem_type = 1 and shape = 2."""
+    sizes = write_fields((1, BYTES, write_fields([(1, VARINT, size)])) for size in shape)
+    tensor = write_fields([(1, VARINT, _TYPE_NUMBERS[dtype]), (2, BYTES, sizes)])
+    return write_fields([(1, BYTES, name.encode()), (2, BYTES, write_fields([(1, BYTES, tensor)]))])
 
 
 def _tensor(name: str, array: NDArray[Any]) -> bytes:

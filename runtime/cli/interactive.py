@@ -34,6 +34,7 @@ from sdrt.runtime.cli.saving import BASE64, PictureFiles, check_output, encoded
 from sdrt.runtime.console.printable import one_line
 from sdrt.runtime.console.run_command import own_warnings, put
 from sdrt.runtime.errors import SdrtError, UsageError
+from sdrt.runtime.request.recipes import is_recipe
 from sdrt.runtime.system.interrupts import telling
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def serve(
 
     Args:
         pipeline: Draws.
-        defaults: Options of requests that do not name them.
+        defaults: Options of requests that do not name them; a recipe names all.
         output: Where the pictures of a request go that does not say it; ``base64`` for into the result.
         load_seconds: How long loading took, for the first line.
         warm_up: Draw a picture of the default size before the first line, so that the first request finds
@@ -112,7 +113,8 @@ def _draw(
     in_result = target == Path(BASE64)
     if not in_result:
         check_output(target)
-    options = {**defaults, **with_inline_pictures(request)}
+    usual = {} if is_recipe(request) else defaults  # what a recipe does not have, its picture had not
+    options = {**usual, **with_inline_pictures(request)}
     if in_result:
         drawn = pipeline(**options)
         saving = time.perf_counter()
@@ -132,11 +134,10 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
     """Arguments of one drawing with the defaults, and with what a bundle cannot do without."""
     manifest = pipeline.bundle.manifest
     request = {**defaults, "num_images_per_prompt": 1, "prompt": ""}
-    reads_text = manifest.record.reads_text
     size = (manifest.defaults.height, manifest.defaults.width)
-    if not reads_text:
+    if not manifest.record.reads_text:
         del request["prompt"]
-    if (manifest.reads_mask or not reads_text) and request.get("image") is None:
+    if manifest.needs_picture and request.get("image") is None:
         request["image"] = np.zeros((*size, 3), np.uint8)
         if manifest.reads_mask:
             request["mask_image"] = np.full(size, 255, np.uint8)

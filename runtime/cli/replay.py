@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.runtime.errors import UsageError
+from sdrt.runtime.lora.weights import SUFFIX
 from sdrt.runtime.request.recipes import FIELDS
 
 _LEVELS: Final = ("karras", "sigma_schedule", "timesteps", "sigmas")
@@ -62,6 +63,7 @@ def with_recipe(
     for name, option in _ASKED_FOR.items():
         if options.get(name) is not None:
             options[name] = _found(options[name], name, option, Path(arguments.from_picture))
+    _put_loras_beside(options, Path(arguments.from_picture))
     options.pop("prompt", None)
     own = any(getattr(arguments, name) is not None for name in _OF_ALL_FRAMES)
     if own or "frame" not in options:
@@ -71,6 +73,17 @@ def with_recipe(
             if getattr(arguments, name) is None:
                 setattr(arguments, name, value)
     return recipe["prompt"], {**options, **given}
+
+
+def _put_loras_beside(options: dict[str, Any], picture: Path) -> None:
+    """Of LoRAs that are not where the recipe has them take those that lie as far from the picture."""
+    for name in list(options["loras"]) if isinstance(options.get("loras"), Mapping) else ():
+        near = str(picture.parent / name)
+        if name.endswith(SUFFIX) and not os.path.lexists(name) and os.path.lexists(near):
+            for field in ("loras", "lora_sha256"):
+                table = options.get(field)
+                if isinstance(table, Mapping):
+                    options[field] = {near if key == name else key: value for key, value in table.items()}
 
 
 def _found(name: Any, what: str, option: str, picture: Path) -> str:

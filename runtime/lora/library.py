@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ MAX_KEPT: Final = 8  # files that need not be read again
 MAX_FILES: Final = 100_000  # in a folder of LoRAs: a mistyped one may be a whole disk
 _SHOWN: Final = 8  # names that a message has
 _A1111_DIGITS: Final = 12
+
+
+class LoraPartialWarning(UserWarning):
+    """A part of a LoRA has no place in the model, and is left out, as was asked for."""
 
 
 class Lora(NamedTuple):
@@ -78,6 +83,8 @@ class LoraLibrary:
         Raises:
             UsageError: It cannot be used, or another has the name.
         """
+        if not isinstance(path, str | Path):  # diffusers takes tensors, too
+            raise UsageError(f"the LoRA is {type(path).__name__}: the path of a .safetensors file is wanted")
         name = checked_name(Path(path).stem if name is None else name)
         lora = self._read(Path(path), partial=partial)
         other = self.adapters.get(name)
@@ -86,7 +93,7 @@ class LoraLibrary:
                 f"the name {name!r} is taken by {other.file.path}: give {path} another adapter_name, or "
                 "unload that one first (unload_lora_weights)"
             )
-        self.adapters[name] = lora
+        self.adapters = {**self.adapters, name: lora}
         self.active = {name: LoraWeights()}
         return name
 
@@ -133,9 +140,9 @@ class LoraLibrary:
         """
         if name in self.adapters:
             return self.adapters[name]
-        if _is_path(name) and os.path.lexists(name):
+        if os.path.isfile(name) or (_is_path(name) and os.path.lexists(name)):  # noqa: PTH113 - as above
             return self._read(Path(name), partial=partial)
-        return self._of_folder(name, partial=partial)
+        return self._of_folder(name, short_name(name), partial=partial)
 
     def find_tagged(self, name: str, *, partial: bool = False) -> Lora | None:
         """The LoRA that a prompt names: an adapter, or one of the folder, never a path.
@@ -157,11 +164,11 @@ class LoraLibrary:
                 raise self._unknown(str(name), "is not loaded", list(self.adapters))
         return known
 
-    def _of_folder(self, name: str, *, partial: bool) -> Lora:
+    def _of_folder(self, name: str, *others: str, partial: bool) -> Lora:
         if self.folder is None:
             raise self._unknown(name, "is neither loaded nor a file here", list(self.adapters))
         found = _files_below(self.folder)
-        places = found.get(name) or found.get(short_name(name), ())
+        places: Sequence[Path] = next((found[one] for one in (name, *others) if one in found), ())
         if not places:
             raise self._unknown(name, f"is not in {self.folder}", [*self.adapters, *found])
         if len(places) > 1:
@@ -185,7 +192,7 @@ class LoraLibrary:
         key: tuple[Any, ...]
         try:
             facts = path.stat()
-            key = (os.path.realpath(path), facts.st_size, facts.st_mtime_ns, facts.st_ino, partial)
+            key = (path, facts.st_size, facts.st_mtime_ns, facts.st_ino, partial)
         except (OSError, ValueError):  # what is the matter is told when it is read
             key = (path, partial)
         with self._lock:
@@ -195,6 +202,13 @@ class LoraLibrary:
                 family = self._bundle.manifest.record
                 file = read_lora(path, self._weight_map, family, partial=partial)
                 self._kept[key] = Lora(file, _a1111_hash(path))
+                if file.left_out:
+                    warnings.warn(
+                        f"left out of {path}, without a place in this model: {len(file.left_out)} of its "
+                        f"keys, such as {file.left_out[0]!r}",
+                        LoraPartialWarning,
+                        stacklevel=2,
+                    )
             self._kept.move_to_end(key)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)

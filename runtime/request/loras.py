@@ -12,7 +12,7 @@ from sdrt.runtime.checks import flag
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.lora.library import Lora, LoraLibrary
 from sdrt.runtime.lora.weights import LoraWeights, checked_weights, short_name
-from sdrt.runtime.request.recipes import check_lora, checked_digests
+from sdrt.runtime.request.recipes import check_lora, checked_digests, refuse_missing_lora
 from sdrt.runtime.text.syntax import LoraTag, PromptSyntaxWarning
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def image_loras(
     }
     for tag in dict.fromkeys(tag for image in tags for tag in image):
         if written[tag.name] is None:
+            refuse_missing_lora(tag.name, digests)
             _warn_of_nowhere(tag)
     images = []
     for image in tags:

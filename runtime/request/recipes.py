@@ -35,6 +35,11 @@ class RecipeWarning(UserWarning):
     """A recipe is drawn by another model than the one that it is of."""
 
 
+def is_recipe(options: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a call are a recipe: all that its picture was drawn with."""
+    return options.get("version") is not None
+
+
 def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
     """The arguments of a call without what only informs. A recipe says all LoRAs that it was drawn with.
 
@@ -57,7 +62,7 @@ def playable(options: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
                 f"{str(options[field])[:12]}…): give it as {name}"
             )
     found = {name: value for name, value in options.items() if value is not None and name not in INFORMING}
-    return {"loras": {}, **found} if options.get("version") is not None else found
+    return {"loras": {}, **found} if is_recipe(options) else found
 
 
 def warn_of_another_model(options: Mapping[str, Any], manifest: Manifest, role: str = "model") -> None:
@@ -138,6 +143,24 @@ def check_lora(name: str, digest: str, wanted: Mapping[str, Any]) -> None:
         raise UsageError(
             f"the LoRA {name[:200]!r} is not the one that the recipe was drawn with (a file with SHA-256 "
             f"{digest[:12]}…, not {str(wanted[name])[:12]}…): give that one, or leave lora_sha256 out"
+        )
+
+
+def refuse_missing_lora(name: str, wanted: Mapping[str, Any]) -> None:
+    """Refuse to draw a recipe without a LoRA that it was drawn with, and of which nobody says where it is.
+
+    Args:
+        name: The LoRA's, as the recipe's prompt has it.
+        wanted: What `checked_digests` gave.
+
+    Raises:
+        UsageError: The recipe was drawn with it.
+    """
+    if name in wanted:
+        raise UsageError(
+            f"the recipe's LoRA {name[:99]!r} (a file with SHA-256 {str(wanted[name])[:12]}…) is not loaded: "
+            "give the folder where it lies (--lora-dir DIR, Pipeline.load(lora_dir=…)), or load its file "
+            "under this name (load_lora_weights)"
         )
 
 

@@ -7,7 +7,7 @@ have. They are turned into diffusers' by diffusers' own functions.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -28,11 +28,13 @@ _TEXT_MARK: Final = re.compile(
 )
 # Folder → a tensor that it has under some form of its names, without the prefix.
 _MARKS: Final = {
-    "unet": re.compile(r"input_blocks\.0\.0\.weight"),
+    "unet": re.compile(r"input_blocks\.0\.0\.weight|conv_in\.weight"),
     "vae": re.compile(r"decoder\.conv_in\.weight"),
     "text_encoder": _TEXT_MARK,
     "text_encoder_2": _TEXT_MARK,
 }
+# Folder → how names begin that are diffusers' already.
+_DIFFUSERS: Final = {"unet": "down_blocks.", "vae": "encoder.down_blocks."}
 # What lies beside a network's tensors and is none of them: what training needed, positions, masks.
 _BESIDE: Final = re.compile(r"loss\..*|model_ema\..*|(.*\.)?(position_ids|logit_scale|attn_mask)")
 _OPEN_CLIP: Final = "transformer.resblocks."
@@ -40,21 +42,22 @@ _LAYER: Final = re.compile(r"transformer\.resblocks\.(\d+)\..*")
 
 
 def names_in(
-    names: Collection[str], folder: str, prefixes: Iterable[str] | None = None, *, alone: bool = False
+    names: Collection[str], folder: str, folders: Collection[str] = (), *, alone: bool = False
 ) -> dict[str, str]:
     """The tensors of one network in a file.
 
     Args:
         names: Of all its tensors.
         folder: Of the network in diffusers' format.
-        prefixes: With one of which they begin; by default those of `PREFIXES`.
+        folders: Of all networks of its family. SDXL's refiner has its only text encoder in the place of the
+            base's first one.
         alone: Whether the file may be the network's own, whose names have no prefix.
 
     Returns:
         Name without the prefix → name; empty where the network is not there.
     """
-    found = [*(PREFIXES.get(folder, ()) if prefixes is None else prefixes), *([""] if alone else [])]
-    for prefix in found:
+    only = folder == "text_encoder_2" and bool(folders) and "text_encoder" not in folders
+    for prefix in (*PREFIXES.get("text_encoder" if only else folder, ()), *([""] if alone else [])):
         inner = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
         if folder in _MARKS and any(_MARKS[folder].fullmatch(name) for name in inner):
             return {short: name for short, name in inner.items() if not _BESIDE.fullmatch(short)}
@@ -79,8 +82,8 @@ def renamed(
         return _text_encoder(folder, tensors, config)
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
-    if folder == "vae" and any(name.startswith("encoder.down_blocks.") for name in tensors):
-        return dict(tensors)  # diffusers' names already
+    if any(name.startswith(_DIFFUSERS.get(folder, ())) for name in tensors):
+        return dict(tensors)
     try:
         if folder == "vae":
             result: dict[str, Any] = convert_ldm_vae_checkpoint(dict(tensors), config)
@@ -117,7 +120,7 @@ def _text_encoder(folder: str, tensors: Mapping[str, Any], config: Mapping[str, 
 
         inner = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
         # Stable Diffusion 2 reads the state before the last layer: diffusers' text encoder has one less.
-        last = str(config.get("num_hidden_layers"))
+        last = str(config.get("num_hidden_layers")) if folder == "text_encoder" else ""
         kept = {
             name: tensor
             for name, tensor in inner.items()

@@ -26,7 +26,7 @@ class Kind:
         channels: What the U-Net takes.
         base: A folder in ``data/architectures``; empty where the kind is not supported.
         why: Of one that is not supported: what to do.
-        pipeline: diffusers' class, where it is another than the base's.
+        index: Entries of ``model_index.json`` that are others than the base's.
         unet: Fields of the U-Net's configuration that are others than the base's.
         vae: The same of the VAE's.
         scheduler: Its configuration, where it is another than the base's.
@@ -34,7 +34,6 @@ class Kind:
         hints: What the file's name, title or architecture must match; for kinds that no tensor tells.
         predicts: What it is known to predict: that tells it, too, where the metadata or the user says so.
         doubt: What else it may be, if nothing says what it predicts.
-        prefixes: Folder of a network → where its names begin, otherwise than in the other kinds.
     """
 
     name: str
@@ -43,7 +42,7 @@ class Kind:
     channels: int = 4
     base: str = ""
     why: str = _MORE
-    pipeline: str = ""
+    index: Mapping[str, Any] = field(default_factory=dict)
     unet: Mapping[str, Any] = field(default_factory=dict)
     vae: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
@@ -51,7 +50,6 @@ class Kind:
     hints: str = ""
     predicts: str = ""
     doubt: str = ""
-    prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _SD1, _SD2, _XL, _REFINER = 768, 1024, 2048, 1280
@@ -77,6 +75,7 @@ _LCM: Final = {
 }
 # Of models that were distilled to few steps: they begin at the last timestep.
 _FEW: Final = {**_BETAS, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+_FEW_X0: Final = {**_FEW, "prediction_type": "sample"}
 _FEW_ANCESTRAL: Final = {**_FEW, "_class_name": "EulerAncestralDiscreteScheduler"}
 # Noise levels as of Karras et al. 2022; the two models' own sigma_data and ends.
 _EDM: Final = {"num_train_timesteps": 1000, "rho": 7.0, "sigma_min": 0.002, "final_sigmas_type": "zero"}
@@ -98,7 +97,24 @@ _COSXL: Final = {
     "sigma_data": 1.0,
     "sigma_max": 120.0,
 }
-_INPAINT, _XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
+_INPAINT: Final = {"_class_name": "StableDiffusionInpaintPipeline"}
+_XL_INPAINT: Final = {"_class_name": "StableDiffusionXLInpaintPipeline"}
+_XL_SECOND: Final = {
+    "_class_name": "StableDiffusionXLImg2ImgPipeline",
+    "force_zeros_for_empty_prompt": False,
+    "requires_aesthetics_score": True,
+    "text_encoder": [None, None],
+    "tokenizer": [None, None],
+}
+_XL_SECOND_UNET: Final = {
+    "attention_head_dim": [6, 12, 24, 24],
+    "block_out_channels": [384, 768, 1536, 1536],
+    "cross_attention_dim": _REFINER,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "projection_class_embeddings_input_dim": 2560,
+    "transformer_layers_per_block": 4,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
 _SMALL: Final = {"sample_size": 64}
 
 # The first that fits is taken: what more tells comes before what less does.
@@ -108,7 +124,7 @@ KINDS: Final = (
         "Stable Diffusion 1.x, a latent consistency model",
         _SD1,
         base="sd15",
-        pipeline="LatentConsistencyModelPipeline",
+        index={"_class_name": "LatentConsistencyModelPipeline"},
         scheduler=_LCM,
         markers=(TOLD,),
     ),
@@ -122,7 +138,7 @@ KINDS: Final = (
         _SD1,
         9,
         "sd15",
-        pipeline=_INPAINT,
+        index=_INPAINT,
         unet={"in_channels": 9},
     ),
     Kind("sd15-pix2pix", "InstructPix2Pix", _SD1, 8),
@@ -152,7 +168,7 @@ KINDS: Final = (
         _SD2,
         9,
         "sd21",
-        pipeline=_INPAINT,
+        index=_INPAINT,
         unet={**_SMALL, "in_channels": 9},
         scheduler=_PNDM,
     ),
@@ -170,17 +186,30 @@ KINDS: Final = (
     Kind("cosxl", "CosXL", _XL, base="sdxl", scheduler=_COSXL, markers=("edm_vpred.sigma_max",)),
     Kind("sdxl-lcm", "SDXL, a latent consistency model", _XL, base="sdxl", scheduler=_LCM, markers=(TOLD,)),
     Kind("sdxl-lcm", "SDXL with LCM merged", _XL, base="sdxl", scheduler=_LCM, hints=_LCM_NAME),
-    Kind("sdxl-turbo", "SDXL Turbo", _XL, base="sdxl", unet=_SMALL, scheduler=_FEW_ANCESTRAL, hints="turbo"),
+    Kind(
+        "sdxl-turbo",
+        "SDXL Turbo",
+        _XL,
+        base="sdxl",
+        unet=_SMALL,
+        scheduler=_FEW_ANCESTRAL,
+        hints="sd.?xl.?turbo",
+    ),
+    # As of models by others that it was merged into, and that draw at SDXL's own size.
+    Kind("sdxl-turbo", "SDXL with Turbo merged", _XL, base="sdxl", scheduler=_FEW_ANCESTRAL, hints="turbo"),
+    # The one for one step predicts the clean latents, and is named so.
+    Kind("sdxl-lightning", "SDXL Lightning", _XL, base="sdxl", scheduler=_FEW_X0, hints="lightning.*x0"),
     Kind("sdxl-lightning", "SDXL Lightning", _XL, base="sdxl", scheduler=_FEW, hints="lightning"),
     Kind("sdxl", "SDXL base", _XL, base="sdxl"),
-    Kind("sdxl-inpainting", "SDXL inpainting", _XL, 9, "sdxl", pipeline=_XL_INPAINT, unet={"in_channels": 9}),
+    Kind("sdxl-inpainting", "SDXL inpainting", _XL, 9, "sdxl", index=_XL_INPAINT, unet={"in_channels": 9}),
     Kind("sdxl-pix2pix", "SDXL for edits, as CosXL Edit", _XL, 8),
     Kind(
         "sdxl-refiner",
         "the SDXL refiner",
         _REFINER,
-        why="a second pass for SDXL's pictures: not supported; give SDXL's base checkpoint",
-        prefixes={"text_encoder_2": ("conditioner.embedders.0.",)},
+        base="sdxl",
+        index=_XL_SECOND,
+        unet=_XL_SECOND_UNET,
     ),
 )
 FAMILIES: Final = tuple(dict.fromkeys(kind.name for kind in KINDS if kind.base))

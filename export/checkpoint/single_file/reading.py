@@ -44,8 +44,8 @@ class Reading:
         index: ``model_index.json``.
         configs: Folder of a network → its ``config.json``.
         scheduler: ``scheduler_config.json``.
-        prefixes: Folder of a network → where its tensors' names begin, otherwise than usual.
         line: All of that for people, in one line.
+        names: What says that it was distilled to few steps, if anything does.
         published: Whether the configurations are ours, of a published kind.
     """
 
@@ -54,8 +54,8 @@ class Reading:
     index: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
-    prefixes: Mapping[str, tuple[str, ...]]
     line: str
+    names: tuple[str, ...]
     published: bool
 
 
@@ -83,9 +83,7 @@ def read_single_file(header: Header, overrides: Overrides) -> Reading:
     told = _told(header, overrides)
     kind, why = _kind(header, told.overrides)
     base = FOLDER / kind.base
-    index = read_json(base / INDEX_FILE, limit=MAX_CONFIG_BYTES)
-    if kind.pipeline:
-        index["_class_name"] = kind.pipeline
+    index = read_json(base / INDEX_FILE, limit=MAX_CONFIG_BYTES) | dict(kind.index)
     family = pipeline_family(base, index)
     configs = _configs(base, family)
     configs["unet"] |= {**kind.unet, **_guidance(header)}
@@ -94,7 +92,9 @@ def read_single_file(header: Header, overrides: Overrides) -> Reading:
     scheduler = with_overrides(scheduler, told.overrides)
     words = f"{kind.words}{why}"
     line = _line(header, words, scheduler, told)
-    return Reading(base, family, index, configs, scheduler, kind.prefixes, line, published=True)
+    # The kind has the last word: a file that the user takes for another is not told by its name.
+    names = (f"{kind.name}, {header.path.stem}",) if kind.hints else ()
+    return Reading(base, family, index, configs, scheduler, line, names, published=True)
 
 
 def _by_config(header: Header, base: Path, overrides: Overrides) -> Reading:
@@ -105,7 +105,8 @@ def _by_config(header: Header, base: Path, overrides: Overrides) -> Reading:
     scheduler = with_overrides(scheduler_in(base, index), overrides)
     words = f"{family.record.title} by --config {base.resolve().name}"
     line = _line(header, words, scheduler, _Told(overrides))
-    return Reading(base, family, index, _configs(base, family), scheduler, {}, line, published=False)
+    names = (header.path.stem,)
+    return Reading(base, family, index, _configs(base, family), scheduler, line, names, published=False)
 
 
 def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
@@ -116,18 +117,13 @@ def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
             "(as in Stable Diffusion 3 and FLUX) is not supported"
         )
     context, channels = _context(header), header.shape(_FIRST)[1]
-    fitting = [kind for kind in KINDS if all(name in header.tensors for name in kind.markers)]
-    if overrides.family:
-        chosen = [kind for kind in fitting if kind.name == overrides.family]
-        if not chosen:
-            wanted = next(kind.markers for kind in KINDS if kind.name == overrides.family)
-            raise UsageError(
-                f"--family is {overrides.family}: {header.path} has no tensor {' and '.join(wanted)}"
-            )
-        return chosen[0], " (--family)"
     words = " ".join([header.path.stem, *(header.metadata.get(key, "") for key in _NAMES)]).lower()
-    for kind in fitting:
-        if (kind.context, kind.channels) != (context, channels):
+    if overrides.family:
+        return _named_kind(header, overrides.family, words, (context, channels)), " (--family)"
+    for kind in KINDS:
+        if (kind.context, kind.channels) != (context, channels) or not header.tensors.keys() >= {
+            *kind.markers
+        }:
             continue
         why = _why(kind, words, overrides)
         if why is None:
@@ -139,6 +135,23 @@ def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
         f"{header.path}: its U-Net takes {channels} channels and reads {context} features of the text; no "
         f"published kind of single file does: {_BY_CONFIG}"
     )
+
+
+def _named_kind(header: Header, name: str, words: str, sizes: tuple[int, int]) -> Kind:
+    """The kind that the user names, if the file can be one; of its rows the one that more tells."""
+    rows = [kind for kind in KINDS if kind.name == name]
+    fitting = [kind for kind in rows if all(marker in header.tensors for marker in kind.markers)]
+    if not fitting:
+        wanted = " and ".join(rows[0].markers)
+        raise UsageError(f"--family is {name}: {header.path} has no tensor {wanted}")
+    told = (kind for kind in fitting if kind.markers or (kind.hints and re.search(kind.hints, words)))
+    kind = next(told, fitting[-1])
+    if (kind.context, kind.channels) != sizes:
+        raise UsageError(
+            f"--family is {name}, whose U-Net takes {kind.channels} channels and reads {kind.context} "
+            f"features of the text; that of {header.path} takes {sizes[1]} and reads {sizes[0]}"
+        )
+    return kind
 
 
 def _why(kind: Kind, words: str, overrides: Overrides) -> str | None:

@@ -31,7 +31,7 @@ from lora.adapters import (
 from make_tokenizer import Tokenizer
 from train_denoiser import Captions, alphas_cumprod, denoising_loss
 
-BATCH, STEPS = 32, 1200
+BATCH, STEPS = 32, 800
 LEARNING_RATE = 1e-3
 ADAPTER = Adapter(rank=4, alpha=2, layers=(*ATTENTION, *CONVOLUTIONS))
 CONCEPT = (

@@ -33,7 +33,7 @@ from lora.adapters import (
 from make_tokenizer import Tokenizer
 from train_denoiser import Captions, Denoiser, add_noise, alphas_cumprod
 
-BATCH, STEPS = 16, 3000
+BATCH, STEPS = 16, 1500
 LEARNING_RATE = 1e-3
 ADAPTER = Adapter(rank=4, alpha=4, layers=(*ATTENTION, *CONVOLUTIONS))
 GUIDANCE = 5.0

@@ -28,6 +28,7 @@ class OnnxRuntimeExecutor:
     """A component on ONNX Runtime's CPU provider."""
 
     capturable = False
+    generation = 0
 
     def __init__(
         self,

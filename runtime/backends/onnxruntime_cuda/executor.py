@@ -7,18 +7,23 @@ import io
 import re
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdrt.runtime.admission.records import admit_rewritten
-from sdrt.runtime.backends.executor import FixedWeights, check_buffers, first_line
-from sdrt.runtime.backends.onnx_graph import read_graph
+from sdrt.runtime.backends.executor import check_buffers, check_weights, first_line
+from sdrt.runtime.backends.onnx_graph import BFLOAT16, read_graph
 from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import shape_nodes
 from sdrt.runtime.backends.onnxruntime_cuda.library import NAME, PROVIDER, import_with_cuda
+from sdrt.runtime.backends.onnxruntime_cuda.weight_inputs import WeightInput, matrices, with_weights
 from sdrt.runtime.backends.onnxruntime_sessions import check_graph, quiet_options
+from sdrt.runtime.backends.own_weights import OwnWeights
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.engine_search import Engine, build_command, find_engine
 from sdrt.runtime.bundle.families.record import ComponentSpec
@@ -38,7 +43,6 @@ _RECORD_ASSIGNMENT: Final = "session.record_ep_graph_assignment_info"
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _MAX_LISTED: Final = 5
 _FATAL: Final = 4  # of ONNX Runtime's severities
-_BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type
 _OUT_OF_MEMORY: Final = re.compile(
     r"out of memory|failed to allocate|BFCArena|cudaErrorMemoryAllocation", re.I
 )
@@ -55,7 +59,7 @@ def find_graph(
     return engine, f"the {component}'s graph rewritten for CUDA (engines/{engine.folder.name})"
 
 
-class OnnxRuntimeCudaExecutor(FixedWeights):
+class OnnxRuntimeCudaExecutor:
     """A component on ONNX Runtime's CUDA provider.
 
     Attributes:
@@ -63,12 +67,13 @@ class OnnxRuntimeCudaExecutor(FixedWeights):
         about: A line that says which graph it runs, and why.
         capturable: True for a rewritten graph without operators on the CPU: after a first run it only queues
             kernels, and what the host computes about shapes is the same each time.
+        generation: Changes where weights could not be replaced by a copy.
     """
 
     capturable: bool
     about: str
-    _session: Any = None
-    _engine: Engine | None = None
+    generation = 0
+    _graph: _Graph | None = None
 
     def __init__(
         self,
@@ -98,6 +103,10 @@ class OnnxRuntimeCudaExecutor(FixedWeights):
         self._bundle, self._device, self._verify = bundle, device, verify
         self._allowed = frozenset(allow_cpu_nodes)
         self.capturable = not self._allowed
+        self._own = OwnWeights(bundle, component)
+        self._replaced: dict[str, NDArray[Any]] = {}
+        self._matrices: dict[str, Buffer] = {}  # inputs in place of initializers, by name
+        self._bound: WeakSet[_BoundCudaSession] = WeakSet()
         device.make_current()
         self._use_graph_for({})
         # A buffer keeps the GPU's context. It is released after the session, which needs the context.
@@ -114,21 +123,90 @@ class OnnxRuntimeCudaExecutor(FixedWeights):
         """
         axes = check_buffers(self.spec, inputs, outputs)
         self._device.make_current()
-        self._use_graph_for(axes)
-        return _BoundCudaSession(self._ort, self._session, self._device, self.spec, inputs, outputs)
+        graph = self._use_graph_for(axes)
+        bound = _BoundCudaSession(self._ort, self._device, self.spec, inputs, outputs)
+        bound.use(graph, self._matrices)
+        self._bound.add(bound)
+        return bound
 
-    def _use_graph_for(self, axes: Mapping[str, int]) -> None:
+    def _use_graph_for(self, axes: Mapping[str, int]) -> _Graph:
         engine, about = find_graph(self._bundle, self.spec.name, self._ort.__version__, axes)
-        if self._session is None or engine != self._engine:
-            self._session = self._load(engine)  # bindings keep the one before
-            self._engine, self.about = engine, about
+        if self._graph is None or engine != self._graph.engine:
+            self._graph = self._load(engine)  # bindings keep the one before
+            self.about = about
             # Once a plain graph was bound, nothing is captured: who asks does not know which graph is meant.
             self.capturable = self.capturable and engine is not None
+        return self._graph
+
+    def replace_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """See `Executor.replace_weights`.
+
+        From the first call on that names any, the matrices lie in memory of ours, and others are copied to
+        them. Only where something else changes, or there are none any more, the graph is loaded anew.
+        """
+        check_weights(weights, self._own.find, f"the {self.spec.name} of {self._bundle.path}")
+        if not weights and not self._replaced:
+            return
+        self._device.make_current()
+        graphs = [graph for graph in (self._graph, *(bound.graph for bound in self._bound)) if graph]
+        if weights and self._replaced and all(self._differs_in_matrices(graph, weights) for graph in graphs):
+            changed = {**dict.fromkeys(self._replaced), **weights}
+            inputs = {entry.name: entry for graph in graphs for entry in graph.inputs}
+            for entry in inputs.values():
+                if entry.initializer in changed:
+                    self._fill(entry, weights)
+            self._replaced = dict(weights)
+            return
+        self._load_anew(graphs, weights)
+
+    def _differs_in_matrices(self, graph: _Graph, weights: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether nothing of a graph that is constant in it would become another."""
+        inputs = {entry.initializer for entry in graph.inputs}
+        before, now = (
+            {name: array for name, array in some.items() if name not in inputs}
+            for some in (self._replaced, weights)
+        )
+        return before.keys() == now.keys() and all(np.array_equal(before[name], now[name]) for name in now)
+
+    def _load_anew(self, graphs: Sequence[_Graph], weights: Mapping[str, NDArray[Any]]) -> None:
+        before = self._replaced, self._matrices
+        self._replaced, self._matrices = dict(weights), {}
+        try:
+            engines = {graph.name: graph.engine for graph in graphs}
+            loaded = {name: self._load(engine) for name, engine in engines.items()}
+        except Exception:
+            self._replaced, self._matrices = before
+            raise
+        self.generation += 1
+        if self._graph is not None:
+            self._graph = loaded[self._graph.name]
+        for bound in self._bound:
+            if bound.graph is not None:
+                bound.use(loaded[bound.graph.name], self._matrices)
+
+    def _fill(self, entry: WeightInput, weights: Mapping[str, NDArray[Any]]) -> None:
+        array = weights.get(entry.initializer)
+        numbers = self._own.read(entry.initializer) if array is None else array
+        self._device.upload(numbers.astype(entry.dtype, copy=False), self._matrices[entry.name])
+
+    def _with_weights(self, content: bytes) -> tuple[bytes, list[WeightInput]]:
+        """A graph with the weights that were replaced, whose matrices are inputs with their numbers."""
+        inputs = matrices(content)
+        for entry in inputs:
+            if entry.name not in self._matrices:
+                self._matrices[entry.name] = self._device.zeros(entry.shape, entry.dtype)
+                self._fill(entry, self._replaced)
+        named = {entry.initializer for entry in inputs}
+        constants = {name: array for name, array in self._replaced.items() if name not in named}
+        try:
+            return with_weights(content, inputs, constants), inputs
+        except ValueError as error:
+            raise BackendError(f"the {self.spec.name} cannot take these weights: {error}") from error
 
     def close(self) -> None:
         """See `Executor.close`; there is nothing to keep."""
 
-    def _load(self, engine: Engine | None) -> Any:
+    def _load(self, engine: Engine | None) -> _Graph:
         part = self._bundle.component(self.spec.name)
         model = self._bundle.file(part.model_entry)
         options = quiet_options(self._ort)
@@ -142,7 +220,10 @@ class OnnxRuntimeCudaExecutor(FixedWeights):
             content = engine.read_plan(verify=self._verify)
         entry_of_engine = None if engine is None else engine.manifest.files[0]
         admit_rewritten(self._bundle, self.spec.name, NAME, entry_of_engine, content)
-        if engine is not None:
+        inputs: list[WeightInput] = []
+        if self._replaced:
+            content, inputs = self._with_weights(content)
+        if engine is not None or self._replaced:
             graph = content
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(model.parent))
         where = f"engines/{engine.folder.name}" if engine else str(PurePosixPath(part.model))
@@ -170,7 +251,7 @@ class OnnxRuntimeCudaExecutor(FixedWeights):
                 f"({build_command(self._bundle, NAME)}), or allow the operators by name (allow_cpu_nodes)"
             )
         check_graph(session, self.spec, where)
-        return session
+        return _Graph(session, engine, inputs)
 
     def _provider_options(self) -> dict[str, str]:
         return {
@@ -186,34 +267,61 @@ class OnnxRuntimeCudaExecutor(FixedWeights):
         }
 
 
+class _Graph(NamedTuple):
+    """A session.
+
+    Attributes:
+        session: An ``onnxruntime.InferenceSession``.
+        engine: What its graph is of; None for the bundle's own.
+        inputs: Those that it has besides the component's: matrices in memory of ours.
+    """
+
+    session: Any
+    engine: Engine | None
+    inputs: list[WeightInput]
+
+    @property
+    def name(self) -> str:
+        """One for each graph."""
+        return "" if self.engine is None else self.engine.folder.name
+
+
 class _BoundCudaSession:
     """One binding; it keeps the buffers alive, since ONNX Runtime is told only their addresses."""
 
     def __init__(
         self,
         ort: Any,
-        session: Any,
         device: CudaDevice,
         spec: ComponentSpec,
         inputs: Mapping[str, Buffer],
         outputs: Mapping[str, Buffer],
     ) -> None:
-        self._session, self._device, self._component = session, device, spec.name
-        self._buffers = (dict(inputs), dict(outputs))
+        self._device, self._component = device, spec.name
+        self._inputs, self._outputs = dict(inputs), dict(outputs)
+        self.graph: _Graph | None = None
         self._options = ort.RunOptions()
         # Without this the host waits for the GPU at the end of each run.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._binding = session.io_binding()
-        dtypes = {entry.name: entry.dtype for entry in (*spec.inputs, *spec.outputs)}
-        for bind, buffers in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
+        self._dtypes = {entry.name: entry.dtype for entry in (*spec.inputs, *spec.outputs)}
+
+    def use(self, graph: _Graph, matrices: Mapping[str, Buffer]) -> None:
+        """Be of this graph from now on, and read these inputs of it besides the component's."""
+        self.graph, binding = graph, graph.session.io_binding()
+        self._matrices = {entry.name: matrices[entry.name] for entry in graph.inputs}
+        dtypes = {**self._dtypes, **{entry.name: entry.dtype for entry in graph.inputs}}
+        inputs = {**self._inputs, **self._matrices}
+        for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, self._outputs)):
             for name, buffer in buffers.items():
-                dtype = _BFLOAT16 if dtypes[name] == "bfloat16" else np.dtype(dtypes[name])
-                bind(name, "cuda", device.facts.ordinal, dtype, tuple(buffer.shape), buffer.address)
+                dtype = BFLOAT16 if dtypes[name] in ("bfloat16", "uint16") else np.dtype(dtypes[name])
+                place = "cuda", self._device.facts.ordinal
+                bind(name, *place, dtype, tuple(buffer.shape), buffer.address)
+        self._run = partial(graph.session.run_with_iobinding, binding, self._options)
 
     def __call__(self) -> None:
         """Queue the component's work; see `Executor.bind`."""
         try:
-            self._session.run_with_iobinding(self._binding, self._options)
+            self._run()
         except Exception as error:
             raise _failure(
                 self._device, f"the {self._component} failed on {self._device.name}", error

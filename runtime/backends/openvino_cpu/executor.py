@@ -37,6 +37,7 @@ class OpenVinoExecutor:
     """A component on OpenVINO's CPU plugin, compiled for each shape that is bound."""
 
     capturable = False
+    generation = 0
 
     def __init__(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdrt.runtime.backends.own_weights import OwnWeights
 from sdrt.runtime.backends.trt.errors import ErrorLog
 from sdrt.runtime.backends.trt.library import RTX
 from sdrt.runtime.backends.trt.runtime_cache import RuntimeCache, runtime_cache_name
@@ -171,12 +172,24 @@ class LoadedEngine:
         if self._cache is not None:
             self._cache.save()
 
-    def refit(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        """Replace weights; see `sdrt.runtime.backends.trt.executor.TensorRTExecutor.refit`."""
+    def prepare_refit(self, weights: Mapping[str, NDArray[Any]], own: OwnWeights) -> Callable[[], None]:
+        """Hand over weights to be used later: see `Executor.replace_weights`.
+
+        Args:
+            weights: Those that change.
+            own: The graph's, for what TensorRT replaces only together with these.
+
+        Returns:
+            The call that has the engine use them; it waits until it does.
+
+        Raises:
+            BackendError: The engine was not built to be refitted, has no such weights, or TensorRT refuses.
+                Its weights are as they were.
+        """
         if not self.cuda_engine.refittable:
             raise BackendError(
-                f"{self.where} cannot be given new weights: it was not built for that; "
-                f"build one: {self.engine.rebuild} --refit"
+                f"{self.where} cannot be given new weights: it was not built for that. Build one that can, "
+                f"which may be slower: {self.engine.rebuild} --refit"
             )
         self.log.clear()
         refitter = self._trt.Refitter(self.cuda_engine, self.log.logger)
@@ -187,27 +200,41 @@ class LoadedEngine:
                 f"{self.where} has no weights {_some(unknown)}; there are {len(known)}, "
                 f"such as {_some(sorted(known))}"
             )
-        held = {name: self._as_weights(refitter, name, array) for name, array in weights.items()}
-        for name, array in held.items():
-            if not refitter.set_named_weights(name, self._trt.Weights(array)):
-                raise self.log.error(f"{self.where} refuses new weights for {name}")
+        held = [self._hand_over(refitter, name, array) for name, array in weights.items()]
+        as_they_are = [name for name in refitter.get_missing_weights() if own.find(name) is not None]
+        held += [self._hand_over(refitter, name, own.read(name)) for name in as_they_are]
         if missing := refitter.get_missing_weights():
             raise BackendError(
-                f"{self.where}: TensorRT replaces some weights only together; {_some(sorted(missing))} "
-                "must be given as well"
+                f"{self.where}: TensorRT replaces some weights only together with {_some(sorted(missing))}, "
+                "which the bundle's graph does not name"
             )
-        if not refitter.refit_cuda_engine_async(self.device.stream):
-            raise self.log.error(f"{self.where} could not be given new weights")
 
-    def _as_weights(self, refitter: Any, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        def refit() -> None:
+            self.log.clear()
+            if not refitter.refit_cuda_engine_async(self.device.stream):
+                raise self.log.error(f"{self.where} could not be given new weights")
+            self.device.synchronize()
+            held.clear()  # until now they were read in place
+
+        return refit
+
+    def _hand_over(self, refitter: Any, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """Tell the refitter of new weights; it reads what is returned in place."""
         prototype = refitter.get_weights_prototype(name)
-        dtype = np.dtype(self._trt.nptype(prototype.dtype))
+        brain_float = prototype.dtype == self._trt.DataType.BF16  # which NumPy lacks: as its bits
+        dtype = np.dtype(np.uint16 if brain_float else self._trt.nptype(prototype.dtype))
         if array.size != prototype.size or array.dtype != dtype:
+            narrow = array.dtype == np.float32 and dtype == np.float16
             raise BackendError(
                 f"{self.where}: the weights {name} are {prototype.size} of {dtype}, "
                 f"given {array.size} of {array.dtype}"
+                + ("; export the bundle with --fp16 to change them here" if narrow else "")
             )
-        return np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array)
+        weights = self._trt.Weights(prototype.dtype, array.ctypes.data, array.size)
+        if not refitter.set_named_weights(name, weights):
+            raise self.log.error(f"{self.where} refuses new weights for {name}")
+        return array
 
 
 def _some(names: list[str]) -> str:

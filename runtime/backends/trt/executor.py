@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from sdrt.runtime.backends.executor import FixedWeights, check_buffers, first_line
+from sdrt.runtime.backends.executor import check_buffers, first_line
+from sdrt.runtime.backends.own_weights import OwnWeights
 from sdrt.runtime.backends.trt.engine import LoadedEngine
 from sdrt.runtime.backends.trt.errors import ErrorLog
 from sdrt.runtime.backends.trt.library import import_tensorrt
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     from sdrt.runtime.devices.gpu.device import CudaDevice
 
 
-class TensorRTExecutor(FixedWeights):
+class TensorRTExecutor:
     """One component on TensorRT or TensorRT for RTX.
 
     Attributes:
         spec: The component's inputs and outputs.
         capturable: Whether bound calls may be recorded into a CUDA graph.
+        generation: Changes with each refit: a graph that was captured before has to be captured again.
     """
 
     def __init__(
@@ -53,13 +55,14 @@ class TensorRTExecutor(FixedWeights):
             DeviceMemoryError: The weights do not fit into the GPU's memory.
         """
         self.spec: ComponentSpec = bundle.component(component).spec
-        self.capturable = True
+        self.capturable, self.generation = True, 0
         self._bundle, self._device, self._flavour, self._verify = bundle, device, flavour, verify
         self._trt = import_tensorrt(flavour)
         device.make_current()
         self._log = ErrorLog(self._trt)
         self._runtime = self._start()
-        self._refitted: dict[str, NDArray[Any]] = {}
+        self._own = OwnWeights(bundle, component)
+        self._replaced: dict[str, NDArray[Any]] = {}
         # Bindings keep their engine; one that none of them uses any more gives its memory back.
         self._loaded: weakref.WeakValueDictionary[str, LoadedEngine] = weakref.WeakValueDictionary()
         self._latest = self._load(self._first_engine())
@@ -83,21 +86,25 @@ class TensorRTExecutor(FixedWeights):
         """What the library says of a binding after its first run."""
         self.capturable = self.capturable and capturable
 
-    def refit(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        """Replace weights by name, as a LoRA does; also in engines that are loaded later.
-
-        Graphs that were captured before have to be captured again.
+    def replace_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """See `Executor.replace_weights`: the engines are refitted, those too that are loaded later.
 
         Args:
-            weights: The graph's initializer → an array of its dtype and number of elements.
+            weights: The graph's initializer → an array of the engine's dtype and number of elements.
 
         Raises:
             BackendError: The engine was not built to be refitted, has no such weights, or TensorRT refuses.
+            BundleError: The graph's own numbers, which are wanted again, cannot be read.
         """
+        wanted = {name: self._own.read(name) for name in self._replaced if name not in weights} | {**weights}
+        if not wanted:
+            return
         self._device.make_current()
-        for loaded in list(self._loaded.values()):
-            loaded.refit(weights)
-        self._refitted.update(weights)
+        refits = [loaded.prepare_refit(wanted, self._own) for loaded in list(self._loaded.values())]
+        for refit in refits:
+            refit()
+        self._replaced = dict(weights)
+        self.generation += 1
 
     def close(self) -> None:
         """Keep what the library compiled for this GPU; engines are freed with their last binding."""
@@ -136,8 +143,8 @@ class TensorRTExecutor(FixedWeights):
     def _load(self, engine: Engine) -> LoadedEngine:
         loaded = LoadedEngine(self._trt, self._runtime, self._log, self._device, self.spec, engine)
         loaded.load(verify=self._verify)
-        if self._refitted:
-            loaded.refit(self._refitted)
+        if self._replaced:
+            loaded.prepare_refit(self._replaced, self._own)()
         self._loaded[engine.folder.name] = loaded
         return loaded
 

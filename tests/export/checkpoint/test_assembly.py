@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints.ldm_names import (
     CLIP,
     OPEN_CLIP,
+    REFINER,
     SD1,
     SD2,
     SDXL,
@@ -93,6 +95,7 @@ KINDS: dict[str, tuple[str, dict[str, str], tuple[str, ...], State]] = {
     "LCM": ("lcm_checkpoint", SD1, (), {}),
     "2.x": ("sd2_checkpoint", SD2, ("text_encoder",), LAST),
     "SDXL": ("sdxl_checkpoint", SDXL, ("text_encoder_2",), {}),
+    "refiner": ("refiner_checkpoint", REFINER, ("text_encoder_2",), {}),
     "SDXL, both of open_clip": (
         "sdxl_checkpoint",
         {**SDXL, "text_encoder": "conditioner.embedders.0.model."},
@@ -201,6 +204,7 @@ def test_a_vae_is_replaced(
         assert_equal(state_of(checkpoint.path / "unet"), state_of(tiny_checkpoint / "unet"))
         # Of a file alone nothing says the factor: the model's own stands.
         expected = 0.25 if given.is_dir() else 0.5
+        assert checkpoint.read_as.endswith(f"VAE of {given.name}")
         assert checkpoint.decoded.factor == expected
 
 
@@ -212,7 +216,9 @@ def test_a_text_encoder_is_brought_by_a_file(tiny_checkpoint: Path, tmp_path: Pa
         assert_equal(state_of(checkpoint.path / "text_encoder"), state_of(tiny_checkpoint / "text_encoder"))
 
 
-def test_what_does_not_go_together_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused(
+    tiny_checkpoint: Path, variations_checkpoint: Path, tmp_path: Path
+) -> None:
     file = write_single_file(tmp_path / "model.safetensors", tiny_checkpoint)
     unet = write_single_file(tmp_path / "u.safetensors", tiny_checkpoint, {"unet": ""})
     for others, words in (
@@ -231,6 +237,8 @@ def test_what_does_not_go_together_is_refused(tiny_checkpoint: Path, tmp_path: P
             assembly_of(Parts(str(tiny_checkpoint), overrides=overrides))
     with pytest.raises(UsageError, match=r"--config is .*: a diffusers folder is wanted"):
         assembled(file, tmp_path)
+    with pytest.raises(CheckpointError, match="has no image_encoder: give such a model as a folder"):
+        assembled(file, variations_checkpoint)
 
 
 def test_weights_of_other_sizes_say_how_to_give_a_configuration(
@@ -250,7 +258,10 @@ def test_weights_of_other_sizes_say_how_to_give_a_configuration(
 
 def test_the_prediction_of_a_folder_can_be_overruled(tiny_checkpoint: Path, tmp_path: Path) -> None:
     overrides = Overrides(prediction_type="v_prediction", zero_snr=True)
-    with assembly_of(Parts(str(tiny_checkpoint), overrides=overrides)).opened(tmp_path / "out") as checkpoint:
+    assembly = assembly_of(Parts(str(tiny_checkpoint), overrides=overrides))
+    words = "is a StableDiffusionPipeline, predicts v_prediction (--prediction-type), zero terminal SNR (--z"
+    assert words in assembly.line
+    with assembly.opened(tmp_path / "out") as checkpoint:
         schedule = checkpoint.schedule
         assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == ("v_prediction", True)
         assert (schedule.timestep_spacing, checkpoint.sampler) == ("trailing", "ddim")
@@ -322,7 +333,7 @@ def test_a_folder_with_variants_alone_is_read(sharded: bool, checkpoint_copy: Pa
     text = checkpoint_copy / "text_encoder"
     (text / "model.safetensors").rename(text / "model.fp16.safetensors")
     assembly = assembled(checkpoint_copy)
-    assert "text_encoder has the variant fp16, unet has the variant fp16" in assembly.line
+    assert "text_encoder has the variant fp16 alone, unet has the variant fp16 alone" in assembly.line
     assert len(assembly.tensors("unet")) == len(wanted)
     with assembly.opened(tmp_path / "out") as checkpoint:
         assert_equal(load_module(checkpoint, "unet").state_dict(), wanted)
@@ -330,6 +341,35 @@ def test_a_folder_with_variants_alone_is_read(sharded: bool, checkpoint_copy: Pa
     with assembly.opened(tmp_path / "out", {"unet": lambda _name, tensor: tensor * 2}) as checkpoint:
         doubled = load_module(checkpoint, "unet").state_dict()["conv_in.weight"]
         assert torch.equal(doubled, wanted["conv_in.weight"] * 2)
+
+
+def as_hub_cache(checkpoint: Path, folder: Path) -> Path:
+    """The cache of the hub: files by their hashes in ``blobs/``, and links to them in a snapshot."""
+    snapshot = folder / "models--owner--name" / "snapshots" / "0123"
+    blobs, refs = snapshot.parents[1] / "blobs", snapshot.parents[1] / "refs"
+    for place in (blobs, refs):
+        place.mkdir(parents=True)
+    (refs / "main").write_text("0123")
+    for number, file in enumerate(sorted(entry for entry in checkpoint.rglob("*") if entry.is_file())):
+        blob = Path(shutil.copy(file, blobs / f"{number:040}"))
+        link = snapshot / file.relative_to(checkpoint)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot.parents[1]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_cache_of_the_hub_with_links_is_read(
+    parts: bool, tiny_checkpoint: Path, other_vae: Path, tmp_path: Path
+) -> None:
+    cache = as_hub_cache(tiny_checkpoint, tmp_path / "hub")
+    vae = other_vae if parts else tiny_checkpoint / "vae"
+    with opened(cache, tmp_path / "out", **({"vae": vae} if parts else {})) as checkpoint:
+        for name in checkpoint.kind.folders:
+            given = vae if name == "vae" else tiny_checkpoint / name
+            assert_equal(state_of(checkpoint.path / name), state_of(given))
+        check_architectures(checkpoint)
+        load_module(checkpoint, "unet")
 
 
 def test_a_folder_as_it_is_needs_no_copy(tiny_checkpoint: Path, tmp_path: Path) -> None:

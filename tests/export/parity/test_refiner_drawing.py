@@ -70,7 +70,7 @@ def ensemble_of_diffusers(
 ) -> Array:
     """Its two pipelines one after the other, as its documentation has them."""
     base = as_task(references[0], diffusers.StableDiffusionXLPipeline, pipeline, sampler)
-    given = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
+    given: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
     sizes = {"original_size": (SIDE, SIDE), "target_size": (SIDE, SIDE)}
     latents = torch.from_numpy(pipeline.initial_latents(SEEDS, rng="cpu"))
     own = generators()
@@ -110,7 +110,13 @@ def test_two_calls_are_the_same(pipeline: Pipeline, refiner: Pipeline, sdxl_bund
     whole = pipeline(PROMPTS, refine_from=SHARE, sampler="ddim", output_type="latent", **CALL, **SCORES)
     with Pipeline.load(sdxl_bundle, backend="onnxruntime-cpu") as base:
         noisy = base(PROMPTS, denoising_end=SHARE, sampler="ddim", output_type="latent", **CALL).images
-    given = {"denoising_start": SHARE, "sampler": "ddim", "output_type": "latent", **CALL, **SCORES}
+    given: dict[str, Any] = {
+        "denoising_start": SHARE,
+        "sampler": "ddim",
+        "output_type": "latent",
+        **CALL,
+        **SCORES,
+    }
     for name in ("image", "latents"):
         assert np.array_equal(refiner(PROMPTS, **{name: noisy}, **given).latents, whole.latents)
     assert error(noisy, whole.latents) > 100
@@ -143,7 +149,13 @@ def test_an_interrupt_ends_both(pipeline: Pipeline) -> None:
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_the_recipe_draws_it_again(pipeline: Pipeline, sampler: str) -> None:
-    options = {"refine_from": 0.6, "sampler": sampler, "seed": 5, "num_inference_steps": 6, **SCORES}
+    options: dict[str, Any] = {
+        "refine_from": 0.6,
+        "sampler": sampler,
+        "seed": 5,
+        "num_inference_steps": 6,
+        **SCORES,
+    }
     first = pipeline("a", guidance_interval=(0.2, 0.9), **options)
     (recipe,) = first.recipes
     assert recipe["refine_from"] == 0.6
@@ -166,13 +178,13 @@ def test_guidance_is_counted_over_both(pipeline: Pipeline) -> None:
 
 def test_image_to_image_with_a_refiner(pipeline: Pipeline, references: tuple[Any, Any]) -> None:
     base = as_task(references[0], diffusers.StableDiffusionXLImg2ImgPipeline, pipeline, "euler")
-    given = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
+    given: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
     image, own = Image.fromarray(picture()), [torch.Generator().manual_seed(3)]
     ends = {"denoising_end": SHARE, "output_type": "latent"}
     noisy = base("a", image=image, strength=0.7, generator=own, **ends, **given).images
     second = as_refiner(references[1], pipeline, "euler")
     expected = second("a", image=noisy, denoising_start=SHARE, output_type="latent", **given).images
-    options = {**CALL, "seed": 3, "sampler": "euler", "output_type": "latent"}
+    options: dict[str, Any] = {**CALL, "seed": 3, "sampler": "euler", "output_type": "latent"}
     drawn = pipeline("a", image=picture(), strength=0.7, refine_from=SHARE, **options)
     assert error(drawn.latents, np.asarray(expected)) <= 1
 
@@ -180,24 +192,22 @@ def test_image_to_image_with_a_refiner(pipeline: Pipeline, references: tuple[Any
 @pytest.mark.parametrize("options", [{}, {"negative_prompt": "a dog"}, SCORES, {"guidance_scale": 1.0}])
 def test_the_refiner_alone(refiner: Pipeline, references: tuple[Any, Any], options: dict[str, Any]) -> None:
     task = as_refiner(references[1], refiner, "euler")
-    given = {"guidance_scale": 4.0, **options}
+    given: dict[str, Any] = {"guidance_scale": 4.0, **options}
     own = [torch.Generator().manual_seed(3)]
     image = Image.fromarray(picture())
     expected = task(
         "a", image=image, generator=own, num_inference_steps=STEPS, output_type="latent", **given
     ).images
-    call = {**CALL, "seed": 3, "sampler": "euler", "output_type": "latent", **given}
+    call: dict[str, Any] = {**CALL, "seed": 3, "sampler": "euler", "output_type": "latent", **given}
     drawn = refiner("a", image=picture(), **call)
     assert drawn.recipes[0]["strength"] == 0.3  # the default of both
     assert error(drawn.latents, np.asarray(expected)) <= 1
 
 
 def test_each_half_is_told_its_own_score(refiner: Pipeline) -> None:
-    scores = {"aesthetic_score": 6.0, "negative_aesthetic_score": 6.0}
-    drawn = [
-        refiner("a", **CALL | {"seed": 1, "output_type": "latent"}, **given).latents
-        for given in ({}, scores, {"aesthetic_score": 7.0})
-    ]
+    scores: dict[str, Any] = {"aesthetic_score": 6.0, "negative_aesthetic_score": 6.0}
+    call: dict[str, Any] = {**CALL, "seed": 1, "output_type": "latent"}
+    drawn = [refiner("a", **{**call, **given}).latents for given in ({}, scores, {"aesthetic_score": 7.0})]
     assert error(drawn[1], drawn[0]) > 10
     assert error(drawn[2], drawn[0]) > 10
 
@@ -248,7 +258,7 @@ def test_the_command(
     ],
 )
 def test_what_does_not_go_together(pipeline: Pipeline, options: dict[str, Any], words: str) -> None:
-    given = {"num_inference_steps": STEPS, **options}
+    given: dict[str, Any] = {"num_inference_steps": STEPS, **options}
     if given.get("denoising_end") == given.get("denoising_start") == 0.8:
         given["latents"] = pipeline.initial_latents([1])
     with pytest.raises(UsageError, match=words):

@@ -88,6 +88,40 @@ def test_every_case_draws_something_else(pipeline: Pipeline) -> None:
             assert np.max(np.abs(one - other)) > 100 * tolerances.SDXL_RUN * np.max(np.abs(one))
 
 
+@pytest.mark.parametrize(("kind", "sampler"), [("turbo", "euler_a"), ("lightning", "euler")])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_few_steps_are_those_of_diffusers(
+    pipeline: Pipeline, reference: Any, kind: str, sampler: str, steps: int
+) -> None:
+    """As SDXL Turbo's scheduler has it, and as Lightning's authors want SDXL's: trailing, unguided."""
+    import diffusers
+    import torch
+
+    scheduler = {
+        "turbo": diffusers.EulerAncestralDiscreteScheduler,
+        "lightning": diffusers.EulerDiscreteScheduler,
+    }
+    own = scheduler[kind].from_config(reference.scheduler.config, timestep_spacing="trailing")
+    task = diffusers.StableDiffusionXLPipeline(**{**reference.components, "scheduler": own})
+    task.set_progress_bar_config(disable=True)
+    latents = pipeline.initial_latents([1, 2], rng="cpu")
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    for generator in generators:  # whose first draw the latents are
+        torch.randn(latents.shape[1:], generator=generator)
+    wanted = task(
+        PROMPTS,
+        latents=torch.from_numpy(latents),
+        **{"height": 64, "width": 64, "original_size": (SIDE, SIDE), "target_size": (SIDE, SIDE)},
+        num_inference_steps=steps,
+        guidance_scale=0.0,
+        generator=generators,
+        output_type="latent",
+    ).images.numpy()
+    options: dict[str, Any] = {"spacing": "trailing", "sampler": sampler, "guidance_scale": 1.0, "rng": "cpu"}
+    drawn = pipeline(PROMPTS, seed=[1, 2], num_inference_steps=steps, output_type="latent", **options).latents
+    assert np.max(np.abs(drawn - wanted)) <= tolerances.SDXL_RUN * np.max(np.abs(wanted))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_pictures_of_a_gpu_are_those_of_the_host(pipeline: Pipeline, recorded: Pipeline, case: str) -> None:
     one, other = draw(pipeline, case), draw(recorded, case)

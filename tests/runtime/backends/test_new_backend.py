@@ -22,11 +22,11 @@ from pathlib import Path
 
 from sdrt.runtime.backends.backend import Backend
 from sdrt.runtime.backends.cpu_backends import load_on_cpu, probe_on_cpu
-from sdrt.runtime.backends.executor import check_buffers
+from sdrt.runtime.backends.executor import FixedWeights, check_buffers
 from sdrt.runtime.backends.libraries import import_library
 
 
-class ToyExecutor:
+class ToyExecutor(FixedWeights):
     capturable = False
 
     def __init__(self, model, spec, *, threads=None, source=None):
@@ -77,6 +77,9 @@ def test_new_backend_draws_the_tiny_bundle(toy: Path, tiny_bundle: Path) -> None
         with Pipeline.load(tiny_bundle, backend=name) as pipeline:
             pictures[name] = pipeline("a cat", negative_prompt="x", **options).images
             assert pipeline.backend_reasons == (f"{name}: onnxruntime is installed",)
+            if name == "toy":
+                with pytest.raises(BackendError, match="this backend cannot change weights, which a LoRA"):
+                    pipeline.executors["unet"].replace_weights({"a": np.zeros(1)})
     np.testing.assert_array_equal(pictures["toy"], pictures["onnxruntime-cpu"])
     assert toy.with_name("closed").exists()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.numpy_helper
 import pytest
 from support.checkpoints.engine_bundles import UNET_SIZES, add_engine, engine_key
 from support.fakes import fake_tensorrt
@@ -569,21 +570,75 @@ def test_runtime_cache_that_the_library_refuses_is_no_error(rtx: Bench, method: 
 WEIGHTS = {"conv.weight": 4, "conv.bias": 2}
 
 
-def test_refit(bench: Bench) -> None:
+def refittable_unet(bench: Bench, tiny: Path, *, together: bool = False) -> dict[str, Any]:
+    """Add an engine that computes with the weights that it was given; return some that it has.
+
+    Two of them TensorRT replaces only ``together``.
+    """
+    shutil.copytree(tiny / "unet", bench.bundle.path / "unet")
+    model = bench.bundle.path / "unet/model.onnx"
+    own = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(model).graph.initializer
+        if tensor.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16) and len(tensor.dims) == 2
+    }
+    kinds = {np.dtype(np.float32): "FLOAT", np.dtype(np.float16): "HALF"}
+    weights = {name: [kinds[array.dtype], array.size] for name, array in own.items()}
+    pairs = [sorted(own)[:2]] if together else []
+    bench.add(model=str(model), refittable=True, weights=weights, together=pairs)
+    return own
+
+
+def test_replaced_weights(bench: Bench, tiny_bundle: Path) -> None:
+    """By refit: in and out again, in a call that was bound and recorded before."""
+    own = refittable_unet(bench, tiny_bundle)
+    first, second, *_ = sorted(own)
+    executor = bench.load()
+    inputs, outputs = bench.buffers()
+    bench.device.upload(np.ones(inputs["sample"].shape, np.float32), inputs["sample"])
+    evaluate = replayable(bench.device, executor.bind(inputs, outputs), [executor])
+    seen: dict[str, Any] = {}
+    for name, weights in (
+        ("none", {}),
+        ("one", {first: own[first] + own[first].dtype.type(0.1)}),
+        ("other", {second: np.asfortranarray(own[second] * own[second].dtype.type(2))}),
+        ("one", {first: own[first] + own[first].dtype.type(0.1)}),
+        ("none", {}),
+    ):
+        executor.replace_weights(weights)
+        for _ in range(3):  # as it is, recorded anew, replayed
+            bench.device.clear(outputs["noise_pred"])
+            evaluate()
+            got = bench.device.download(outputs["noise_pred"])
+            np.testing.assert_array_equal(got, seen.setdefault(name, got))
+    assert len({array.tobytes() for array in seen.values()}) == 3
+
+
+def test_replaced_weights_in_an_engine_that_is_loaded_later(bench: Bench) -> None:
     bench.add({**UNET_SIZES, "rows": (1, 2, 2)}, refittable=True, weights=WEIGHTS)
     bench.add({**UNET_SIZES, "rows": (4, 4, 4)}, refittable=True, weights=WEIGHTS)
     executor = bench.load()
-    binding = executor.bind(*bench.buffers(rows=2))
-    weight = np.arange(4, dtype=np.float32).reshape(2, 2).T  # not contiguous: made so
-    executor.refit({"conv.weight": weight})
-    ((name, given),) = bench.calls("set_named_weights")
-    assert name == "conv.weight"
-    np.testing.assert_array_equal(given, weight)
-    assert given.flags.c_contiguous
-    assert bench.calls("refit_cuda_engine_async") == [[bench.device.stream]]
-    executor.bind(*bench.buffers(rows=4))  # an engine that is loaded later gets them too
-    assert len(bench.calls("set_named_weights")) == 2
-    binding()
+    executor.bind(*bench.buffers(rows=2))
+    weight = np.arange(4, dtype=np.float32).reshape(2, 2).T
+    executor.replace_weights({"conv.weight": weight})
+    executor.bind(*bench.buffers(rows=4))
+    given = bench.calls("set_named_weights")
+    assert [name for name, _ in given] == ["conv.weight"] * 2
+    for _, array in given:
+        np.testing.assert_array_equal(array, weight.ravel())
+    assert bench.calls("refit_cuda_engine_async") == [[bench.device.stream]] * 2
+
+
+def test_weights_that_are_replaced_only_together(bench: Bench, tiny_bundle: Path) -> None:
+    """Those that do not change are given as the bundle has them."""
+    own = refittable_unet(bench, tiny_bundle, together=True)
+    one, two, *_ = sorted(own)
+    executor = bench.load()
+    executor.replace_weights({one: np.zeros_like(own[one])})
+    (loaded,) = executor._loaded.values()
+    refitted = loaded.cuda_engine._refitted
+    assert set(refitted) == {one, two}
+    np.testing.assert_array_equal(refitted[two], own[two].ravel())
 
 
 @pytest.mark.parametrize(
@@ -593,29 +648,30 @@ def test_refit(bench: Bench) -> None:
             {"refittable": False},
             {"conv.weight": 4},
             {},
-            "was not built for that; build one: sd-export .* --refit$",
+            "was not built for that. Build one that can, .*: sd-export .* --refit$",
         ),
         ({}, {"lora": 4}, {}, "has no weights lora; there are 2, such as conv.bias, conv.weight"),
         ({}, {"conv.weight": 5}, {}, "the weights conv.weight are 4 of float32, given 5 of float32"),
-        ({}, {"conv.weight": 4}, {"set_named_weights": "bad"}, "refuses new weights for conv.weight: bad"),
         (
-            {},
+            {"weights": {"conv.weight": ["HALF", 4]}},
             {"conv.weight": 4},
-            {"get_missing_weights": ["conv.bias"]},
-            "only together; conv.bias must be given as well",
+            {},
+            "4 of float16, given 4 of float32; export the bundle with --fp16",
         ),
+        ({}, {"conv.weight": 4}, {"set_named_weights": "bad"}, "refuses new weights for conv.weight: bad"),
         ({}, {"conv.weight": 4}, {"refit_cuda_engine_async": "bad"}, "could not be given new weights: bad"),
     ],
-    ids=["not refittable", "unknown", "size", "refused", "missing", "failed"],
+    ids=["not refittable", "unknown", "size", "type", "refused", "failed"],
 )
-def test_refit_that_is_refused(
+def test_weights_that_cannot_be_replaced(
     bench: Bench, facts: dict[str, Any], weights: Mapping[str, int], faults: dict[str, Any], words: str
 ) -> None:
     bench.add(**{"refittable": True, "weights": WEIGHTS, **facts})
     executor = bench.load()
     bench.trt.faults.update(faults)
     with pytest.raises(BackendError, match=words):
-        executor.refit({name: np.zeros(size, np.float32) for name, size in weights.items()})
+        executor.replace_weights({name: np.zeros(size, np.float32) for name, size in weights.items()})
+    assert executor.generation == 0
 
 
 def test_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -705,7 +761,7 @@ def test_other_names_are_in_the_real_library() -> None:
     trt = real_trt()
     assert trt.nptype(trt.DataType.HALF) is np.float16
     array = np.ones(3, np.float16)
-    weights = trt.Weights(array)
+    weights = trt.Weights(trt.DataType.HALF, array.ctypes.data, array.size)
     assert (weights.dtype, weights.size) == (trt.DataType.HALF, 3)
     assert (int(trt.ILogger.INTERNAL_ERROR), int(trt.ILogger.ERROR)) == (0, 1)
     assert re.fullmatch(r"\d+(\.\d+)+", trt.__version__)

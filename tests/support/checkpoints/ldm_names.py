@@ -155,7 +155,7 @@ def single_file_tensors(
     """
     from safetensors.torch import load_file
 
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for folder, prefix in prefixes.items():
         (file,) = (checkpoint / folder).glob("*.safetensors")
         config = read_json(checkpoint / folder / "config.json")
@@ -166,6 +166,7 @@ def single_file_tensors(
 
 SD1 = {"unet": UNET, "vae": VAE, "text_encoder": CLIP}
 SD2 = {"unet": UNET, "vae": VAE, "text_encoder": OPEN_CLIP}
+REFINER = {"unet": UNET, "vae": VAE, "text_encoder_2": "conditioner.embedders.0.model."}
 SDXL = {"unet": UNET, "vae": VAE, "text_encoder": XL_CLIP, "text_encoder_2": XL_OPEN_CLIP}
 
 

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx.numpy_helper
 import onnxruntime
 from numpy.typing import NDArray
 from support.fakes.recording import RecordingDriver
@@ -42,7 +43,8 @@ def fake_plan(spec: ComponentSpec, *, model: Path | None = None, factor: int = 1
             of the inputs' elements.
         factor: Pixels per latent, for outputs in pixels.
         facts: ``profiles`` (number), ``memory`` (bytes of scratch), ``refittable``, ``weights`` (name →
-            number of float32), and ``tensors`` (name → fields that differ).
+            their number, or their type and number; float32 by default), ``together`` (pairs of names), and
+            ``tensors`` (name → fields that differ).
     """
     tensors = {
         entry.name: {
@@ -61,6 +63,7 @@ def fake_plan(spec: ComponentSpec, *, model: Path | None = None, factor: int = 1
         "memory": 4096,
         "refittable": False,
         "weights": {},
+        "together": [],
         "model": str(model) if model else None,
         "factor": factor,
         **facts,
@@ -120,9 +123,17 @@ class IErrorRecorder:
 
 
 class Weights:
-    def __init__(self, array: NDArray[Any]) -> None:
-        self.array = array
-        self.size = array.size
+    """Numbers in host memory that are read when they are used."""
+
+    def __init__(self, dtype: DataType, address: int, size: int) -> None:
+        self.dtype, self.address, self.size = dtype, address, size
+
+    @property
+    def array(self) -> NDArray[Any]:
+        dtype = np.dtype({"FLOAT": "float32", "HALF": "float16", "BF16": "uint16"}[self.dtype.name])
+        raw = (ctypes.c_uint8 * (self.size * dtype.itemsize)).from_address(self.address)
+        array: NDArray[Any] = np.frombuffer(memoryview(raw).cast("B"), dtype).copy()
+        return array
 
 
 class _Part:
@@ -177,12 +188,24 @@ class ICudaEngine(_Part):
         self.num_io_tensors = len(plan["tensors"])
         self.num_optimization_profiles = plan["profiles"]
         self.refittable = plan["refittable"]
-        if plan["model"]:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = usable_cores()  # as the CPU executor: sums in the same order
-            self._session = onnxruntime.InferenceSession(
-                plan["model"], sess_options=options, providers=["CPUExecutionProvider"]
-            )
+        self._refitted: dict[str, NDArray[Any]] = {}
+        self._refit({})
+
+    def _refit(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Compute with these weights, too."""
+        self._refitted |= weights
+        if not self.plan["model"]:
+            return
+        model = onnx.load(self.plan["model"])
+        for tensor in model.graph.initializer:
+            if tensor.name in self._refitted:
+                array = self._refitted[tensor.name].reshape(tuple(tensor.dims))
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = usable_cores()  # as the CPU executor: sums in the same order
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), sess_options=options, providers=["CPUExecutionProvider"]
+        )
 
     def get_tensor_name(self, index: int) -> str:
         names: list[str] = list(self.plan["tensors"])
@@ -349,17 +372,20 @@ class Refitter(_Part):
         return list(self._engine.plan["weights"])
 
     def get_weights_prototype(self, name: str) -> Any:
-        prototype = Weights(np.zeros(self._engine.plan["weights"][name], np.float32))
-        prototype.dtype = self.module.DataType.FLOAT  # type: ignore[attr-defined]
-        return prototype
+        entry = self._engine.plan["weights"][name]
+        kind, size = entry if isinstance(entry, list) else ("FLOAT", entry)
+        return Weights(self.module.DataType[kind], 0, size)
 
     def set_named_weights(self, name: str, weights: Weights) -> bool:
         self._given[name] = weights
         return self._calls("set_named_weights", name, weights.array)
 
     def get_missing_weights(self) -> list[str]:
-        missing: list[str] = self.module.faults.get("get_missing_weights", [])
-        return missing
+        pairs = self._engine.plan["together"]
+        return [two for one, two in pairs if one in self._given and two not in self._given]
 
     def refit_cuda_engine_async(self, stream: int) -> bool:
-        return self._calls("refit_cuda_engine_async", stream)
+        if not self._calls("refit_cuda_engine_async", stream):
+            return False
+        self._engine._refit({name: weights.array for name, weights in self._given.items()})
+        return True

@@ -29,7 +29,7 @@ class RecordedExecutor:
         """``executor`` computes when the stream runs."""
         self._executor = executor
         self.spec: ComponentSpec = executor.spec
-        self.capturable = True
+        self.capturable, self.generation = True, 0
         self._stream = device.stream
         self._driver = driver
         self._device = device

@@ -47,6 +47,7 @@ class Spy:
     """An executor that notes what is bound and evaluated, and may change the outputs afterwards."""
 
     capturable = False
+    generation = 0
 
     def __init__(self, executor: Executor, spoil: Callable[[int, Array], None] | None = None) -> None:
         self.spec = executor.spec
