@@ -27,6 +27,7 @@ WEIGHT_NAMES: Final = {network.folder: network.weights for network in _NETWORKS}
 _TOKENIZERS: Final = {
     folder: None for family in CHECKPOINT_FAMILIES.values() for folder in family.tokenizers.values()
 }
+_NOISING: Final = tuple(family.noising for family in CHECKPOINT_FAMILIES.values() if family.noising)
 # Names of variants, what is taken first of several: the nearest to what was trained.
 VARIANTS: Final = ("fp32", "bf16", "fp16", "non_ema")
 IMAGE_PROCESSOR: Final = "feature_extractor/preprocessor_config.json"
@@ -36,7 +37,7 @@ HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_PATTERNS: Final = (
     "README.md",
     "model_index.json",
-    "scheduler/scheduler_config.json",
+    *(f"{folder}/scheduler_config.json" for folder in ("scheduler", *_NOISING)),
     *(f"{folder}/*.{ending}" for folder in _TOKENIZERS for ending in ("json", "txt")),
     IMAGE_PROCESSOR,
     *(

@@ -19,10 +19,15 @@ from sdrt.runtime.errors import CheckpointError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
-# As in stable-diffusion-v1-5/stable-diffusion-v1-5, and the shards of other repositories.
+# As in stable-diffusion-v1-5/stable-diffusion-v1-5, the shards of other repositories, and what unCLIP and the
+# x4 upscaler have beside that.
 WANTED = [
     "README.md",
     "feature_extractor/preprocessor_config.json",
+    "image_noising_scheduler/scheduler_config.json",
+    "image_normalizer/config.json",
+    "image_normalizer/diffusion_pytorch_model.safetensors",
+    "low_res_scheduler/scheduler_config.json",
     "model_index.json",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
