@@ -274,8 +274,6 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         given["mask_image"] = Image.fromarray(task.mask)
     if task.strength is not None:
         given["strength"] = task.strength
-    if task.mask is not None or not checkpoint.kind.from_picture:  # whose picture has the size
-        given |= {"height": task.side, "width": task.side}
     drawn = pipeline(
         **given,
         num_inference_steps=SAMPLING_STEPS,

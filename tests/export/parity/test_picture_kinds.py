@@ -23,6 +23,7 @@ from support.runs.reading import compare_reading, is_equal
 
 import tolerances
 from sdrt.export.checkpoint.reader import open_checkpoint
+from sdrt.runtime.cli.interactive import _warm_up_request
 from sdrt.runtime.cli.main import main
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.pipeline import Pipeline
@@ -306,6 +307,13 @@ def test_what_a_kind_has_no_use_for_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         request.getfixturevalue(kind)(prompt, **{"image": picture(SIDE // 2), **options})
+
+
+@pytest.mark.parametrize("kind", ["pix2pix", "unclip", "upscaler"])
+def test_a_service_warms_up_with_a_picture(kind: str, request: pytest.FixtureRequest) -> None:
+    pipeline: Pipeline = request.getfixturevalue(kind)
+    asked = pipeline.request(**_warm_up_request(pipeline, {}))
+    assert (asked.height, asked.width) == (SIDE, SIDE)
 
 
 # --- the x4 upscaler; the tiny one enlarges two times

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.checkpoints.synthetic_loras import write_kohya_lora
 
 from sdrt.runtime.backends.backend import BACKENDS
 from sdrt.runtime.backends.registry import choose_backend
@@ -77,11 +78,16 @@ def test_new_backend_draws_the_tiny_bundle(toy: Path, tiny_bundle: Path) -> None
         with Pipeline.load(tiny_bundle, backend=name) as pipeline:
             pictures[name] = pipeline("a cat", negative_prompt="x", **options).images
             assert pipeline.backend_reasons == (f"{name}: onnxruntime is installed",)
-            if name == "toy":
-                with pytest.raises(BackendError, match="this backend cannot change weights, which a LoRA"):
-                    pipeline.executors["unet"].replace_weights({"a": np.zeros(1)})
     np.testing.assert_array_equal(pictures["toy"], pictures["onnxruntime-cpu"])
     assert toy.with_name("closed").exists()
+
+
+def test_new_backend_that_takes_no_loras(toy: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    lora = write_kohya_lora(tmp_path / "a.safetensors", tiny_bundle, 1)
+    with Pipeline.load(tiny_bundle, backend="toy") as pipeline:
+        pipeline.load_lora_weights(lora)
+        with pytest.raises(BackendError, match="this backend cannot change weights, which a LoRA asks for"):
+            pipeline("a cat", num_inference_steps=1)
 
 
 def test_new_backend_is_named_where_backends_are(

@@ -65,6 +65,8 @@ CASES = {
     "1.5 inpainting": Case("sd-1.5-inpainting", "1.x inpainting", PNDM),
     "LCM": Case(OLD, "1.x, a latent consistency model", LCM, EPSILON, unet='{"time_cond_proj_dim": 256}'),
     "LCM merged": Case(OLD, "LCM merged (by its name)", LCM, EPSILON, file="dreamshaper-LCM_v7"),
+    "pix2pix": Case(OLD, "is InstructPix2Pix, predicts", PNDM, unet='{"in_channels": 8}'),
+    "SDXL pix2pix": Case(XL, "is SDXL InstructPix2Pix", EULER, EPSILON, unet='{"in_channels": 8}'),
     "2.1": Case(NEW, "2.x for 768 pixels (as diffusers takes", DDIM, V),
     "2.1 base": Case(NEW, "2.x base (by its name)", PNDM, EPSILON, file="v2-1_512-ema-pruned"),
     "2 inpainting": Case("sd-2-inpainting", "2.x inpainting", PNDM, EPSILON),
@@ -165,7 +167,10 @@ FIRST, KEYS = (
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({FIRST: (320, 8, 3, 3), KEYS: (320, 768)}, "is InstructPix2Pix: not supported"),
+        (
+            {FIRST: (320, 8, 3, 3), KEYS: (320, 2048), **BESIDE["cosxl"]},
+            "is CosXL Edit: its U-Net reads scaled",
+        ),
         ({FIRST: (320, 5, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion 2 depth: not supported"),
         ({FIRST: (256, 7, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion x4 upscaler"),
         (
