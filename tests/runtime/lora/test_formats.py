@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.references.lora_files import (
     as_attention_processors,
     as_diffusers,
@@ -26,11 +27,12 @@ from sdrt.runtime.errors import UsageError
 from sdrt.runtime.lora.file import read_lora
 
 WEIGHT = 0.8
+EMOJI = Path(__file__).parents[3] / "models" / "emoji"
 
 
 def compare(folder: Path, family: str, files: Mapping[Path, str]) -> None:
     """Each file alone, and its form; and how many tensors it changed."""
-    weights = checkpoint_map(folder)
+    weights, untouched = checkpoint_map(folder), fused_by_diffusers(folder, [])
     for file, form in files.items():
         lora = read_lora(file, weights, FAMILIES[family])
         assert lora.format == form
@@ -41,7 +43,6 @@ def compare(folder: Path, family: str, files: Mapping[Path, str]) -> None:
             np.testing.assert_array_equal(numbers, wanted[network][name], err_msg=f"{file.name} {name}")
             changed += 1
         # And nothing else changes in diffusers.
-        untouched = fused_by_diffusers(folder, [])
         different = [
             (network, name)
             for network, tensors in wanted.items()
@@ -92,6 +93,16 @@ def test_forms_of_sdxl(sdxl_checkpoint: Path, tmp_path: Path) -> None:
             write(tmp_path / "peft.safetensors", as_diffusers(everything)): "diffusers",
         },
     )
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+    reason="this PyTorch has no MKL: it adds up the products of trained factors in an order of its own",
+)
+def test_trained_files() -> None:
+    """Those of the embedded model, whose factors have all digits: attention alone, and a LoCon."""
+    files = {"delft": "diffusers", "wizard": "kohya"}
+    compare(EMOJI, "sd", {EMOJI / "lora" / f"{name}.safetensors": form for name, form in files.items()})
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
