@@ -168,6 +168,7 @@ def manifest_of(
         preview=preview,
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
         image_processor=checkpoint.image_processor,
+        noising=checkpoint.noising,
         text_output=_text_output(checkpoint),
         defaults=Defaults(
             height,
@@ -241,6 +242,7 @@ def with_figures(
         "source": _source(checkpoint),
         "source_sha256": fingerprint(checkpoint),
         **({"read_as": checkpoint.read_as} if checkpoint.read_as else {}),
+        **({"loras": list(checkpoint.loras)} if checkpoint.loras else {}),
         "licence": _licence(checkpoint),
         "sdrt": sdrt.__version__,
         "python": platform.python_version(),

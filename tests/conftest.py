@@ -17,6 +17,8 @@ from support.checkpoints.tiny_variants import (
     write_tiny_inpainting_checkpoint,
     write_tiny_lcm_checkpoint,
     write_tiny_pix2pix_checkpoint,
+    write_tiny_unclip_checkpoint,
+    write_tiny_upscaler_checkpoint,
 )
 from support.made_once import exported_once, leave_what_lasts, made_once
 from support.runs.browsers import find_browser
@@ -266,6 +268,36 @@ def pix2pix_bundle(
     """Its bundle, as that of `inpainting_bundle`; its VAE's encoder does not scale latents."""
     return _variant_bundle(
         "pix2pix-bundle", pix2pix_checkpoint, tiny_bundle, tmp_path_factory, TINY_GRAPHS[:2]
+    )
+
+
+@pytest.fixture(scope="session")
+def unclip_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that draws from a picture's embedding and a text; read only."""
+    return _variant(write_tiny_unclip_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def unclip_bundle(
+    unclip_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its bundle, as that of `inpainting_bundle`."""
+    return _variant_bundle("unclip-bundle", unclip_checkpoint, tiny_bundle, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def upscaler_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that enlarges pictures; read only."""
+    return _variant(write_tiny_upscaler_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def upscaler_bundle(
+    upscaler_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its bundle, as that of `inpainting_bundle`; its VAE's decoder scales latents otherwise."""
+    return _variant_bundle(
+        "upscaler-bundle", upscaler_checkpoint, tiny_bundle, tmp_path_factory, TINY_GRAPHS[:1]
     )
 
 

@@ -15,6 +15,7 @@ from sdrt.export.checkpoint.families import (
     CHECKPOINT_FAMILIES,
     DIFFUSERS,
     PIPELINES,
+    STABLE_DIFFUSION_PARTS,
     SUPPORTED,
     TRANSFORMERS,
     CheckpointFamily,
@@ -51,7 +52,7 @@ _OTHER_NETWORKS: Final = (
     ("UNet(Motion|3D|Spatio).*", "a U-Net for films"),
     (".*ControlNet.*", "a ControlNet, which only steers a U-Net"),
 )
-LIBRARIES: Final = (DIFFUSERS, TRANSFORMERS)
+LIBRARIES: Final = (DIFFUSERS, TRANSFORMERS, STABLE_DIFFUSION_PARTS)
 # Entries that change no picture here: what checks a finished picture, and its own preparation.
 _SILENT: Final = frozenset({"safety_checker", "feature_extractor", "scheduler"})
 # Settings of pipelines: read by `sdrt.export.checkpoint.reader`, or about the safety checker.
@@ -61,6 +62,7 @@ _SETTINGS: Final = frozenset(
         "force_zeros_for_empty_prompt",
         "requires_aesthetics_score",
         "requires_safety_checker",
+        "max_noise_level",
     }
 )
 # Folders that change the picture where a program loads them.
@@ -189,7 +191,12 @@ def check_config_classes(file: Path, network: Network, config: Mapping[str, Any]
 
 def left_out(path: Path, index: Mapping[str, Any], family: CheckpointFamily) -> Iterator[str]:
     """One line for each part and setting of a checkpoint that an export leaves out."""
-    known = {*family.folders, *_SILENT, *(part for network in family.networks for part in network.beside)}
+    known = {
+        *family.folders,
+        family.noising,
+        *_SILENT,
+        *(part for network in family.networks for part in network.beside),
+    }
     for key, entry in index.items():
         if key.startswith("_") or key in known or key in _SETTINGS:
             continue

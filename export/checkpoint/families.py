@@ -19,8 +19,13 @@ from sdrt.runtime.bundle.families.instruct_pix2pix import INSTRUCT_PIX2PIX, SDXL
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.sdxl import SDXL, SDXL_REFINER, TEXT_EMBEDS
 from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
+from sdrt.runtime.bundle.families.stable_unclip import STABLE_UNCLIP
+from sdrt.runtime.bundle.families.x4_upscaler import X4_UPSCALER
 
 TRANSFORMERS, DIFFUSERS = "transformers", "diffusers"
+STABLE_DIFFUSION_PARTS: Final = (
+    "stable_diffusion"  # what model_index.json calls diffusers' folder of that name
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,10 @@ class Network:
 
     def load_kind(self) -> Any:
         """The library's class; the import takes seconds."""
-        return pkgutil.resolve_name(f"{self.library}:{self.kind}")
+        module = {STABLE_DIFFUSION_PARTS: "diffusers.pipelines.stable_diffusion"}.get(
+            self.library, self.library
+        )
+        return pkgutil.resolve_name(f"{module}:{self.kind}")
 
     def load_wrapper(self, component: str) -> Any:
         """The class of the module that is exported as a component."""
@@ -91,6 +99,12 @@ class CheckpointFamily:
         trusts_size: Whether they take a small ``sample_size`` of old diffusers as it stands.
         corrections: Whether it inpaints → what their constructors write over the scheduler's file.
         scales_picture: Whether the encoder's latents are brought to the sampler's scale.
+        noising: The folder of the scheduler that lays noise over a given picture; empty for none.
+        most_noise: The setting in ``model_index.json`` that bounds its level, and its default; by default all
+            levels may be asked for.
+        vae_factor: The VAE's ``scaling_factor``, whatever its file says; None for the file's.
+        class_embedding: The field of the U-Net's configuration for what it is told so → what it must be; None
+            for any whole number.
     """
 
     record: Family
@@ -109,6 +123,10 @@ class CheckpointFamily:
     corrections: Mapping[bool, Mapping[str, Any]] = field(default_factory=dict)
     encodes: str = ""
     scales_picture: bool = True
+    noising: str = ""
+    most_noise: tuple[str, int] | None = None
+    vae_factor: float | None = None
+    class_embedding: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -157,6 +175,19 @@ _TEXT_ENCODER: Final = Network(
     model_type="clip_text_model",
     beside={"tokenizer": _TOKENIZER},
     spare=re.compile(rf"{_CLIP}|(vision_model|visual_projection)\..*"),
+)
+_IMAGE_ENCODER: Final = Network(
+    folder="image_encoder",
+    library=TRANSFORMERS,
+    kind="CLIPVisionModelWithProjection",
+    components={"image_encoder": f"{_OURS}:ImageEncoder"},
+    config_keys=("image_size", "projection_dim"),
+    sizes={"encoder_size": "image_size"},
+    config_kinds=("CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPModel"),
+    model_type="clip_vision_model",
+    # Elsewhere it prepares what a safety checker looks at.
+    beside={"feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor")},
+    spare=re.compile(rf"{_CLIP}|text_model\..*"),
 )
 _TEXT_ENCODER_2: Final = Network(
     folder="text_encoder_2",
@@ -257,19 +288,7 @@ _FAMILIES: Final = (
         record=IMAGE_VARIATIONS,
         pipelines=("StableDiffusionImageVariationPipeline",),
         networks=(
-            Network(
-                folder="image_encoder",
-                library=TRANSFORMERS,
-                kind="CLIPVisionModelWithProjection",
-                components={"image_encoder": f"{_OURS}:ImageEncoder"},
-                config_keys=("image_size", "projection_dim"),
-                sizes={"encoder_size": "image_size"},
-                config_kinds=("CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPModel"),
-                model_type="clip_vision_model",
-                # Elsewhere it prepares what a safety checker looks at.
-                beside={"feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor")},
-                spare=re.compile(rf"{_CLIP}|text_model\..*"),
-            ),
+            _IMAGE_ENCODER,
             _UNET,
             _VAE,
         ),
@@ -308,6 +327,54 @@ _WITH_PICTURE: Final = (
         "StableDiffusionXLInstructPix2PixPipeline",
         scales_picture=False,
     ),
+    _read_by_unet(
+        STABLE_DIFFUSION,
+        STABLE_UNCLIP,
+        "StableUnCLIPImg2ImgPipeline",
+        networks=(
+            _TEXT_ENCODER,
+            replace(
+                _IMAGE_ENCODER,
+                components={"image_encoder": f"{_OURS}:LabelEncoder"},
+                sizes={"encoder_size": "image_size"},
+            ),
+            Network(
+                folder="image_normalizer",
+                library=STABLE_DIFFUSION_PARTS,
+                kind="StableUnCLIPImageNormalizer",
+                components={},
+                config_keys=("embedding_dim",),
+                sizes={},
+                config_kinds=("StableUnCLIPImageNormalizer",),
+            ),
+            replace(
+                _UNET,
+                config_keys=(*_UNET.config_keys, "projection_class_embeddings_input_dim"),
+                sizes={**_UNET.sizes, "label_width": "projection_class_embeddings_input_dim"},
+            ),
+            _VAE,
+        ),
+        settings={},
+        guidance=10.0,
+        noising="image_noising_scheduler",
+        class_embedding={"class_embed_type": "projection"},
+    ),
+    _read_by_unet(
+        STABLE_DIFFUSION,
+        X4_UPSCALER,
+        "StableDiffusionUpscalePipeline",
+        networks=(
+            _TEXT_ENCODER,
+            replace(_UNET, config_keys=(*_UNET.config_keys, "num_class_embeds")),
+            _VAE,
+        ),
+        settings={"safety_checker": None, "feature_extractor": None, "watermarker": None},
+        guidance=9.0,
+        noising="low_res_scheduler",
+        most_noise=("max_noise_level", 350),
+        vae_factor=0.08333,
+        class_embedding={"num_class_embeds": None},
+    ),
 )
 CHECKPOINT_FAMILIES: Final = {family.record.name: family for family in (*_FAMILIES, *_WITH_PICTURE)}
 PIPELINES: Final = {
@@ -318,5 +385,6 @@ PIPELINES: Final = {
 }
 SUPPORTED: Final = (
     "supported are those of Stable Diffusion 1.x, 2.x and XL for text to image, image to image and "
-    "inpainting, of SDXL's refiner, of latent consistency models, of image variations and of InstructPix2Pix"
+    "inpainting, of SDXL's refiner, of latent consistency models, of image variations, of "
+    "InstructPix2Pix, of Stable unCLIP and of the x4 upscaler"
 )

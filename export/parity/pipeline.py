@@ -36,6 +36,7 @@ from sdrt.export.parity.rounding import UNIT_ROUNDOFF, CountSums, Sums, rounding
 from sdrt.export.parity.sampling import SAMPLING_FACTOR, SAMPLING_GUIDANCE, SAMPLING_STEPS
 from sdrt.runtime.backends.executor import FixedWeights, check_buffers
 from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.bundle.families.components import LOW_RES
 from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.devices.host import HostDevice
@@ -239,7 +240,8 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
     side, draws = compared_side(checkpoint), np.random.default_rng(SEED)
     picture = draws.integers(0, 256, (side, side, 3), np.uint8)
     if checkpoint.record.picture_input or not checkpoint.record.reads_text:
-        return Task(side, sampler, picture)
+        small = side // checkpoint.factor if checkpoint.record.picture_input == LOW_RES else side
+        return Task(side, sampler, picture[:small, :small])
     if inpainting:
         mask = np.zeros((side, side), np.uint8)
         mask[side // 2 :] = 255
@@ -272,8 +274,6 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         given["mask_image"] = Image.fromarray(task.mask)
     if task.strength is not None:
         given["strength"] = task.strength
-    if task.mask is not None or not checkpoint.kind.from_picture:  # whose picture has the size
-        given |= {"height": task.side, "width": task.side}
     drawn = pipeline(
         **given,
         num_inference_steps=SAMPLING_STEPS,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,9 +41,25 @@ def reference_pipeline(
     parts |= checkpoint.kind.settings
     if checkpoint.record.zeros_for_no_text:
         parts["force_zeros_for_empty_prompt"] = checkpoint.force_zeros_for_empty_prompt
-    pipeline = (getattr(diffusers, kind) if kind else reference_kind(checkpoint))(**parts)
+    if kind:
+        takes = getattr(diffusers, kind)
+        parts = {name: parts.get(name) for name in signature(takes).parameters}
+    else:
+        takes = reference_kind(checkpoint)
+        if checkpoint.kind.noising:
+            folder = checkpoint.path / checkpoint.kind.noising
+            parts[checkpoint.kind.noising] = diffusers.DDPMScheduler.from_pretrained(folder)
+        if checkpoint.image_processor is not None and checkpoint.record.reads_text:
+            parts["feature_extractor"] = _image_processor(checkpoint.path / "feature_extractor")
+    pipeline = takes(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _image_processor(folder: Path) -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor.from_pretrained(folder)
 
 
 def reference_scheduler(checkpoint: Checkpoint) -> Any:

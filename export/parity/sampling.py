@@ -32,8 +32,8 @@ from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.components import (
     ENCODER_HIDDEN_STATES,
-    IMAGE_LATENTS,
     INPAINTING,
+    NOISE_LEVEL,
     SAMPLE,
     TIMESTEP,
     TIMESTEP_COND,
@@ -225,10 +225,16 @@ def unet_inputs(
         inpainting = np.random.default_rng(channels).standard_normal(shape, dtype=np.float32)
         inpainting[0] = np.arange(shape[1])[:, None] >= shape[1] // 2
         inputs[INPAINTING] = np.tile(inpainting, (rows, 1, 1, 1))
-    if checkpoint.record.picture_input == IMAGE_LATENTS:
-        shape = (sizes["latent_channels"], *(side // checkpoint.factor for side in size))
-        picture = np.random.default_rng(rows).standard_normal((1, *shape), dtype=np.float32)
-        inputs[IMAGE_LATENTS] = np.concatenate([np.zeros_like(picture), *[picture] * (rows - 1)])
+    record = checkpoint.record
+    if read := record.components["unet"].input(record.picture_input):
+        latents = [side // checkpoint.factor for side in size]
+        axes = {"rows": 1, "latent_height": latents[0], "latent_width": latents[1]}
+        shape = read.resolve(sizes, "fp32").concrete(axes)
+        picture = np.random.default_rng(rows).standard_normal(shape, dtype=np.float32)
+        first = np.zeros_like(picture) if record.picture_blank else picture
+        inputs[read.name] = np.concatenate([first, *[picture] * (rows - 1)])
+    if record.components["unet"].input(NOISE_LEVEL):
+        inputs[NOISE_LEVEL] = np.full(rows, record.noise_level)
     return inputs
 
 

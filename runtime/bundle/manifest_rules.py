@@ -113,7 +113,12 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
         return {"there is a tokenizer for each text encoder": False}
     rules = _text_rules(manifest) if family.reads_text else _image_rules(manifest)
     inpainting = parts["unet"].spec.input(INPAINTING)
+    noising, wanted = manifest.noising, family.noise_level is not None
     return rules | {
+        "noising is there where the family wants it, and its max_level is one of its schedule's": (
+            wanted == (noising is not None)
+            and (noising is None or 0 <= noising.max_level < noising.schedule.num_train_timesteps)
+        ),
         "the unet and the vae_decoder have the latents' channels": all(
             spec.shape[1] == manifest.latents.channels for spec in latents
         ),

@@ -12,8 +12,9 @@ import numpy as np
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.recipes import warn_of_another_model
-from sdrt.runtime.request.request import Continued, Request, latent_shape
+from sdrt.runtime.request.request import Continued, Request
 from sdrt.runtime.request.schedule_part import END, START
+from sdrt.runtime.request.sizes import latent_shape
 
 REFINE_FROM: Final = "refine_from"
 # Of the texts' options what the refiner is asked, too, beside all that is about sampling.

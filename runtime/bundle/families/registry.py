@@ -9,6 +9,8 @@ from sdrt.runtime.bundle.families.instruct_pix2pix import INSTRUCT_PIX2PIX, SDXL
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.sdxl import SDXL, SDXL_REFINER
 from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
+from sdrt.runtime.bundle.families.stable_unclip import STABLE_UNCLIP
+from sdrt.runtime.bundle.families.x4_upscaler import X4_UPSCALER
 
 FAMILIES: Final[dict[str, Family]] = {
     family.name: family
@@ -19,5 +21,7 @@ FAMILIES: Final[dict[str, Family]] = {
         IMAGE_VARIATIONS,
         INSTRUCT_PIX2PIX,
         SDXL_INSTRUCT_PIX2PIX,
+        STABLE_UNCLIP,
+        X4_UPSCALER,
     )
 }

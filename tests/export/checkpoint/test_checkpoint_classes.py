@@ -49,7 +49,7 @@ OTHER_PIPELINES = {
     "StableDiffusionControlNetPipeline": 'set _class_name in model_index.json to "StableDiffusionPipeline"',
     "StableDiffusionXLControlNetPipeline": '"StableDiffusionXLPipeline"',
     "PaintByExamplePipeline": "takes more than text",
-    "StableDiffusionUpscalePipeline": "takes more than text",
+    "StableDiffusionLatentUpscalePipeline": "takes more than text",
     "StableDiffusionPanoramaPipeline": "in another way",
     "StableUnCLIPPipeline": "takes more than text",
     "KolorsPipeline": "ChatGLM",
