@@ -103,8 +103,8 @@ def graph_axes(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, Axis
 
     return {
         "batch": options.batch,
-        # One row an image without guidance, two with it.
-        "rows": AxisRange(options.batch.minimum, 2 * options.batch.maximum),
+        # One row an image without guidance, two or three with it.
+        "rows": AxisRange(options.batch.minimum, checkpoint.record.guided_rows * options.batch.maximum),
         "height": height,
         "width": width,
         "context": AxisRange(tokens, tokens * most_chunks(checkpoint, options), tokens),
@@ -168,6 +168,7 @@ def manifest_of(
         preview=preview,
         force_zeros_for_empty_prompt=checkpoint.force_zeros_for_empty_prompt,
         image_processor=checkpoint.image_processor,
+        noising=checkpoint.noising,
         text_output=_text_output(checkpoint),
         defaults=Defaults(
             height,
@@ -241,6 +242,7 @@ def with_figures(
         "source": _source(checkpoint),
         "source_sha256": fingerprint(checkpoint),
         **({"read_as": checkpoint.read_as} if checkpoint.read_as else {}),
+        **({"loras": list(checkpoint.loras)} if checkpoint.loras else {}),
         "licence": _licence(checkpoint),
         "sdrt": sdrt.__version__,
         "python": platform.python_version(),

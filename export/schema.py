@@ -26,6 +26,7 @@ from sdrt.runtime.bundle.manifest import (
     FileEntry,
     LatentGeometry,
     Limits,
+    NoisingFacts,
     SizeLimit,
     TokenizerFacts,
 )
@@ -48,6 +49,7 @@ _NAMES: Final = {int: "integer", float: "number", str: "string", bool: "boolean"
 _PRECISIONS: Final = {"enum": ["int64", "float32", "float16", "bfloat16"]}
 # What a class leaves out of its object where there is nothing to say.
 _OPTIONAL: Final[Mapping[Any, frozenset[str]]] = {
+    ManifestRecord: frozenset({"noising"}),
     NoiseSchedule: frozenset(
         {
             *("beta_start", "beta_end", "beta_schedule"),  # of a model with edm
@@ -78,6 +80,7 @@ _MORE: Final[Mapping[tuple[Any, str], Schema]] = {
     (Limits, "max_batch"): _numbers(1, limits.MAX_BATCH),
     (Limits, "max_chunks"): _numbers(1, limits.MAX_CHUNKS),
     (Limits, "max_clip_skip"): _numbers(0, limits.MAX_CLIP_SKIP),
+    (NoisingFacts, "max_level"): _numbers(0),
     (Defaults, "num_inference_steps"): _numbers(1),
     (Defaults, "guidance_scale"): _numbers(0),
     (ManifestRecord, "family"): {"enum": list(FAMILIES)},

@@ -328,7 +328,8 @@ def _first_step(job: _Job, embeddings: Mapping[str, torch.Tensor]) -> list[NDArr
 def _rows(job: _Job, axis: str, rows: NDArray[Any]) -> NDArray[Any]:
     """As many rows as guidance has of the U-Net, or as the graph takes at least; the first ones again."""
     extent = graph_axes(job.checkpoint, job.options)[axis]
-    return np.resize(rows, (extent.nearest(2 if axis == "rows" else 1), *rows.shape[1:]))
+    count = job.checkpoint.record.guided_rows if axis == "rows" else 1
+    return np.resize(rows, (extent.nearest(count), *rows.shape[1:]))
 
 
 def _save(job: _Job, model: ir.Model, folder: Path) -> tuple[Path, ...]:

@@ -101,13 +101,13 @@ def launch(buffers: StepBuffers) -> Launch:
         buffers: Device arrays (`sdrt.kernels.launch.DeviceArray`).
 
     Raises:
-        ValueError: A shape or dtype is not what `StepBuffers` says, ``noise_pred`` has one half only, or
+        ValueError: A shape or dtype is not what `StepBuffers` says, ``noise_pred`` has not both halves, or
             ``guidance_rescale`` or ``factors`` is missing.
     """
     check_step_buffers(buffers)
     images = int(buffers.latents.shape[0])
-    if int(buffers.noise_pred.shape[0]) != 2 * images:
-        raise ValueError(f"noise_pred has {images} rows: there is nothing to rescale without guidance")
+    if (rows := int(buffers.noise_pred.shape[0])) != 2 * images:
+        raise ValueError(f"noise_pred has {rows} rows for {images} images: two for each are rescaled")
     needed = ("noise_pred", "rows", "guidance_rescale", "counter", "factors")
     arrays = {name: getattr(buffers, name) for name in needed}
     if missing := [name for name, array in arrays.items() if array is None]:

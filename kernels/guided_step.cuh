@@ -1,4 +1,4 @@
-// guided_step: combine the halves, apply a sampler's row, blend, write the U-Net's next input.
+// guided_step: combine what was evaluated, apply a sampler's row, blend, write the U-Net's next input.
 // The reference is guided_step.py; every float32 operation stands here in its order: compile without
 // contraction.
 #pragma once
@@ -7,7 +7,7 @@
 
 constexpr int NO_FAULT = -1;
 
-// N images, R rows that were evaluated (2 N when guided), R' rows to prepare. guided_step.py says what each
+// N images, R rows that were evaluated (1 to 3 an image), R' rows to prepare. guided_step.py says what each
 // buffer is.
 struct GuidedStepParams {
   const void *noise_pred;        // [R, C, h, w]
@@ -31,8 +31,8 @@ struct GuidedStepParams {
   unsigned elements;             // N C h w
   unsigned image_elements;       // C h w
   unsigned plane;                // h w
-  unsigned guided;               // 1 if noise_pred has both halves, else 0
-  unsigned halves;               // of sample: 1 or 2
+  unsigned evaluated;            // R / N, parts of noise_pred: 1, 2 or 3
+  unsigned parts;                // R' / N, of sample: 1, 2 or 3
   unsigned prepared;             // R'
   int capacity;
 };
@@ -42,7 +42,7 @@ struct StepPlan {
   int step;
   bool active;    // false after the last row: nothing happens
   bool has_next;  // whether there is an input to prepare
-  float guidance, p, q, a, b[HISTORY], e, c, save, x0_x, x0_m;
+  float guidance, image_guidance, p, q, a, b[HISTORY], e, c, save, x0_x, x0_m;
   float input_scale, signal, noise, timestep;  // of the next row
 };
 
@@ -67,6 +67,7 @@ SDRT_BOTH StepPlan plan_step(const GuidedStepParams &params) {
   if (!plan.active) return plan;
   const float *row = params.rows + plan.step * COLUMNS;
   plan.guidance = row[GUIDANCE];
+  if (params.evaluated == 3) plan.image_guidance = row[IMAGE_GUIDANCE];
   plan.p = row[P];
   plan.q = row[Q];
   plan.a = row[A];
@@ -85,7 +86,7 @@ SDRT_BOTH StepPlan plan_step(const GuidedStepParams &params) {
 // What a step reads whatever the row.
 template <class T, int W>
 struct StepInputs {
-  Pack<T, W> first, conditional;  // the U-Net's output: the unconditional half first, when guided
+  Pack<T, W> first, conditional;  // the U-Net's output: the unconditional part first, when guided
   Pack<float, W> x;
   float factor;  // of the image, after guidance
 };
@@ -93,7 +94,7 @@ struct StepInputs {
 template <class T, int W>
 SDRT_BOTH StepInputs<T, W> load_inputs(const GuidedStepParams &params, unsigned i) {
   const T *prediction = static_cast<const T *>(params.noise_pred);
-  const T *conditional = prediction + (params.guided ? params.elements : 0);  // no branch around a load
+  const T *conditional = prediction + (params.evaluated - 1) * params.elements;  // no branch around a load
   const float factor = params.factors ? params.factors[i / params.image_elements] : 1.0f;  // 1 m is m
   return {load_pack<W>(prediction + i), load_pack<W>(conditional + i), load_pack<W>(params.latents + i), factor};
 }
@@ -101,6 +102,12 @@ SDRT_BOTH StepInputs<T, W> load_inputs(const GuidedStepParams &params, unsigned 
 // Classifier-free guidance.
 SDRT_BOTH float guide(float unconditional, float conditional, float scale) {
   return unconditional + scale * (conditional - unconditional);
+}
+
+// The same by text and by picture (InstructPix2Pix).
+SDRT_BOTH float guide_by_picture(
+    float unconditional, float picture, float conditional, float scale, float image_scale) {
+  return unconditional + scale * (conditional - picture) + image_scale * (picture - unconditional);
 }
 
 // The terms that only some rows have: d of earlier rows, the saved x, noise.
@@ -143,7 +150,7 @@ SDRT_BOTH void blend(const GuidedStepParams &params, const StepPlan &plan, unsig
   }
 }
 
-// The U-Net's input, for each half that it will read.
+// The U-Net's input, for each part that it will read.
 template <class T, int W>
 SDRT_BOTH void write_sample(
     const GuidedStepParams &params, float scale, unsigned i, const Pack<float, W> &x) {
@@ -151,7 +158,8 @@ SDRT_BOTH void write_sample(
   for (int k = 0; k < W; ++k) scaled.v[k] = narrow<T>(x.v[k] * scale);
   T *sample = static_cast<T *>(params.sample);
   store_pack(sample + i, scaled);
-  if (params.halves == 2) store_pack(sample + params.elements + i, scaled);
+  if (params.parts > 1) store_pack(sample + params.elements + i, scaled);
+  if (params.parts > 2) store_pack(sample + 2 * params.elements + i, scaled);
 }
 
 // The step for elements i .. i+W-1, which lie in one plane; false if the prediction is not finite.
@@ -159,11 +167,17 @@ template <class T, int W>
 SDRT_BOTH bool step_elements(
     const GuidedStepParams &params, const StepPlan &plan, const StepInputs<T, W> &inputs, unsigned i) {
   const ExtraTerms<W> terms = load_extra_terms<W>(params, plan, i);
+  Pack<T, W> picture{};  // the middle part, of the picture without the text
+  if (params.evaluated == 3)
+    picture = load_pack<W>(static_cast<const T *>(params.noise_pred) + params.elements + i);
   Pack<float, W> d, result, x0;
   bool finite = true;
   for (int k = 0; k < W; ++k) {
     float m = widen(inputs.first.v[k]);
-    if (params.guided) m = guide(m, widen(inputs.conditional.v[k]), plan.guidance);
+    const float conditional = widen(inputs.conditional.v[k]);
+    if (params.evaluated == 2) m = guide(m, conditional, plan.guidance);
+    if (params.evaluated == 3)
+      m = guide_by_picture(m, widen(picture.v[k]), conditional, plan.guidance, plan.image_guidance);
     m *= inputs.factor;
     finite = finite && is_finite(m);
     x0.v[k] = plan.x0_x * inputs.x.v[k] + plan.x0_m * m;

@@ -34,13 +34,15 @@ FloatState = NDArray[np.float32]
 
 @dataclass(slots=True)
 class StepBuffers:
-    """What the step kernel reads and writes. N images; R rows were evaluated, R' are to be: 2·N or N each.
+    """What the step kernel reads and writes. N images; R rows were evaluated, R' are to be: N, 2·N or 3·N.
 
-    R is 2·N where guidance combines two halves. R' is 2·N where the next evaluation may read both halves,
+    R is 2·N where guidance combines two halves, 3·N where it combines what the U-Net gives for nothing, for a
+    picture, and for picture and text. R' is as large where the next evaluation may read all of these parts,
     whichever this one had. On a GPU the fields are device arrays of the same shapes and dtypes.
 
     Attributes:
-        noise_pred: float16 or float32 [R, C, h, w], the U-Net's output; the unconditional half first.
+        noise_pred: float16 or float32 [R, C, h, w], the U-Net's output; the unconditional part first, the
+            conditional one last.
         latents: float32 [N, C, h, w], the sampler's x.
         history: float32 [HISTORY, N, C, h, w], a ring of the last d; row k writes slot ``k % HISTORY``.
         saved: float32 [N, C, h, w], the x that a row with SAVE kept.
@@ -88,10 +90,11 @@ class StepBuffers:
 
 
 def guided_step(buffers: StepBuffers) -> None:
-    """Combine the halves, apply the row at the counter, write the U-Net's next input, count up.
+    """Combine the parts, apply the row at the counter, write the U-Net's next input, count up.
 
-    Classifier-free guidance (Ho & Salimans 2022, eq. 6) in the form ``u + w·(c − u)``, w of the row, times
-    the image's factor if there are factors; then the recurrence of `sdrt.runtime.samplers.table`; then,
+    Classifier-free guidance (Ho & Salimans 2022, eq. 6) in the form ``u + w·(c − u)``, w of the row; of three
+    parts ``u + w·(c − i) + v·(i − u)`` (Brooks et al. 2023, "InstructPix2Pix", eq. 3); times the image's
+    factor if there are factors; then the recurrence of `sdrt.runtime.samplers.table`; then,
     with a mask, what is known at the noise level of the next row (Lugmayr et al. 2022, "RePaint", eq. 8,
     without resampling; diffusers' inpainting with a 4-channel U-Net). ``denoised`` is made of x before the
     step and of m as it goes into the recurrence. After the last row nothing happens.
@@ -130,7 +133,7 @@ def guided_step(buffers: StepBuffers) -> None:
 
 
 def prepare_input(buffers: StepBuffers) -> None:
-    """Write the U-Net's input for the row at the counter: scaled latents for each half, the rows' timestep.
+    """Write the U-Net's input for the row at the counter: scaled latents for each part, the rows' timestep.
 
     After the last row there is nothing to prepare and nothing is written.
     """
@@ -154,13 +157,19 @@ def row_count(buffers: StepBuffers) -> int:
 
 
 def guided_prediction(buffers: StepBuffers, row: FloatState) -> FloatState:
-    """float32 [N, C, h, w]: the halves combined with the row's w, or the only half there is."""
+    """float32 [N, C, h, w]: the parts combined with the row's w and v, or the only part there is."""
     images = len(buffers.latents)
     m = buffers.noise_pred.astype(np.float32, copy=False)
     if len(m) == images:
         return m
-    unconditional, conditional = m[:images], m[images:]
-    guided: FloatState = unconditional + row[Column.GUIDANCE] * (conditional - unconditional)
+    unconditional, conditional = m[:images], m[-images:]
+    guided: FloatState
+    if len(m) == 2 * images:
+        guided = unconditional + row[Column.GUIDANCE] * (conditional - unconditional)
+        return guided
+    picture = m[images:-images]
+    guided = unconditional + row[Column.GUIDANCE] * (conditional - picture)
+    guided += row[Column.IMAGE_GUIDANCE] * (picture - unconditional)
     return guided
 
 
@@ -202,8 +211,8 @@ class Params(ctypes.Structure):
         ("elements", ctypes.c_uint32),  # N·C·h·w
         ("image_elements", ctypes.c_uint32),  # C·h·w
         ("plane", ctypes.c_uint32),  # h·w
-        ("guided", ctypes.c_uint32),  # whether noise_pred has both halves: 1 or 0
-        ("halves", ctypes.c_uint32),  # of sample: 1 or 2
+        ("evaluated", ctypes.c_uint32),  # R / N, parts of noise_pred: 1, 2 or 3
+        ("parts", ctypes.c_uint32),  # R' / N, of sample: 1, 2 or 3
         ("prepared", ctypes.c_uint32),  # R'
         ("capacity", ctypes.c_int32),  # n, the rows that count where count is None
     )
@@ -272,8 +281,8 @@ def _launch(kernel: str, buffers: StepBuffers) -> Launch:
         elements=images * channels * plane,
         image_elements=channels * plane,
         plane=plane,
-        guided=_len(buffers.noise_pred) != images,
-        halves=_len(buffers.sample) // images,
+        evaluated=_len(buffers.noise_pred) // images,
+        parts=_len(buffers.sample) // images,
         prepared=_len(buffers.sample),
         capacity=_len(buffers.timesteps),
     )
@@ -309,13 +318,14 @@ def check_step_buffers(buffers: StepBuffers) -> None:
     images, rest = state[0], state[1:]
     evaluated, prepared = _len(buffers.noise_pred), _len(buffers.sample)
     for name, rows in (("noise_pred", evaluated), ("sample", prepared)):
-        if rows not in (images, 2 * images):
-            raise ValueError(f"{name} has {rows} rows: {images} images have {images}, or {2 * images} guided")
+        if rows not in (images, 2 * images, 3 * images):
+            guided = f"{2 * images} or {3 * images} guided"
+            raise ValueError(f"{name} has {rows} rows: {images} images have {images}, or {guided}")
     n = _len(buffers.timesteps)
-    halves = ("float16", "float32")
+    floats = ("float16", "float32")
     dtype = (np.dtype(buffers.noise_pred.dtype).name,)
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "noise_pred": ((evaluated, *rest), halves),
+        "noise_pred": ((evaluated, *rest), floats),
         "sample": ((prepared, *rest), dtype),
         "latents": (state, ("float32",)),
         "history": ((HISTORY, *state), ("float32",)),

@@ -14,13 +14,14 @@ HISTORY: Final = 4
 class Column(IntEnum):
     """Where each number of a row is; a kernel reads the row as ``COLUMNS`` floats in this order.
 
-    The last five do not enter the recurrence. ``X0_X`` and ``X0_M`` give the model's guess of the clean
+    The last six do not enter the recurrence. ``X0_X`` and ``X0_M`` give the model's guess of the clean
     latents, ``x0 = X0_X * x + X0_M * m``. ``SIGNAL`` and ``NOISE`` say how much noise a given image has when
     the row begins, ``SIGNAL * x0 + NOISE * noise``: it is brought to that level with them before the first
     row and, where a mask keeps it, after each. That is x's own level, but between the two rows of a step.
     After the last row there is no such level; x is the result.
-    ``GUIDANCE`` is w of classifier-free guidance, ``m = u + w * (c - u)``, read where both halves are there:
-    it belongs to the request, so a sampler's table leaves it 0 and the loop fills it in.
+    ``GUIDANCE`` is w of classifier-free guidance, ``m = u + w * (c - u)``, read where both halves are there.
+    ``IMAGE_GUIDANCE`` is v of guidance by text and picture, ``m = u + w * (c - i) + v * (i - u)``, read where
+    there are three parts. Both belong to the request: a sampler's table leaves them 0, the loop fills them.
     """
 
     INPUT_SCALE = 0
@@ -39,6 +40,7 @@ class Column(IntEnum):
     SIGNAL = 13
     NOISE = 14
     GUIDANCE = 15
+    IMAGE_GUIDANCE = 16
 
 
 COLUMNS: Final = len(Column)

@@ -42,7 +42,8 @@ from sdrt.runtime.request.build import build_interpolation, build_request
 from sdrt.runtime.request.options import DrawOptions
 from sdrt.runtime.request.output import PipelineOutput
 from sdrt.runtime.request.recipes import check_embeddings
-from sdrt.runtime.request.request import Request, checked_size, latent_shape
+from sdrt.runtime.request.request import Request
+from sdrt.runtime.request.sizes import checked_size, latent_shape
 from sdrt.runtime.samplers.noise import DEFAULT_RNG, Rng, noise_source
 from sdrt.runtime.system.c_library import trim_memory
 from sdrt.runtime.system.forks import keep_in_children
@@ -91,7 +92,8 @@ class Pipeline(AdapterLoader):
         vae_encoder = VaeEncoder(load, device, bundle.manifest)
         shapes = ShapeCache(device, self._executors, bundle.manifest)
         adapters = Adapters(bundle, executors, self._encoder, device)
-        self._parts = Parts(device, adapters, self._encoder, vae_encoder, shapes)
+        labels = loading.label_encoder(bundle, executors, device)
+        self._parts = Parts(device, adapters, self._encoder, vae_encoder, shapes, labels)
         self._refiner: Pipeline | None = None
         self._closed = False
         self._cancelled = threading.Event()

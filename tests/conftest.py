@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ from support.checkpoints.tiny_variants import (
     write_tiny_image_variations_checkpoint,
     write_tiny_inpainting_checkpoint,
     write_tiny_lcm_checkpoint,
+    write_tiny_pix2pix_checkpoint,
+    write_tiny_unclip_checkpoint,
+    write_tiny_upscaler_checkpoint,
 )
 from support.made_once import exported_once, leave_what_lasts, made_once
 from support.runs.browsers import find_browser
@@ -194,8 +197,17 @@ def _variant(write: Callable[[Path, Path], None], tiny: Path, factory: pytest.Te
     return made_once(name, factory.mktemp(name) / "tiny", make, write, tiny)
 
 
-def _variant_bundle(name: str, checkpoint: Path, tiny_bundle: Path, factory: pytest.TempPathFactory) -> Path:
-    """One image of one size. Networks that are the tiny checkpoint's have the graphs of its bundle."""
+TINY_GRAPHS = ("text_encoder", "vae_decoder", "vae_encoder")
+
+
+def _variant_bundle(
+    name: str,
+    checkpoint: Path,
+    tiny_bundle: Path,
+    factory: pytest.TempPathFactory,
+    same: Sequence[str] = TINY_GRAPHS,
+) -> Path:
+    """One image of one size. Networks that are the tiny checkpoint's (``same``) have its bundle's graphs."""
 
     def export(out: Path) -> None:
         import onnx_ir as ir
@@ -205,7 +217,7 @@ def _variant_bundle(name: str, checkpoint: Path, tiny_bundle: Path, factory: pyt
         from sdrt.export.graphs.from_module import onnx_from_module
 
         def graph(module: Any, args: Any, spec: Any, *rest: Any) -> ir.Model:
-            if spec.name in ("text_encoder", "vae_decoder", "vae_encoder"):
+            if spec.name in same:
                 return ir.load(tiny_bundle / spec.name / "model.onnx")
             return onnx_from_module(module, args, spec, *rest)
 
@@ -241,6 +253,52 @@ def inpainting_bundle(
 ) -> Path:
     """Its bundle: fp32, one image of 16 x 16 pixels. Read only."""
     return _variant_bundle("inpainting-bundle", inpainting_checkpoint, tiny_bundle, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pix2pix_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a U-Net that reads the latents of a picture; read only."""
+    return _variant(write_tiny_pix2pix_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pix2pix_bundle(
+    pix2pix_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its bundle, as that of `inpainting_bundle`; its VAE's encoder does not scale latents."""
+    return _variant_bundle(
+        "pix2pix-bundle", pix2pix_checkpoint, tiny_bundle, tmp_path_factory, TINY_GRAPHS[:2]
+    )
+
+
+@pytest.fixture(scope="session")
+def unclip_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that draws from a picture's embedding and a text; read only."""
+    return _variant(write_tiny_unclip_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def unclip_bundle(
+    unclip_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its bundle, as that of `inpainting_bundle`."""
+    return _variant_bundle("unclip-bundle", unclip_checkpoint, tiny_bundle, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def upscaler_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that enlarges pictures; read only."""
+    return _variant(write_tiny_upscaler_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def upscaler_bundle(
+    upscaler_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its bundle, as that of `inpainting_bundle`; its VAE's decoder scales latents otherwise."""
+    return _variant_bundle(
+        "upscaler-bundle", upscaler_checkpoint, tiny_bundle, tmp_path_factory, TINY_GRAPHS[:1]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,8 @@ STEP_TERM = 8.001 * EPS32
 
 # Guidance u + w (c - u), as a share of |u| + w (|u| + |c|): difference, product and sum 1 EPS32 each.
 GUIDANCE = 3.001 * EPS32
+# u + w (c - i) + v (i - u), as a share of |u| + w (|c| + |i|) + v (|i| + |u|): one more sum.
+PICTURE_GUIDANCE = 4.001 * EPS32
 
 # guidance_rescale's factor, relative, given the guided prediction in float32: it is rounded once. The float64
 # sums of 2**14 numbers (72 additions in a row) err by 3 * 72 * 2**-53 of the sum of squares, which is at most

@@ -108,8 +108,8 @@ def _batches(arguments: argparse.Namespace) -> tuple[int, ...]:
 
 def _checked(name: str, source: str, bundle: Bundle, checkpoint: str | None) -> ModelPlan:
     manifest = bundle.manifest
-    if not manifest.tokenizers or manifest.reads_mask:
-        kind = "a picture" if not manifest.tokenizers else "a picture and a mask"
+    if manifest.needs_picture:
+        kind = "a picture and a mask" if manifest.reads_mask else "a picture"
         raise UsageError(
             f"{source} draws from {kind}: sd-bench measures models that draw from a prompt alone"
         )

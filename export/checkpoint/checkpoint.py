@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sdrt.export.checkpoint.few_steps import FewSteps
 from sdrt.export.checkpoint.fields import LatentScaling, latent_scaling
 from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer
 from sdrt.runtime.bundle.families.record import Family
-from sdrt.runtime.bundle.manifest import ImageProcessorFacts
+from sdrt.runtime.bundle.manifest import ImageProcessorFacts, NoisingFacts
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NO_OPTIONS, SamplerOptions
 
@@ -31,10 +32,12 @@ class Checkpoint:
         sampler_options: What the scheduler's configuration says for this sampler, or for others.
         tokenizers: One for each text encoder: vocabulary, length and special ids.
         image_processor: Of the image encoder; None where there is none.
+        noising: How noise is laid over a given picture; None where it is not.
         force_zeros_for_empty_prompt: See `sdrt.runtime.bundle.manifest.Manifest`.
         random_seed: Of random weights; None where the folder holds weights.
         few_steps: How it is drawn by default, if it was distilled to a few steps.
         read_as: What a single file was taken for, in one line; empty where a folder says it all.
+        loras: Name, weight and SHA-256 of each LoRA that was merged into its weights.
         remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
 
@@ -47,11 +50,13 @@ class Checkpoint:
     sampler: str
     tokenizers: tuple[ClipTokenizer, ...]
     image_processor: ImageProcessorFacts | None = None
+    noising: NoisingFacts | None = None
     force_zeros_for_empty_prompt: bool = False
     random_seed: int | None = None
     sampler_options: SamplerOptions = NO_OPTIONS
     remarks: tuple[str, ...] = ()
     read_as: str = ""
+    loras: tuple[Mapping[str, Any], ...] = ()
     few_steps: FewSteps | None = None
 
     @property
@@ -108,8 +113,10 @@ class Checkpoint:
         """What a sampler is given for the latents of the VAE's encoder.
 
         StableDiffusionXLInpaintPipeline reads ``latents_mean`` and ``latents_std`` only to decode, and its
-        U-Net has learned from that.
+        U-Net has learned from that. One that edits pictures reads them as the VAE gives them.
         """
+        if not self.kind.scales_picture:
+            return LatentScaling(1.0)
         return LatentScaling(self.decoded.factor) if "inpainting_channels" in self.sizes() else self.decoded
 
     def sizes(self) -> dict[str, int]:
@@ -125,6 +132,10 @@ class Checkpoint:
         if unet_channels == 2 * latent_channels + 1:
             sizes["inpainting_channels"] = unet_channels - latent_channels
         sizes["unet_channels"] = unet_channels - sizes.get("inpainting_channels", 0)
+        entry = self.record.components["unet"].input(self.record.picture_input)
+        if entry is not None and "latent_height" in entry.shape:  # it stands beside the latents
+            channels = entry.shape[1]
+            sizes["unet_channels"] -= channels if isinstance(channels, int) else sizes[channels]
         if self.distilled_guidance:
             sizes["guidance_width"] = int(unet["time_cond_proj_dim"])
         if self.tokenizers:

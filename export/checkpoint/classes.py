@@ -15,6 +15,7 @@ from sdrt.export.checkpoint.families import (
     CHECKPOINT_FAMILIES,
     DIFFUSERS,
     PIPELINES,
+    STABLE_DIFFUSION_PARTS,
     SUPPORTED,
     TRANSFORMERS,
     CheckpointFamily,
@@ -30,7 +31,6 @@ _OTHERS: Final = (
     ("(Onnx|ORT|OV|Neuron).*", "it is an export already; give the checkpoint it was made from", False),
     (".*Onnx.*", "it is an export already; give the checkpoint it was made from", False),
     ("Kolors.*", "its text encoder is ChatGLM", False),
-    (".*InstructPix2Pix.*", "its U-Net takes the picture that it edits", False),
     (".*(Upscale|Depth2Img|UnCLIP|PaintByExample|Zero123).*", "its U-Net takes more than text", False),
     (".*(Marigold|LDM3D).*", "it draws depths or normals, not pictures", False),
     (".*(ControlNet|Adapter|GLIGEN).*", "it draws with a network that steers the U-Net", True),
@@ -52,7 +52,7 @@ _OTHER_NETWORKS: Final = (
     ("UNet(Motion|3D|Spatio).*", "a U-Net for films"),
     (".*ControlNet.*", "a ControlNet, which only steers a U-Net"),
 )
-LIBRARIES: Final = (DIFFUSERS, TRANSFORMERS)
+LIBRARIES: Final = (DIFFUSERS, TRANSFORMERS, STABLE_DIFFUSION_PARTS)
 # Entries that change no picture here: what checks a finished picture, and its own preparation.
 _SILENT: Final = frozenset({"safety_checker", "feature_extractor", "scheduler"})
 # Settings of pipelines: read by `sdrt.export.checkpoint.reader`, or about the safety checker.
@@ -62,6 +62,7 @@ _SETTINGS: Final = frozenset(
         "force_zeros_for_empty_prompt",
         "requires_aesthetics_score",
         "requires_safety_checker",
+        "max_noise_level",
     }
 )
 # Folders that change the picture where a program loads them.
@@ -94,6 +95,10 @@ def pipeline_family(path: Path, index: Mapping[str, Any]) -> CheckpointFamily:
             f"pipeline's class ({', '.join(PIPELINES)})"
         )
     if isinstance(name, str) and name in PIPELINES:
+        if index.get("is_cosxl_edit"):
+            raise CheckpointError(
+                f"{path} is CosXL Edit (is_cosxl_edit), whose U-Net reads scaled latents: not supported"
+            )
         families = CHECKPOINT_FAMILIES.values()
         marked = (one for one in families if index.get(one.marker) and name in one.pipelines)
         return next(marked, PIPELINES[name])
@@ -186,7 +191,12 @@ def check_config_classes(file: Path, network: Network, config: Mapping[str, Any]
 
 def left_out(path: Path, index: Mapping[str, Any], family: CheckpointFamily) -> Iterator[str]:
     """One line for each part and setting of a checkpoint that an export leaves out."""
-    known = {*family.folders, *_SILENT, *(part for network in family.networks for part in network.beside)}
+    known = {
+        *family.folders,
+        family.noising,
+        *_SILENT,
+        *(part for network in family.networks for part in network.beside),
+    }
     for key, entry in index.items():
         if key.startswith("_") or key in known or key in _SETTINGS:
             continue

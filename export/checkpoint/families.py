@@ -10,16 +10,22 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
 from sdrt.runtime.bundle.families.image_variations import IMAGE_VARIATIONS
+from sdrt.runtime.bundle.families.instruct_pix2pix import INSTRUCT_PIX2PIX, SDXL_INSTRUCT_PIX2PIX
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.sdxl import SDXL, SDXL_REFINER, TEXT_EMBEDS
 from sdrt.runtime.bundle.families.stable_diffusion import STABLE_DIFFUSION
+from sdrt.runtime.bundle.families.stable_unclip import STABLE_UNCLIP
+from sdrt.runtime.bundle.families.x4_upscaler import X4_UPSCALER
 
 TRANSFORMERS, DIFFUSERS = "transformers", "diffusers"
+STABLE_DIFFUSION_PARTS: Final = (
+    "stable_diffusion"  # what model_index.json calls diffusers' folder of that name
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,10 @@ class Network:
 
     def load_kind(self) -> Any:
         """The library's class; the import takes seconds."""
-        return pkgutil.resolve_name(f"{self.library}:{self.kind}")
+        module = {STABLE_DIFFUSION_PARTS: "diffusers.pipelines.stable_diffusion"}.get(
+            self.library, self.library
+        )
+        return pkgutil.resolve_name(f"{module}:{self.kind}")
 
     def load_wrapper(self, component: str) -> Any:
         """The class of the module that is exported as a component."""
@@ -76,6 +85,7 @@ class CheckpointFamily:
         networks: In the order in which they are read.
         draws: diffusers' class that draws with them, from text if they read any; of a latent consistency
             model too, since it takes any scheduler.
+        encodes: Its class that reads prompts as that one does, where that one cannot be asked for it alone.
         inpaints: The class for a U-Net that reads a mask.
         settings: With what these are made, so that they neither check nor mark pictures.
         embeddings: Input of the U-Net → their argument for what the encoders gave; the unconditional half's
@@ -88,6 +98,13 @@ class CheckpointFamily:
         from_picture: Whether `draws` wants a picture to start from.
         trusts_size: Whether they take a small ``sample_size`` of old diffusers as it stands.
         corrections: Whether it inpaints → what their constructors write over the scheduler's file.
+        scales_picture: Whether the encoder's latents are brought to the sampler's scale.
+        noising: The folder of the scheduler that lays noise over a given picture; empty for none.
+        most_noise: The setting in ``model_index.json`` that bounds its level, and its default; by default all
+            levels may be asked for.
+        vae_factor: The VAE's ``scaling_factor``, whatever its file says; None for the file's.
+        class_embedding: The field of the U-Net's configuration for what it is told so → what it must be; None
+            for any whole number.
     """
 
     record: Family
@@ -104,6 +121,12 @@ class CheckpointFamily:
     from_picture: bool = False
     trusts_size: bool = False
     corrections: Mapping[bool, Mapping[str, Any]] = field(default_factory=dict)
+    encodes: str = ""
+    scales_picture: bool = True
+    noising: str = ""
+    most_noise: tuple[str, int] | None = None
+    vae_factor: float | None = None
+    class_embedding: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -152,6 +175,19 @@ _TEXT_ENCODER: Final = Network(
     model_type="clip_text_model",
     beside={"tokenizer": _TOKENIZER},
     spare=re.compile(rf"{_CLIP}|(vision_model|visual_projection)\..*"),
+)
+_IMAGE_ENCODER: Final = Network(
+    folder="image_encoder",
+    library=TRANSFORMERS,
+    kind="CLIPVisionModelWithProjection",
+    components={"image_encoder": f"{_OURS}:ImageEncoder"},
+    config_keys=("image_size", "projection_dim"),
+    sizes={"encoder_size": "image_size"},
+    config_kinds=("CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPModel"),
+    model_type="clip_vision_model",
+    # Elsewhere it prepares what a safety checker looks at.
+    beside={"feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor")},
+    spare=re.compile(rf"{_CLIP}|text_model\..*"),
 )
 _TEXT_ENCODER_2: Final = Network(
     folder="text_encoder_2",
@@ -252,19 +288,7 @@ _FAMILIES: Final = (
         record=IMAGE_VARIATIONS,
         pipelines=("StableDiffusionImageVariationPipeline",),
         networks=(
-            Network(
-                folder="image_encoder",
-                library=TRANSFORMERS,
-                kind="CLIPVisionModelWithProjection",
-                components={"image_encoder": f"{_OURS}:ImageEncoder"},
-                config_keys=("image_size", "projection_dim"),
-                sizes={"encoder_size": "image_size"},
-                config_kinds=("CLIPVisionModelWithProjection", "CLIPVisionModel", "CLIPModel"),
-                model_type="clip_vision_model",
-                # Elsewhere it prepares what a safety checker looks at.
-                beside={"feature_extractor": ("CLIPImageProcessor", "CLIPFeatureExtractor")},
-                spare=re.compile(rf"{_CLIP}|text_model\..*"),
-            ),
+            _IMAGE_ENCODER,
             _UNET,
             _VAE,
         ),
@@ -275,11 +299,92 @@ _FAMILIES: Final = (
         guidance=7.5,
     ),
 )
-CHECKPOINT_FAMILIES: Final = {family.record.name: family for family in _FAMILIES}
+
+
+def _read_by_unet(of: Family, record: Family, pipeline: str, **changes: Any) -> CheckpointFamily:
+    """A family's networks with a U-Net that reads a picture beside the noise, and the one pipeline for it."""
+    (plain,) = (family for family in _FAMILIES if family.record is of)
+    usual: dict[str, Any] = {
+        "draws": pipeline,
+        "inpaints": pipeline,
+        "encodes": plain.draws,
+        "trusts_size": True,
+        "corrections": {},
+    }
+    return replace(plain, record=record, pipelines=(pipeline,), **{**usual, **changes})
+
+
+_WITH_PICTURE: Final = (
+    _read_by_unet(
+        STABLE_DIFFUSION,
+        INSTRUCT_PIX2PIX,
+        "StableDiffusionInstructPix2PixPipeline",
+        scales_picture=False,
+    ),
+    _read_by_unet(
+        SDXL,
+        SDXL_INSTRUCT_PIX2PIX,
+        "StableDiffusionXLInstructPix2PixPipeline",
+        scales_picture=False,
+    ),
+    _read_by_unet(
+        STABLE_DIFFUSION,
+        STABLE_UNCLIP,
+        "StableUnCLIPImg2ImgPipeline",
+        networks=(
+            _TEXT_ENCODER,
+            replace(
+                _IMAGE_ENCODER,
+                components={"image_encoder": f"{_OURS}:LabelEncoder"},
+                sizes={"encoder_size": "image_size"},
+            ),
+            Network(
+                folder="image_normalizer",
+                library=STABLE_DIFFUSION_PARTS,
+                kind="StableUnCLIPImageNormalizer",
+                components={},
+                config_keys=("embedding_dim",),
+                sizes={},
+                config_kinds=("StableUnCLIPImageNormalizer",),
+            ),
+            replace(
+                _UNET,
+                config_keys=(*_UNET.config_keys, "projection_class_embeddings_input_dim"),
+                sizes={**_UNET.sizes, "label_width": "projection_class_embeddings_input_dim"},
+            ),
+            _VAE,
+        ),
+        settings={},
+        guidance=10.0,
+        noising="image_noising_scheduler",
+        class_embedding={"class_embed_type": "projection"},
+    ),
+    _read_by_unet(
+        STABLE_DIFFUSION,
+        X4_UPSCALER,
+        "StableDiffusionUpscalePipeline",
+        networks=(
+            _TEXT_ENCODER,
+            replace(_UNET, config_keys=(*_UNET.config_keys, "num_class_embeds")),
+            _VAE,
+        ),
+        settings={"safety_checker": None, "feature_extractor": None, "watermarker": None},
+        guidance=9.0,
+        noising="low_res_scheduler",
+        most_noise=("max_noise_level", 350),
+        vae_factor=0.08333,
+        class_embedding={"num_class_embeds": None},
+    ),
+)
+CHECKPOINT_FAMILIES: Final = {family.record.name: family for family in (*_FAMILIES, *_WITH_PICTURE)}
 PIPELINES: Final = {
-    pipeline: family for family in _FAMILIES if not family.marker for pipeline in family.pipelines
+    pipeline: family
+    for family in CHECKPOINT_FAMILIES.values()
+    if not family.marker
+    for pipeline in family.pipelines
 }
 SUPPORTED: Final = (
     "supported are those of Stable Diffusion 1.x, 2.x and XL for text to image, image to image and "
-    "inpainting, of SDXL's refiner, of latent consistency models and of image variations"
+    "inpainting, of SDXL's refiner, of latent consistency models, of image variations, of "
+    "InstructPix2Pix, of Stable unCLIP and of the x4 upscaler"
 )

@@ -117,7 +117,7 @@ def latent_scaling(family: str, config: Mapping[str, Any]) -> LatentScaling:
     Only SDXL's pipelines read ``latents_mean`` and ``latents_std``, and only if both are there; none of
     Stable Diffusion's reads ``shift_factor``.
     """
-    factor = float(config.get("scaling_factor", SCALING_FACTOR))
+    factor = float(CHECKPOINT_FAMILIES[family].vae_factor or config.get("scaling_factor", SCALING_FACTOR))
     mean, std = config.get("latents_mean"), config.get("latents_std")
     read = "latents_mean" in CHECKPOINT_FAMILIES[family].vae_fields
     if not read or mean is None or std is None:
@@ -178,6 +178,11 @@ def unread_fields(family: str, configs: Mapping[str, Mapping[str, Any]]) -> Iter
         yield (
             f"vae/config.json: shift_factor is {vae['shift_factor']}, which no pipeline of Stable Diffusion "
             "reads: left out, as there"
+        )
+    factor, said = latent_scaling(family, vae).factor, vae.get("scaling_factor", SCALING_FACTOR)
+    if factor != said:
+        yield (
+            f"vae/config.json: scaling_factor is {said}, and {factor} in diffusers' pipeline: drawn with that"
         )
     mean, std = vae.get("latents_mean"), vae.get("latents_std")
     if (mean or std) and latent_scaling(family, vae).mean is None:

@@ -20,7 +20,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     if checkpoint.random_seed is not None:
         digest.update(f"random weights, scheme {SCHEME}, seed {checkpoint.random_seed}\0".encode())
     images = () if checkpoint.image_processor is None else (Path(IMAGE_PROCESSOR).parent.name,)
-    for folder in (*checkpoint.configs, *checkpoint.kind.tokenizers.values(), *images, "scheduler"):
+    noising = (checkpoint.kind.noising,) if checkpoint.kind.noising else ()
+    others = (*checkpoint.kind.tokenizers.values(), *images, *noising, "scheduler")
+    for folder in (*checkpoint.configs, *others):
         for file in described_files(checkpoint.path / folder, weights=checkpoint.random_seed is None):
             digest.update(f"{folder}/{file.name}\0".encode())
             with open_regular(file) as stream:

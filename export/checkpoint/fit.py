@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
-from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
+from sdrt.runtime.bundle.families.components import CLASS_LABELS, ENCODER_HIDDEN_STATES
+from sdrt.runtime.bundle.manifest import ImageProcessorFacts
 from sdrt.runtime.errors import CheckpointError
 
-# Channels that a U-Net takes beside the latents' → what such a checkpoint is for. Those for inpainting, with
-# latents and a mask, are supported.
+# What a U-Net takes beside the latents → the channels of that. Those for inpainting, with latents and a mask,
+# are of the same families as those that take no more.
 OTHER_KINDS: Final[dict[str, Callable[[int], int]]] = {
     "the latents of a picture to edit": lambda latents: latents,
     "a depth map": lambda _latents: 1,
     "a small picture to enlarge": lambda _latents: 3,
+}
+# Those that are supported → what model_index.json must name.
+OF_PIPELINE: Final = {
+    "the latents of a picture to edit": "StableDiffusionInstructPix2PixPipeline",
+    "a small picture to enlarge": "StableDiffusionUpscalePipeline",
 }
 # What a U-Net's configuration says of inputs that no component has.
 OTHER_INPUTS: Final = {
@@ -43,6 +49,14 @@ def check_fit(checkpoint: Checkpoint) -> None:
         _check_text_fit(checkpoint, sizes)
     else:
         _check_image_fit(checkpoint, sizes)
+    if checkpoint.record.picture_input == CLASS_LABELS:
+        _check_label_fit(checkpoint, sizes)
+    levels, noising = checkpoint.configs["unet"].get("num_class_embeds"), checkpoint.noising
+    if levels is not None and noising is not None and levels <= noising.max_level:
+        raise CheckpointError(
+            f"the U-Net's num_class_embeds is {levels}, and noise levels go up to {noising.max_level}: "
+            "model_index.json and unet are not of one model"
+        )
     if checkpoint.kind.added:
         _check_added_fit(checkpoint)
     elif (added := checkpoint.configs["unet"].get("addition_embed_type")) is not None:
@@ -61,12 +75,22 @@ def check_fit(checkpoint: Checkpoint) -> None:
 def _check_kind(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
     unet = checkpoint.configs["unet"]
     takes, gives, latents = int(unet["in_channels"]), int(unet["out_channels"]), sizes["latent_channels"]
+    read = checkpoint.record.picture_input
     for what, channels in OTHER_KINDS.items():
-        if takes == latents + channels(latents):
+        if not read and takes == latents + channels(latents):
+            todo = "not supported; checkpoints for text to image, inpainting and image variations are"
+            if pipeline := OF_PIPELINE.get(what):
+                todo = f"that is no {checkpoint.pipeline}; set _class_name in model_index.json to {pipeline}"
             raise CheckpointError(
                 f"the U-Net takes {takes} channels, the VAE's {latents} and {channels(latents)} more for "
-                f"{what}: not supported; checkpoints for text to image, inpainting and image variations are"
+                f"{what}: {todo}"
             )
+    if read and sizes["unet_channels"] != latents:
+        raise CheckpointError(
+            f"the U-Net takes {takes} channels; of a {checkpoint.pipeline} it takes "
+            f"{latents + takes - sizes['unet_channels']}, the VAE's {latents} and those of the picture: "
+            "model_index.json and unet are not of one model"
+        )
     if not gives == latents == sizes["unet_channels"]:
         raise CheckpointError(
             f"the U-Net takes {takes} and gives {gives} channels, the VAE has {latents}: they are not of one "
@@ -77,10 +101,18 @@ def _check_kind(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
             f"the U-Net's time_cond_proj_dim is {sizes['guidance_width']}; it must be at least "
             f"{LEAST_GUIDANCE_WIDTH}, two frequencies"
         )
+    told = checkpoint.kind.class_embedding
     for key, what in OTHER_INPUTS.items():
-        if unet.get(key) is not None:
+        if key not in told and unet.get(key) is not None:
             raise CheckpointError(
-                f"the U-Net's {key} is {unet[key]!r}: it takes {what}, which is not supported"
+                f"the U-Net's {key} is {unet[key]!r}: it takes {what}, which is not supported of a "
+                f"{checkpoint.pipeline}"
+            )
+    for key, wanted in told.items():
+        if unet.get(key) is None or wanted not in (None, unet[key]):
+            raise CheckpointError(
+                f"the U-Net's {key} is {unet.get(key)!r}; that of a {checkpoint.pipeline} takes "
+                f"{OTHER_INPUTS[key]}: model_index.json and unet are not of one model"
             )
 
 
@@ -92,10 +124,27 @@ def _check_image_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
             f"the image encoder gives {features} features, the U-Net's cross-attention "
             f"takes {sizes['cross_width']}: {encoder.component} and unet are not of one model"
         )
+    _check_pixels(facts, sizes, encoder.component)
+
+
+def _check_pixels(facts: ImageProcessorFacts | None, sizes: Mapping[str, int], folder: str) -> None:
     if facts is None or facts.size != sizes["encoder_size"]:
         raise CheckpointError(
             f"the feature_extractor makes pictures of {facts and facts.size} pixels, the image encoder takes "
-            f"{sizes['encoder_size']}: feature_extractor and {encoder.component} are not of one model"
+            f"{sizes['encoder_size']}: feature_extractor and {folder} are not of one model"
+        )
+
+
+def _check_label_fit(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+    """The U-Net takes the picture's embedding, and as many numbers of the noise level."""
+    _check_pixels(checkpoint.image_processor, sizes, "image_encoder")
+    configs = checkpoint.configs
+    gives, normal = configs["image_encoder"]["projection_dim"], configs["image_normalizer"]["embedding_dim"]
+    if not 2 * gives == 2 * normal == sizes["label_width"]:
+        raise CheckpointError(
+            f"the image encoder gives {gives} features, the image_normalizer has {normal}, and the U-Net's "
+            f"projection_class_embeddings_input_dim is {sizes['label_width']}, which must be twice that: "
+            "they are not of one model"
         )
 
 

@@ -28,9 +28,9 @@ from sdrt.export.checkpoint.fit import check_fit
 from sdrt.export.checkpoint.image_processor import image_processor_from_config
 from sdrt.export.checkpoint.kinds import refuse_folder
 from sdrt.export.checkpoint.limits import MAX_CONFIG_BYTES, check_limits
-from sdrt.export.checkpoint.scheduler import CheckpointScheduler, read_scheduler
+from sdrt.export.checkpoint.scheduler import CheckpointScheduler, noising_schedule, read_scheduler
 from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer, open_tokenizer, vocabulary_from_clip
-from sdrt.runtime.bundle.manifest import ImageProcessorFacts
+from sdrt.runtime.bundle.manifest import ImageProcessorFacts, NoisingFacts
 from sdrt.runtime.errors import CheckpointError, UsageError
 
 
@@ -97,7 +97,8 @@ def read_checkpoint(
         schedule=scheduler.schedule,
         sampler=scheduler.sampler,
         tokenizers=tokenizers,
-        image_processor=None if kind.record.reads_text else _read_image_processor(path),
+        image_processor=_read_image_processor(path) if "image_encoder" in kind.folders else None,
+        noising=_read_noising(path, index, kind),
         # StableDiffusionXLPipeline's default is true; the pipelines of the other families have no such thing.
         force_zeros_for_empty_prompt=kind.record.zeros_for_no_text
         and bool(index.get("force_zeros_for_empty_prompt", True)),
@@ -160,6 +161,28 @@ def _read_tokenizer(folder: Path, config: Mapping[str, Any], *, ships_with_weigh
 def _read_image_processor(path: Path) -> ImageProcessorFacts:
     file = path / IMAGE_PROCESSOR
     return image_processor_from_config(file, read_json(file))
+
+
+def _read_noising(path: Path, index: Mapping[str, Any], kind: CheckpointFamily) -> NoisingFacts | None:
+    """The scheduler that lays noise over a given picture: of its fields only the betas count."""
+    if not kind.noising:
+        return None
+    config = read_json(path / kind.noising / "scheduler_config.json", limit=MAX_CONFIG_BYTES)
+    try:
+        schedule = noising_schedule(config)
+    except UsageError as error:
+        raise CheckpointError(f"{path / kind.noising}: {error}") from error
+    most = schedule.num_train_timesteps - 1
+    if kind.most_noise is not None:
+        setting, usual = kind.most_noise
+        given = index.get(setting, usual)
+        if type(given) is not int or not 0 <= given <= most:
+            raise CheckpointError(
+                f"{path / 'model_index.json'}: {setting} is {given!r}; it must be a whole number from 0 to "
+                f"{most}"
+            )
+        most = given
+    return NoisingFacts(schedule, most)
 
 
 def _check_folders(path: Path, family: CheckpointFamily) -> None:

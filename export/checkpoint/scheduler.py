@@ -94,6 +94,26 @@ def read_scheduler(
     )
 
 
+def noising_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The betas of a scheduler that lays noise over a given picture, a DDPMScheduler in diffusers' pipelines.
+
+    Raises:
+        UsageError: It is of a class that is not known, or its betas make no schedule.
+    """
+    name = _class_name(config)
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    if "sigma_data" in CLASSES[name].defaults:
+        raise UsageError(f"_class_name is {name}: noise is laid over a picture by betas, as in DDPMScheduler")
+    values = {**CLASSES[name].defaults, **given}
+    betas = values["trained_betas"]
+    return NoiseSchedule(
+        num_train_timesteps=values["num_train_timesteps"],
+        **{field: values[field] for field in _TRAINED},
+        trained_betas=tuple(betas) if isinstance(betas, list) else betas,
+        rescale_betas_zero_snr=given.get("rescale_betas_zero_snr", False),
+    )
+
+
 def _class_name(config: Mapping[str, Any]) -> str:
     name = config.get("_class_name")
     if not isinstance(name, str):

@@ -23,6 +23,7 @@ from sdrt.runtime.bundle.families.components import (
     CUSTOM_EMBEDDINGS,
     IMAGE,
     INPUT_IDS,
+    NOISE_LEVEL,
     TIMESTEP,
 )
 from sdrt.runtime.bundle.families.record import TensorSpec
@@ -156,6 +157,9 @@ def _random(
     if (options := manifest.record.told.get(entry.name)) is not None:
         size = (manifest.defaults.height, manifest.defaults.width)
         return np.broadcast_to(np.array(usual_row(options, size, unconditional=False)), shape)
+    if entry.name == NOISE_LEVEL:
+        assert bundle.manifest.noising is not None  # by the manifest's rules
+        return generator.integers(0, bundle.manifest.noising.max_level + 1, shape)
     if entry.name == INPUT_IDS:
         own = generator.random(shape) < CUSTOM_SHARE
         return np.where(own, -1, generator.integers(0, manifest.tokenizers[0].bos, shape))

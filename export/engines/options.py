@@ -153,7 +153,7 @@ def sizes_of_profile(manifest: Manifest, given: Mapping[str, Extent]) -> dict[st
     """One profile in the user's units, complete: what was not given is all that the bundle admits.
 
     Without an optimum, sides take the bundle's default size and the batch its smallest, one image as a rule.
-    ``rows`` is the U-Net's batch: from one row an image (no guidance) to two (guidance), best at two. Of
+    ``rows`` is the U-Net's batch: from one row an image (no guidance) to those of guidance, best at these. Of
     ``chunks`` there is one unless more are asked for: a fixed size is the fastest.
 
     Raises:
@@ -166,12 +166,11 @@ def sizes_of_profile(manifest: Manifest, given: Mapping[str, Extent]) -> dict[st
             f"batch {batch}: the bundle's graphs admit {limits.min_batch} to {limits.max_batch} images a "
             "call; give a batch inside, or export the bundle again with a wider --batch"
         )
-    rows = Extent(batch.minimum, 2 * batch.optimum, 2 * batch.maximum)
-    asked = given.get("rows", rows)
-    if not limits.min_batch <= asked.minimum <= asked.maximum <= 2 * limits.max_batch:
-        raise UsageError(
-            f"rows {asked.at(1)}: the bundle's graphs admit {limits.min_batch} to {2 * limits.max_batch} rows"
-        )
+    guided = manifest.record.guided_rows
+    asked = given.get("rows", Extent(batch.minimum, guided * batch.optimum, guided * batch.maximum))
+    most = guided * limits.max_batch
+    if not limits.min_batch <= asked.minimum <= asked.maximum <= most:
+        raise UsageError(f"rows {asked.at(1)}: the bundle's graphs admit {limits.min_batch} to {most} rows")
     chunks = given.get("chunks", ONE).at(1)
     if chunks.maximum > limits.max_chunks:
         raise UsageError(
@@ -181,7 +180,7 @@ def sizes_of_profile(manifest: Manifest, given: Mapping[str, Extent]) -> dict[st
     return {
         "batch": batch,
         "chunks": chunks,
-        "rows": asked.at(2 * batch.optimum),
+        "rows": asked.at(guided * batch.optimum),
         "height": _side("height", given.get("height"), limits.height, defaults.height),
         "width": _side("width", given.get("width"), limits.width, defaults.width),
     }

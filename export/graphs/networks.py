@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
@@ -19,6 +21,7 @@ from sdrt.export.checkpoint.fields import LatentScaling
 from sdrt.export.checkpoint.weights import load_module
 from sdrt.runtime.bundle.families import components as tensors
 from sdrt.runtime.bundle.families.record import TensorSpec
+from sdrt.runtime.bundle.families.stable_unclip import IMAGE_ENCODER
 from sdrt.runtime.bundle.families.told import usual_row
 from sdrt.runtime.samplers.guidance import guidance_embedding
 from sdrt.runtime.samplers.schedule import NoiseSchedule
@@ -114,6 +117,35 @@ class ImageEncoder(nn.Module):
         return image_embeds[:, None]
 
 
+class LabelEncoder(nn.Module):
+    """A picture and a noise level → what a Stable unCLIP's class_labels may be: mean + std · noise.
+
+    diffusers normalises the embedding e, lays noise over it and undoes the former: (√ᾱ (e − m) / s +
+    √(1 − ᾱ) · noise) · s + m; what tells the U-Net the level stands behind it.
+    Shapes: ``pixel_values`` [batch, 3, size, size], ``noise_level`` int64 [batch] → twice [batch, 2 · width].
+    """
+
+    def __init__(self, model: Any, normalizer: Any, alphas_cumprod: NDArray[np.float32]) -> None:
+        super().__init__()
+        self.model = model
+        # Constants of the graph: no network of a component has them.
+        self.mean, self.std = normalizer.mean.detach().float(), normalizer.std.detach().float()
+        self.signal = torch.from_numpy(alphas_cumprod**0.5)
+        self.noise = torch.from_numpy((1 - alphas_cumprod) ** 0.5)
+
+    def forward(self, pixel_values: Tensor, noise_level: Tensor) -> tuple[Tensor, Tensor]:
+        embeds = self.model(pixel_values=pixel_values).image_embeds
+        mean, std = self.mean.to(embeds), self.std.to(embeds)
+        signal = self.signal[noise_level][:, None].to(embeds)
+        noise = self.noise[noise_level][:, None].to(embeds)
+        level = get_timestep_embedding(
+            noise_level, embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
+        ).to(embeds)
+        clean = (embeds - mean) / std * signal * std + mean
+        deviation = noise * std
+        return torch.cat([clean, level], dim=1), torch.cat([deviation, torch.zeros_like(level)], dim=1)
+
+
 class _TimeIdEmbedding(nn.Module):
     """Sinusoidal embeddings in the precision of the numbers.
 
@@ -137,8 +169,9 @@ class UNet(nn.Module):
     (``text_embeds`` and ``time_ids`` of sdxl and sdxl-refiner) or kinds of checkpoints.
     Shapes: ``sample`` [rows, channels, h, w]; ``timestep`` float32 [rows];
     ``encoder_hidden_states`` [rows, context, cross_width]; ``text_embeds`` [rows, projection_width];
-    ``time_ids`` [rows, 6], of the refiner [rows, 5]; ``timestep_cond`` [rows, guidance_width]; ``inpainting``
-    [rows, channels + 1, h, w]; result like ``sample``.
+    ``time_ids`` [rows, 6], of the refiner [rows, 5]; ``image_latents`` like ``sample``; ``class_labels``
+    [rows, label_width]; ``low_res`` [rows, 3, h, w]; ``noise_level`` int64 [rows]; ``timestep_cond``
+    [rows, guidance_width]; ``inpainting`` [rows, channels + 1, h, w]; result like ``sample``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -154,16 +187,22 @@ class UNet(nn.Module):
         encoder_hidden_states: Tensor,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        low_res: Tensor | None = None,
+        noise_level: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         inpainting: Tensor | None = None,
     ) -> Tensor:
-        if inpainting is not None:  # as in diffusers: latents, mask, masked picture's latents
-            sample = torch.cat([sample, inpainting], dim=1)
+        for more in (inpainting, image_latents, low_res):  # inpainting: mask, masked picture's latents
+            if more is not None:
+                sample = torch.cat([sample, more], dim=1)
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         noise_pred: Tensor = self.model(
             sample,
             timestep,
             encoder_hidden_states,
+            class_labels=noise_level if class_labels is None else class_labels,
             timestep_cond=timestep_cond,
             added_cond_kwargs=added,
             return_dict=False,
@@ -231,8 +270,16 @@ def wrapped(checkpoint: Checkpoint, component: str, dtype: torch.dtype = torch.f
 def wrap(checkpoint: Checkpoint, component: str, model: nn.Module) -> nn.Module:
     """Wrap a network of a component that is loaded already."""
     wrapper: Callable[..., nn.Module] = checkpoint.kind.network_of(component).load_wrapper(component)
-    scaling = {"vae_decoder": checkpoint.decoded, "vae_encoder": checkpoint.encoded}.get(component)
-    return (wrapper(model) if scaling is None else wrapper(model, scaling)).eval()
+    return wrapper(model, *_beside(checkpoint, component)).eval()
+
+
+def _beside(checkpoint: Checkpoint, component: str) -> tuple[Any, ...]:
+    """What the wrapper of a component has beside its network."""
+    if component == IMAGE_ENCODER.name and checkpoint.noising is not None:
+        alphas = checkpoint.noising.schedule.alphas_cumprod.astype(np.float32)
+        return load_module(checkpoint, "image_normalizer"), alphas
+    scaling = {"vae_decoder": checkpoint.decoded, "vae_encoder": checkpoint.encoded}
+    return (scaling[component],) if component in scaling else ()
 
 
 def example_inputs(
@@ -283,6 +330,9 @@ def _example(
         case tensors.TIMESTEP:
             first, last = _timestep_range(checkpoint.schedule)
             return first + torch.rand(shape, generator=generator) * (last - first)
+        case tensors.NOISE_LEVEL:
+            assert checkpoint.noising is not None  # of its family
+            return torch.randint(0, checkpoint.noising.max_level + 1, shape, generator=generator)
         case tensors.IMAGE:
             return torch.rand(shape, generator=generator) * 2 - 1
         case tensors.TIMESTEP_COND:  # of guidance scales from 1 to 15

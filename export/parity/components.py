@@ -228,7 +228,8 @@ def probe_sizes(
 def _small_probe(checkpoint: Checkpoint, axes: Mapping[str, AxisRange]) -> dict[str, int]:
     side = large_side(checkpoint)
     latent = side // checkpoint.factor
-    wanted = {"height": side, "width": side, "latent_height": latent, "latent_width": latent, "rows": 2}
+    wanted = {"height": side, "width": side, "latent_height": latent, "latent_width": latent}
+    wanted["rows"] = checkpoint.record.guided_rows
     if context := axes.get("context"):
         wanted["context"] = 2 * context.minimum  # the sampling run has a prompt of one chunk
     return {name: extent.nearest(wanted.get(name, extent.minimum)) for name, extent in axes.items()}

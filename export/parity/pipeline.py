@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ from sdrt.export.parity.rounding import UNIT_ROUNDOFF, CountSums, Sums, rounding
 from sdrt.export.parity.sampling import SAMPLING_FACTOR, SAMPLING_GUIDANCE, SAMPLING_STEPS
 from sdrt.runtime.backends.executor import FixedWeights, check_buffers
 from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.bundle.families.components import LOW_RES
 from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.devices.host import HostDevice
@@ -237,8 +239,9 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, clip_sample=False)
     side, draws = compared_side(checkpoint), np.random.default_rng(SEED)
     picture = draws.integers(0, 256, (side, side, 3), np.uint8)
-    if not checkpoint.record.reads_text:
-        return Task(side, sampler, picture)
+    if checkpoint.record.picture_input or not checkpoint.record.reads_text:
+        small = side // checkpoint.factor if checkpoint.record.picture_input == LOW_RES else side
+        return Task(side, sampler, picture[:small, :small])
     if inpainting:
         mask = np.zeros((side, side), np.uint8)
         mask[side // 2 :] = 255
@@ -257,17 +260,20 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         latents.append(state["latents"])
         return state
 
-    given: dict[str, Any] = {"prompt": PROMPT, "callback_on_step_end": keep}
-    if not checkpoint.record.reads_text:
-        given = {"callback": lambda _step, _timestep, x: latents.append(x)}
+    takes = inspect.signature(pipeline.__call__).parameters
+    given: dict[str, Any] = {"prompt": PROMPT} if checkpoint.record.reads_text else {}
+    if "callback_on_step_end" in takes:
+        given["callback_on_step_end"] = keep
+    else:
+        given["callback"] = lambda _step, _timestep, x: latents.append(x)
+    if "height" in takes:  # of the others the picture decides
+        given |= {"height": task.side, "width": task.side}
     if task.picture is not None:
         given["image"] = Image.fromarray(task.picture)
     if task.mask is not None:
         given["mask_image"] = Image.fromarray(task.mask)
     if task.strength is not None:
         given["strength"] = task.strength
-    if task.mask is not None or not checkpoint.kind.from_picture:  # whose picture has the size
-        given |= {"height": task.side, "width": task.side}
     drawn = pipeline(
         **given,
         num_inference_steps=SAMPLING_STEPS,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from sdrt.export.checkpoint.weights import load_module
 from sdrt.runtime.system.files import temporary_folder
 
 
-def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.Module] | None = None) -> Any:
+def reference_pipeline(
+    checkpoint: Checkpoint, networks: Mapping[str, torch.nn.Module] | None = None, kind: str = ""
+) -> Any:
     """diffusers' pipeline for the checkpoint's family and kind, in float32 with `reference_scheduler`.
 
     That of image variations has no feature extractor: it is given pictures as tensors.
@@ -21,7 +25,10 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
     Args:
         checkpoint: A checked checkpoint.
         networks: Those that it shall have; the others are None. By default all are loaded.
+        kind: Another class of diffusers over the same networks.
     """
+    import diffusers
+
     if networks is None:
         networks = {name: load_module(checkpoint, name) for name in checkpoint.configs}
     parts: dict[str, Any] = {name: networks.get(name) for name in checkpoint.configs}
@@ -34,9 +41,25 @@ def reference_pipeline(checkpoint: Checkpoint, networks: Mapping[str, torch.nn.M
     parts |= checkpoint.kind.settings
     if checkpoint.record.zeros_for_no_text:
         parts["force_zeros_for_empty_prompt"] = checkpoint.force_zeros_for_empty_prompt
-    pipeline = reference_kind(checkpoint)(**parts)
+    if kind:
+        takes = getattr(diffusers, kind)
+        parts = {name: parts.get(name) for name in signature(takes).parameters}
+    else:
+        takes = reference_kind(checkpoint)
+        if checkpoint.kind.noising:
+            folder = checkpoint.path / checkpoint.kind.noising
+            parts[checkpoint.kind.noising] = diffusers.DDPMScheduler.from_pretrained(folder)
+        if checkpoint.image_processor is not None and checkpoint.record.reads_text:
+            parts["feature_extractor"] = _image_processor(checkpoint.path / "feature_extractor")
+    pipeline = takes(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _image_processor(folder: Path) -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor.from_pretrained(folder)
 
 
 def reference_scheduler(checkpoint: Checkpoint) -> Any:
@@ -78,7 +101,8 @@ def reference_kind(checkpoint: Checkpoint) -> Any:
 def reference_prompt_embeddings(checkpoint: Checkpoint, prompt: str) -> dict[str, torch.Tensor]:
     """What diffusers' pipeline makes of a prompt, as arguments of another call of it."""
     encoders = checkpoint.kind.tokenizers
-    pipeline = reference_pipeline(checkpoint, {name: load_module(checkpoint, name) for name in encoders})
+    networks = {name: load_module(checkpoint, name) for name in encoders}
+    pipeline = reference_pipeline(checkpoint, networks, checkpoint.kind.encodes)
     arguments = checkpoint.kind.embeddings.values()
     names = [f"{half}{argument}" for argument in arguments for half in ("", "negative_")]
     with torch.no_grad():

@@ -33,6 +33,7 @@ from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.components import (
     ENCODER_HIDDEN_STATES,
     INPAINTING,
+    NOISE_LEVEL,
     SAMPLE,
     TIMESTEP,
     TIMESTEP_COND,
@@ -42,13 +43,15 @@ from sdrt.runtime.bundle.families.record import Precision
 from sdrt.runtime.bundle.families.told import usual_row
 from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.request.sampling import DEFAULT_IMAGE_GUIDANCE
 from sdrt.runtime.samplers.guidance import guidance_embedding
 from sdrt.runtime.samplers.registry import make_table
 from sdrt.runtime.samplers.table import run_table
 
 # Guidance w multiplies the difference of two predictions, each with its own error: √(w² + (w − 1)²) ≤ √2·w.
 # The steps' errors are not multiplied by their number: each evaluation sees the x of its own run, and a
-# denoiser pulls a perturbed x back (measured: the run's error is below the U-Net's own).
+# denoiser pulls a perturbed x back (measured: the run's error is below the U-Net's own). Guidance by picture,
+# of v, too, multiplies three: √((1 − v)² + (v − w)² + w²) = 3.4 with diffusers' v of 1.5, less than √2·w.
 SAMPLING_PROMPT: Final = "a parity check"
 SAMPLING_STEPS: Final = 4
 SAMPLING_GUIDANCE: Final = 3.0
@@ -75,7 +78,8 @@ def runs_unet_alone(checkpoint: Checkpoint) -> bool:
     """Whether the sampling run is of the U-Net alone."""
     sizes = checkpoint.sizes()
     special = "inpainting_channels" in sizes or checkpoint.distilled_guidance
-    return special or checkpoint.kind.from_picture or not checkpoint.record.reads_text
+    special |= checkpoint.kind.from_picture or bool(checkpoint.record.picture_input)
+    return special or not checkpoint.record.reads_text
 
 
 def reference_embeddings(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -206,7 +210,7 @@ def unet_inputs(
     """What the U-Net takes beside sample and timestep, float32 by name.
 
     The unconditional row is the first; a U-Net that is told the guidance scale has the conditional row alone.
-    The picture to inpaint is seeded noise, the mask its lower half.
+    The picture to inpaint or to edit is seeded noise, the mask its lower half.
     """
     sizes, inputs = checkpoint.sizes(), _texts(checkpoint, embeddings)
     if checkpoint.distilled_guidance:
@@ -221,6 +225,16 @@ def unet_inputs(
         inpainting = np.random.default_rng(channels).standard_normal(shape, dtype=np.float32)
         inpainting[0] = np.arange(shape[1])[:, None] >= shape[1] // 2
         inputs[INPAINTING] = np.tile(inpainting, (rows, 1, 1, 1))
+    record = checkpoint.record
+    if read := record.components["unet"].input(record.picture_input):
+        latents = [side // checkpoint.factor for side in size]
+        axes = {"rows": 1, "latent_height": latents[0], "latent_width": latents[1]}
+        shape = read.resolve(sizes, "fp32").concrete(axes)
+        picture = np.random.default_rng(rows).standard_normal(shape, dtype=np.float32)
+        first = np.zeros_like(picture) if record.picture_blank else picture
+        inputs[read.name] = np.concatenate([first, *[picture] * (rows - 1)])
+    if record.components["unet"].input(NOISE_LEVEL):
+        inputs[NOISE_LEVEL] = np.full(rows, record.noise_level)
     return inputs
 
 
@@ -229,8 +243,11 @@ def _texts(checkpoint: Checkpoint, embeddings: Embeddings) -> dict[str, Array]:
     if IMAGE_EMBEDS in embeddings:
         picture = embeddings[IMAGE_EMBEDS].numpy()
         return {ENCODER_HIDDEN_STATES: np.concatenate([np.zeros_like(picture), picture])}
+    unwanted = checkpoint.record.guided_rows - 1
     return {
-        name: np.concatenate([embeddings[f"negative_{given}"].numpy(), embeddings[given].numpy()])
+        name: np.concatenate(
+            [*[embeddings[f"negative_{given}"].numpy()] * unwanted, embeddings[given].numpy()]
+        )
         for name, given in checkpoint.kind.embeddings.items()
     }
 
@@ -294,10 +311,14 @@ def _guided(
     inputs: Mapping[str, Array],
     guidance_scale: float,
 ) -> Array:
-    """One evaluation for float32 [1, C, h, w], guided where the inputs have two rows."""
+    """One evaluation for float32 [1, C, h, w], guided where the inputs have two rows, or three."""
     rows = len(inputs[ENCODER_HIDDEN_STATES])
     noise_pred = evaluate(np.repeat(x, rows, axis=0), timestep)
     if rows == 1:
         return noise_pred
-    uncond, cond = noise_pred[:1], noise_pred[1:]
-    return uncond + np.float32(guidance_scale) * (cond - uncond)
+    uncond, cond, w = noise_pred[:1], noise_pred[-1:], np.float32(guidance_scale)
+    if rows == 2:
+        return uncond + w * (cond - uncond)
+    picture = noise_pred[1:2]
+    guided: Array = uncond + w * (cond - picture) + np.float32(DEFAULT_IMAGE_GUIDANCE) * (picture - uncond)
+    return guided

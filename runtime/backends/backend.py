@@ -34,9 +34,10 @@ class RequestShape(NamedTuple):
         images: Pictures drawn together.
         height: Their height in pixels.
         width: Their width in pixels.
-        guided: Whether the U-Net runs on two rows for each picture.
+        guided: Whether the U-Net runs on several rows for each picture.
         chunks: The chunks of the longest prompt.
         picture: Whether it starts from a picture, which the VAE's encoder has to read.
+        guided_rows: How many rows those are (`sdrt.runtime.bundle.families.record.Family.guided_rows`).
     """
 
     images: int
@@ -45,11 +46,12 @@ class RequestShape(NamedTuple):
     guided: bool = True
     chunks: int = 1
     picture: bool = False
+    guided_rows: int = 2
 
     def axes(self, factor: int, tokens: int) -> dict[str, int]:
         """The named axes of the components; ``factor`` is pixels per latent, ``tokens`` those of a chunk."""
         return {
-            "rows": self.images * (2 if self.guided else 1),
+            "rows": self.images * (self.guided_rows if self.guided else 1),
             "batch": self.images,
             "context": self.chunks * tokens,
             "height": self.height,

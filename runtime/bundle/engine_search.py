@@ -177,7 +177,7 @@ def build_command(
     Args:
         bundle: The bundle to add them to.
         flavour: The flavour of the engines.
-        axes: Named axes of one component; ``rows`` counts two for an image under guidance, ``context`` is in
+        axes: Named axes of one component; ``rows`` counts those of an image under guidance, ``context`` is in
             tokens.
         capability: A compute capability to build for, where the builder's own choice leaves it out.
     """
@@ -185,7 +185,10 @@ def build_command(
     factor = bundle.manifest.latents.factor
     words = ["sd-export", shlex.quote(str(bundle.path)), "--engine", flavour]
     if "batch" in asked or "rows" in asked:
-        words += ["--batch", str(asked.get("batch") or -(-asked["rows"] // 2))]
+        words += [
+            "--batch",
+            str(asked.get("batch") or -(-asked["rows"] // bundle.manifest.record.guided_rows)),
+        ]
     for side in ("height", "width"):
         pixels = asked.get(side) or asked.get(f"latent_{side}", 0) * factor
         if pixels:
@@ -316,7 +319,7 @@ def _sizes(axes: Mapping[str, AxisProfile], manifest: Manifest) -> str:
     return ", ".join(words) or "one size"
 
 
-_ABOUT: Final = {"rows": " (two per image under guidance)"}
+_ABOUT: Final = {"rows": " (two per image under guidance)"}  # or three
 
 
 def _distance(engine: Engine, asked: Mapping[str, int]) -> float:

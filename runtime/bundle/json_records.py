@@ -17,6 +17,7 @@ from sdrt.runtime.errors import BundleError, UsageError
 from sdrt.runtime.system.untrusted import parse_json
 
 _Record = TypeVar("_Record")
+OPTIONAL: Final = "optional"  # in a field's metadata: what is None by default is left out of the file
 _MAX_SHOWN: Final = 40  # characters of a value that somebody else wrote
 _KINDS: Final = {
     int: "a whole number",
@@ -127,13 +128,15 @@ class JsonReader:
         place = f"{self.file}: {where}" if where else self.file
         if unknown := sorted(set(given) - set(types_of)):
             raise BundleError(f"{place} has the unknown field {_names(unknown)}; {self.remedy}")
-        if missing := [name for name in types_of if name not in given]:
+        optional = {entry.name for entry in fields(kind) if entry.metadata.get(OPTIONAL)}
+        if missing := [name for name in types_of if name not in given and name not in optional]:
             raise BundleError(f"{place} lacks the field {_names(missing)}; {self.remedy}")
         try:
             return kind(
                 **{
                     name: self._read(hint, given[name], _inner(where, name))
                     for name, hint in types_of.items()
+                    if name in given
                 }
             )
         except (UsageError, ValueError) as error:  # what a record says of its own values
@@ -161,7 +164,11 @@ def plain(value: Any) -> Any:
     if hasattr(value, "to_dict"):
         return plain(value.to_dict())
     if is_dataclass(value):
-        return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
+        return {
+            entry.name: plain(getattr(value, entry.name))
+            for entry in fields(value)
+            if not entry.metadata.get(OPTIONAL) or getattr(value, entry.name) is not None
+        }
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value

@@ -13,6 +13,7 @@ from typing import Any, Final
 from sdrt.runtime.bundle.families.components import INPAINTING
 from sdrt.runtime.bundle.families.record import ComponentSpec, Family, Precision
 from sdrt.runtime.bundle.families.registry import FAMILIES
+from sdrt.runtime.bundle.json_records import OPTIONAL
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import NO_OPTIONS, SamplerOptions
 
@@ -75,6 +76,19 @@ class ImageProcessorFacts:
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class NoisingFacts:
+    """How noise is laid over what the U-Net reads of a given picture: p becomes √ᾱ · p + √(1 − ᾱ) · noise.
+
+    Attributes:
+        schedule: Whose alphas_cumprod ᾱ are; its other fields mean nothing here.
+        max_level: The highest noise level, an index of them, that a request may ask for.
+    """
+
+    schedule: NoiseSchedule
+    max_level: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +166,7 @@ class Facts:
         force_zeros_for_empty_prompt: Whether the embeddings of a negative prompt that was not given are
             zeros in place of the empty text's (SDXL base).
         image_processor: Of the image encoder; None in families without one.
+        noising: Of the given picture; None in families that read it as it is.
         preview: From latents to a small picture without the decoder.
         defaults: Of a request.
         limits: Of a request.
@@ -171,6 +186,7 @@ class Facts:
     preview: Preview
     defaults: Defaults
     limits: Limits
+    noising: NoisingFacts | None = field(default=None, metadata={OPTIONAL: True})
     provenance: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     ranges: Mapping[str, Any] = field(default_factory=dict)
@@ -186,6 +202,11 @@ class Manifest(Facts):
     def reads_mask(self) -> bool:
         """Whether the U-Net reads a mask and the masked picture (inpainting checkpoints)."""
         return self.components["unet"].spec.input(INPAINTING) is not None
+
+    @property
+    def needs_picture(self) -> bool:
+        """Whether nothing is drawn without a given picture."""
+        return self.reads_mask or bool(self.record.picture_input) or not self.record.reads_text
 
     @property
     def record(self) -> Family:

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from sdrt.runtime.bundle import limits as most
 from sdrt.runtime.bundle.families.components import (
     ENCODER_HIDDEN_STATES,
+    IMAGE_LATENTS,
     INPAINTING,
 )
 from sdrt.runtime.bundle.families.record import TensorSpec
@@ -112,12 +113,22 @@ def _fit_rules(manifest: Manifest) -> dict[str, bool]:
         return {"there is a tokenizer for each text encoder": False}
     rules = _text_rules(manifest) if family.reads_text else _image_rules(manifest)
     inpainting = parts["unet"].spec.input(INPAINTING)
+    noising, wanted = manifest.noising, family.noise_level is not None
     return rules | {
+        "noising is there where the family wants it, and its max_level is one of its schedule's": (
+            wanted == (noising is not None)
+            and (noising is None or 0 <= noising.max_level < noising.schedule.num_train_timesteps)
+        ),
         "the unet and the vae_decoder have the latents' channels": all(
             spec.shape[1] == manifest.latents.channels for spec in latents
         ),
         "the unet's inpainting has the latents' channels and one for the mask": (
             inpainting is None or inpainting.shape[1] == manifest.latents.channels + 1
+        ),
+        "the unet's input of the given picture has the latents' channels": all(
+            spec.shape[1] == manifest.latents.channels
+            for spec in parts["unet"].spec.inputs
+            if spec.name == IMAGE_LATENTS
         ),
         "preview has a row for each channel of the latents": (
             len(manifest.preview.weights) == manifest.latents.channels

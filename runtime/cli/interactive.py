@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sdrt.runtime.bundle.families.components import LOW_RES
 from sdrt.runtime.cli.json_lines import check_options, json_object, with_inline_pictures
 from sdrt.runtime.cli.saving import BASE64, PictureFiles, check_output, encoded
 from sdrt.runtime.console.printable import one_line
@@ -134,11 +135,11 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
     """Arguments of one drawing with the defaults, and with what a bundle cannot do without."""
     manifest = pipeline.bundle.manifest
     request = {**defaults, "num_images_per_prompt": 1, "prompt": ""}
-    reads_text = manifest.record.reads_text
-    size = (manifest.defaults.height, manifest.defaults.width)
-    if not reads_text:
+    smaller = manifest.latents.factor if manifest.record.picture_input == LOW_RES else 1
+    size = (manifest.defaults.height // smaller, manifest.defaults.width // smaller)
+    if not manifest.record.reads_text:
         del request["prompt"]
-    if (manifest.reads_mask or not reads_text) and request.get("image") is None:
+    if manifest.needs_picture and request.get("image") is None:
         request["image"] = np.zeros((*size, 3), np.uint8)
         if manifest.reads_mask:
             request["mask_image"] = np.full(size, 255, np.uint8)

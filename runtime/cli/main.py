@@ -254,6 +254,7 @@ def _shape(bundle: Bundle, works: Sequence[Work]) -> RequestShape | None:
         any(request.guided for request in requests),
         longest_prompt(bundle, requests),
         any(work.starts_from_picture for work in works),
+        bundle.manifest.record.guided_rows,
     )
 
 

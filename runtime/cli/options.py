@@ -52,7 +52,8 @@ _SHARED: Final = (
     *("negative_prompt", "plain_prompt", "comma_lookback", "clip_skip", "loras", "lora_partial"),
     *("height", "width", "num_images_per_prompt"),
     *("seed", "rng", "image", "strength", "mask_image", "expand", "variation"),
-    *("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale"),
+    *("num_inference_steps", "guidance_scale", "image_guidance_scale", "noise_level"),
+    *("guidance_interval", "guidance_rescale"),
     *("refine_from", "aesthetic_score", "negative_aesthetic_score"),
     *("sampler", "karras", "spacing", "sigma_schedule", "timesteps", "sigmas", "eta", "solver_order"),
     *("lower_order_final", "original_inference_steps"),
@@ -300,6 +301,18 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
         metavar="W[,W…]",
         help="how far to follow the prompt; 1 or less: no guidance; several: one for each step "
         "(default: the bundle's)",
+    )
+    add(
+        "--image-guidance-scale",
+        type=float,
+        metavar="V",
+        help="of an instruct-pix2pix bundle: how far to keep to the picture, from 1 (default: 1.5)",
+    )
+    add(
+        "--noise-level",
+        type=int,
+        metavar="N",
+        help="of a stable-unclip or x4-upscaler bundle: noise over the given picture (default: 0 and 20)",
     )
     add(
         "--guidance-interval",

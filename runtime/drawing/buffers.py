@@ -101,11 +101,12 @@ def step_buffers(arena: Arena, spec: ComponentSpec) -> StepBuffers:
 
 
 class ConditionalHalf:
-    """The U-Net's buffers for the conditional half alone, in the memory of a loop that has both.
+    """The U-Net's buffers for the conditional rows alone, the last N, in the memory of a loop that has all.
 
-    The half is a view where it starts at an address that the backends take (`ALIGNMENT`). Where it does not,
-    as that of a few numbers a row, it has memory of its own, and its numbers are copied there. Of the
-    timesteps, which are new at every step, it takes the other half: a picture's are the same in both.
+    They are called a half, which they are but where guidance has three parts. The half is a view where it
+    starts at an address that the backends take (`ALIGNMENT`). Where it does not, as that of a few numbers a
+    row, it has memory of its own, and its numbers are copied there. Of the timesteps, which are new at every
+    step, it takes the first rows: a picture's are the same in all of its rows.
 
     Attributes:
         inputs: A buffer for every input of the U-Net.
@@ -114,8 +115,8 @@ class ConditionalHalf:
         copies_each_step: (from, to) of those that change from step to step.
     """
 
-    def __init__(self, device: Device, arena: Arena, spec: ComponentSpec) -> None:
-        """Allocate what is not a view.
+    def __init__(self, device: Device, arena: Arena, spec: ComponentSpec, images: int) -> None:
+        """Allocate what is not a view; ``images`` is N.
 
         Raises:
             DeviceMemoryError: It does not fit.
@@ -123,7 +124,7 @@ class ConditionalHalf:
         (output,) = spec.outputs
         entries = {entry.name: entry for entry in (*spec.inputs, output)}
         halves = {
-            name: _half(arena, name, first=name == TIMESTEP)
+            name: _half(arena, name, images, first=name == TIMESTEP)
             for name, entry in entries.items()
             if entry.shape[0] == "rows"
         }
@@ -148,9 +149,9 @@ def _allocated(device: Device, sections: Sections) -> dict[str, Buffer]:
     return {name: arena[name] for name in sections}
 
 
-def _half(arena: Arena, name: str, *, first: bool) -> Buffer:
+def _half(arena: Arena, name: str, images: int, *, first: bool) -> Buffer:
     rows, *rest = arena[name].shape
-    return arena.part(name, 0 if first else rows // 2 * math.prod(rest), (rows // 2, *rest))
+    return arena.part(name, 0 if first else (rows - images) * math.prod(rest), (images, *rest))
 
 
 def check_array(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:

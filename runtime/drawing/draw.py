@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+from sdrt.runtime.bundle.families.components import LOW_RES
+from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.drawing.callbacks import Hook
 from sdrt.runtime.drawing.condition_encoder import ConditionEncoder
 from sdrt.runtime.drawing.faults import Faults
@@ -17,11 +19,11 @@ from sdrt.runtime.drawing.initial_latents import start_arguments
 from sdrt.runtime.drawing.loop import DenoiseLoop
 from sdrt.runtime.drawing.parts import Parts
 from sdrt.runtime.drawing.shapes import step_kinds
-from sdrt.runtime.drawing.vae import EncodedImage
+from sdrt.runtime.drawing.vae import EncodedImage, noised_pixels
 from sdrt.runtime.errors import DeviceMemoryError
 from sdrt.runtime.request.loras import NO_LORAS, LoraSet
 from sdrt.runtime.request.output import PipelineOutput
-from sdrt.runtime.request.picture import PictureTask
+from sdrt.runtime.request.picture import PictureTask, picture_noise_shape
 from sdrt.runtime.request.request import Request
 from sdrt.runtime.samplers.noise import NoiseSource, noise_source
 
@@ -105,7 +107,11 @@ def _draw_batch(
     parts.encoder.write(rows, loop, batch.chunks)
     timer.mark("text_encoder")
     # noise, or a picture at some level of noise, becomes x at the first row,
-    noise = noise_source(request.rng, [request.seeds[number] for number in batch.images])
+    seeds, before = (
+        [request.seeds[number] for number in batch.images],
+        picture_noise_shape(request.manifest, request.picture),
+    )
+    noise = noise_source(request.rng, seeds, before)
     start = start_arguments(request, batch.images, len(rows), noise, image)
     loop.start(table, request.sampling.weights, **start)
     # row by row x becomes the latents,
@@ -173,9 +179,10 @@ def _chunks(request: Request, image: int, encoder: ConditionEncoder) -> int:
 
 
 def row_conditions(request: Request, images: Sequence[int]) -> list[Hashable]:
-    """What each row of the U-Net's batch is drawn from; the unconditional half comes first."""
+    """What each row of the U-Net's batch is drawn from; the conditional part comes last."""
     rows = [request.conditions[image] for image in images]
-    return [*(request.negatives[image] for image in images), *rows] if request.guided else rows
+    unwanted = [request.negatives[image] for image in images]
+    return [*(unwanted * (request.rows - 1)), *rows]
 
 
 def _with_picture(
@@ -185,7 +192,7 @@ def _with_picture(
     if request.picture is None:
         return request, None
     started = time.perf_counter()
-    image = _encoded(request.picture, parts)
+    image = _encoded(request.manifest, request.picture, parts)
     encoded = time.perf_counter()
     seconds["vae_encoder"] = encoded - started
     if request.picture.variation is None:
@@ -197,8 +204,12 @@ def _with_picture(
     return request, None
 
 
-def _encoded(picture: PictureTask, parts: Parts) -> EncodedImage:
-    """The picture through the VAE encoder; the shapes that were drawn make room where memory is too small."""
+def _encoded(manifest: Manifest, picture: PictureTask, parts: Parts) -> EncodedImage:
+    """The picture through its encoder; the shapes that were drawn make room where memory is too small."""
+    if parts.labels is not None:
+        return EncodedImage(parts.labels.encode(picture))
+    if picture.input == LOW_RES:
+        return EncodedImage(noised_pixels(manifest, picture))
     try:
         return parts.vae_encoder.encode(picture.canvas)
     except DeviceMemoryError:

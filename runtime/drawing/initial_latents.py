@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.bundle.families.components import INPAINTING, TIMESTEP_COND
+from sdrt.runtime.bundle.families.components import INPAINTING, NOISE_LEVEL, TIMESTEP_COND
 from sdrt.runtime.bundle.families.told import told_row
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.vae import EncodedImage, Posterior
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.request.picture import LATENTS, MASKED_LATENTS, NOISE
-from sdrt.runtime.request.request import Request, is_device_array, latent_shape
+from sdrt.runtime.request.picture import LATENTS, MASKED_LATENTS, NOISE, PICTURE_NOISE, picture_noise_shape
+from sdrt.runtime.request.request import Request, is_device_array
+from sdrt.runtime.request.sizes import latent_shape
 from sdrt.runtime.samplers.guidance import guidance_embedding
 from sdrt.runtime.samplers.noise import NoiseSource
 
@@ -53,7 +54,11 @@ def start_arguments(
         "latents": noise,
         "scale": request.latents_scale,
         "guidance_rescale": request.sampling.guidance_rescale,
-        "inputs": _inputs(request, rows, image, masked),
+        "image_guidance": request.sampling.image_guidance,
+        "inputs": {
+            **_inputs(request, rows, image, masked),
+            **({} if image is None else _read_picture(request, len(images), source, image.latents)),
+        },
     }
     if image is None or kept is None:
         return arguments
@@ -109,7 +114,7 @@ def _inputs(
 ) -> dict[str, NDArray[np.float32]]:
     """The U-Net's inputs that are numbers of the request or of the picture (``masked``: its latents)."""
     inputs = {}
-    unguided = rows // 2 if request.guided else 0  # of the unconditional half, which comes first
+    unguided = rows - rows // request.rows  # all but the conditional ones, which come last
     for name, options in request.manifest.record.told.items():
         one, other = (told_row(options, request.told, unconditional=half) for half in (False, True))
         inputs[name] = np.array([other] * unguided + [one] * (rows - unguided), np.float32)
@@ -123,4 +128,25 @@ def _inputs(
         mask = np.broadcast_to(image.mask, (len(masked), *image.mask.shape[1:]))
         both = np.concatenate([mask, masked], axis=1)
         inputs[INPAINTING] = np.concatenate([both] * (rows // len(both)))  # of each half
+    return inputs
+
+
+def _read_picture(
+    request: Request, images: int, source: NoiseSource, given: Posterior
+) -> dict[str, NDArray[np.float32]]:
+    """The U-Net's input that is made of the given picture, in families that have one."""
+    family, picture = request.manifest.record, request.picture
+    if picture is None or not picture.input:
+        return {}
+    wanted = np.repeat(given.mean, images, axis=0)
+    if (shape := picture_noise_shape(request.manifest, picture)) is not None:
+        noise = source.draw(request.draws_at_start.index(PICTURE_NOISE), shape)
+        more = wanted.shape[1] - noise.shape[1]  # what is not noised
+        wanted = given.sample(np.pad(noise, [(0, 0), (0, more), *[(0, 0)] * (noise.ndim - 2)]))
+    first = np.zeros_like(wanted) if family.picture_blank and request.guided else wanted
+    inputs = {
+        picture.input: np.concatenate([*[first] * (request.rows > 1), *[wanted] * max(request.rows - 1, 1)])
+    }
+    if request.manifest.components["unet"].spec.input(NOISE_LEVEL) is not None:
+        inputs[NOISE_LEVEL] = np.full(images * request.rows, picture.noise_level, np.int64)
     return inputs

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.registry import Choice, load_executor
 from sdrt.runtime.bundle.bundle import Bundle, Verify
+from sdrt.runtime.bundle.families.components import CLASS_LABELS
+from sdrt.runtime.bundle.families.stable_unclip import IMAGE_ENCODER
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import whole_from
 from sdrt.runtime.devices.device import Device
@@ -21,6 +23,9 @@ from sdrt.runtime.request.request import Request
 from sdrt.runtime.request.texts import MAX_IMAGES
 from sdrt.runtime.text.chunks import Blend, Prompt, PromptPlanner
 from sdrt.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sdrt.runtime.drawing.picture_conditioning import LabelEncoder
 
 Loaded = TypeVar("Loaded")
 
@@ -52,10 +57,20 @@ def condition_encoder(
         text_encoders(bundle, executors, open_tokenizers(bundle) if tokenizers is None else tokenizers),
         device,
         batch=limits.min_batch,
-        most_texts=2 * min(limits.max_batch, MAX_IMAGES),
+        most_texts=family.guided_rows * min(limits.max_batch, MAX_IMAGES),
         max_chunks=limits.max_chunks,
         max_clip_skip=limits.max_clip_skip,
     )
+
+
+def label_encoder(bundle: Bundle, executors: Mapping[str, Executor], device: Device) -> LabelEncoder | None:
+    """What makes class_labels of a picture, in a family whose U-Net reads them."""
+    manifest = bundle.manifest
+    if manifest.record.picture_input != CLASS_LABELS:
+        return None
+    from sdrt.runtime.drawing.picture_conditioning import LabelEncoder
+
+    return LabelEncoder(executors[IMAGE_ENCODER.name], device, manifest)
 
 
 def longest_prompt(bundle: Bundle, requests: Sequence[Request]) -> int:

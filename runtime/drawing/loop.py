@@ -41,7 +41,7 @@ class StepKind:
     """What a step does beside the U-Net and the row. Each combination that a run needs is a graph of its own.
 
     Attributes:
-        guided: Whether both halves are evaluated, or the conditional half alone.
+        guided: Whether all rows of a picture are evaluated, or the conditional one alone.
         draws_noise: Whether it begins with fresh noise from the seeds, drawn on the device, if the row adds
             any.
         rescales: Whether the guided prediction is rescaled (`sdrt.kernels.guidance_rescale`).
@@ -94,6 +94,7 @@ class DenoiseLoop:
         factor: int = 1,
         context: int = 77,
         encoders: int = 1,
+        guided_rows: int = 2,
     ) -> None:
         """Allocate every buffer and bind the U-Net to them.
 
@@ -102,11 +103,12 @@ class DenoiseLoop:
             unet: The U-Net's executor on that device.
             images: N, pictures drawn together.
             size: Height and width of the latents.
-            guided: Whether there is room for the unconditional half: R, the U-Net's batch, is then 2·N. Steps
-                may leave it out.
+            guided: Whether there is room for guidance: R, the U-Net's batch, is then ``guided_rows``·N. Steps
+                may do without it.
             factor: Image pixels per latent and side.
             context: Embeddings that the cross-attention reads for each row, where the U-Net leaves it open.
             encoders: How many components make the conditioning; each has a fault word for each row.
+            guided_rows: See `sdrt.runtime.bundle.families.record.Family.guided_rows`.
 
         Raises:
             DeviceMemoryError: The buffers do not fit.
@@ -114,7 +116,7 @@ class DenoiseLoop:
         """
         self._device, self._unet, self._guided = device, unet, guided
         axes = {
-            "rows": 2 * images if guided else images,
+            "rows": images * (guided_rows if guided else 1),
             "latent_height": size[0],
             "latent_width": size[1],
             "context": context,
@@ -165,7 +167,8 @@ class DenoiseLoop:
 
     def _conditional_half(self) -> _Evaluation:
         """The U-Net bound anew to the half that holds the conditional rows."""
-        half = ConditionalHalf(self._device, self.arena, self._unet.spec)
+        images = int(self.buffers.latents.shape[0])
+        half = ConditionalHalf(self._device, self.arena, self._unet.spec, images)
         (output,) = self._unet.spec.outputs
         evaluate = self._unet.bind(half.inputs, {output.name: half.output})
         self._copies_at_start = half.copies_at_start
@@ -194,6 +197,7 @@ class DenoiseLoop:
         known_noise: NDArray[np.float32] | None = None,
         mask: NDArray[np.float32] | None = None,
         guidance_rescale: float = 0.0,
+        image_guidance: float = 0.0,
         inputs: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
         """Put a run's data into the buffers, all that is small in one upload, and x at the first row.
@@ -214,6 +218,7 @@ class DenoiseLoop:
             known_noise: float32 [N, C, h, w], what brings them to a row's noise level.
             mask: float32 [N, 1, h, w] in [0, 1]: 1 is drawn, 0 is kept. These three or none.
             guidance_rescale: phi in [0, 1], how far steps which rescale do so.
+            image_guidance: v in ``u + w·(c − i) + v·(i − u)``, read where guidance has three parts.
             inputs: What the U-Net reads beside texts, for each of its R rows: all of its spec's
                 ``of_request``, by name.
 
@@ -230,7 +235,8 @@ class DenoiseLoop:
         check_array("guidance", np.asarray(guidance), (len(table),))
 
         scale = table.init_noise_sigma if scale is None else scale
-        self._upload_setup(table, guidance, seeds, drawn, scale, guidance_rescale, given)
+        scales = np.stack(np.broadcast_arrays(guidance, image_guidance), axis=-1)
+        self._upload_setup(table, scales, seeds, drawn, scale, guidance_rescale, given)
         for name in given.keys() - self._setup_arrays.keys():
             self._device.upload(given[name], self.arena[name])
         self._has_mask = mask is not None
@@ -253,7 +259,7 @@ class DenoiseLoop:
     def _upload_setup(
         self,
         table: SamplerTable,
-        guidance: ArrayLike,
+        guidance: NDArray[Any],
         seeds: Sequence[int],
         drawn: int,
         scale: float,
@@ -264,7 +270,7 @@ class DenoiseLoop:
         self._setup_bytes.fill(0)
         count = len(table)
         setup["rows"][:count] = table.rows
-        setup["rows"][:count, Column.GUIDANCE] = guidance
+        setup["rows"][:count, [Column.GUIDANCE, Column.IMAGE_GUIDANCE]] = guidance
         setup["timesteps"][:count] = table.timesteps
         setup["guidance_rescale"][0] = guidance_rescale
         setup["count"][0] = count

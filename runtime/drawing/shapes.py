@@ -26,7 +26,7 @@ class BatchShape:
         images: How many are drawn together.
         height: Height of the latents.
         width: Width of the latents.
-        guided: Whether there is room for the unconditional half.
+        guided: Whether there is room for guidance.
         chunks: How many chunks their prompts have.
     """
 
@@ -64,6 +64,7 @@ class ShapeResources:
             factor=manifest.latents.factor,
             context=manifest.tokens * shape.chunks,
             encoders=len(manifest.record.encoders),
+            guided_rows=manifest.record.guided_rows,
         )
 
     def prepare(self, request: Request) -> None:

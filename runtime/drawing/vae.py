@@ -18,6 +18,7 @@ from sdrt.runtime.errors import NumericsError
 
 if TYPE_CHECKING:
     from sdrt.runtime.pictures.canvas import Canvas
+    from sdrt.runtime.request.picture import PictureTask
 
 FloatArray = NDArray[np.float32]
 
@@ -44,7 +45,7 @@ class EncodedImage:
     """A given picture as the loop reads it.
 
     Attributes:
-        latents: The whole picture's latents.
+        latents: The whole picture's latents; or what else a U-Net reads of it, as it may be with noise.
         mask: float32 [1, 1, h, w], 1 is drawn; None where all is.
         masked_latents: Those of the picture without what is drawn, for U-Nets that read it.
     """
@@ -52,6 +53,16 @@ class EncodedImage:
     latents: Posterior
     mask: FloatArray | None = None
     masked_latents: Posterior | None = None
+
+
+def noised_pixels(manifest: Manifest, picture: PictureTask) -> Posterior:
+    """A picture's own pixels as they may be with noise of its level, float32 [1, 3, H, W]."""
+    from sdrt.runtime.pictures.canvas import image_to_float
+
+    assert manifest.noising is not None  # by the manifest's rules
+    share = manifest.noising.schedule.alphas_cumprod.astype(np.float32)[picture.noise_level]
+    noise = np.full((1, 1, 1, 1), np.sqrt(np.float32(1) - share), np.float32)
+    return Posterior(np.sqrt(share) * image_to_float(picture.canvas.image), noise)
 
 
 class VaeEncoder:

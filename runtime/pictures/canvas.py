@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -102,6 +102,48 @@ def fit(
         np.pad(mask, ((0, below), (0, beside)), mode="edge"),
         (rows, columns),
     )
+
+
+def fit_to_enlarge(
+    image: NDArray[np.uint8], limits: Limits, factor: int, *, height: int | None, width: int | None
+) -> Canvas:
+    """Bring a picture to a size that a bundle enlarges.
+
+    The picture is taken pixel by pixel: its edges are continued to the right and below, up to the next size
+    that the bundle takes, and what becomes of them is cut off. With ``height`` or ``width`` it is resized
+    first, as `fit` does it.
+
+    Args:
+        image: uint8 [h, w, 3].
+        limits: Of the bundle: of what is drawn.
+        factor: How many times as large that is.
+        height: In pixels, of what is drawn.
+        width: In pixels, of what is drawn.
+
+    Returns:
+        The picture as the model reads it, and what is handed back of what it draws.
+
+    Raises:
+        UsageError: A size that the bundle does not draw, or a picture larger than it takes.
+    """
+    sides = [_smaller(limits.height, factor), _smaller(limits.width, factor)]
+    if height is not None or width is not None:
+        for name, size, limit in (("height", height, limits.height), ("width", width, limits.width)):
+            if size is not None and not limit.admits(size):
+                raise UsageError(f"{name} is {size}: this bundle draws {limit} pixels")
+        asked = [None if size is None else size // factor for size in (height, width)]
+        small = replace(limits, height=sides[0], width=sides[1])
+        image = fit(image, small, height=asked[0], width=asked[1]).image
+    rows, columns = image.shape[:2]
+    if rows > _largest(sides[0]) or columns > _largest(sides[1]):
+        raise UsageError(
+            f"the image is {columns}x{rows} pixels (width x height), and this bundle enlarges up to "
+            f"{_largest(sides[1])}x{_largest(sides[0])}: give height and width, of the result, to have it "
+            "made smaller first, or export the bundle with larger ones"
+        )
+    below, beside = _next_size(rows, sides[0]) - rows, _next_size(columns, sides[1]) - columns
+    padded = np.pad(image, ((0, below), (0, beside), (0, 0)), mode="edge")
+    return Canvas(padded, None, (factor * rows, factor * columns))
 
 
 def finish(drawn: NDArray[np.uint8], canvas: Canvas) -> NDArray[np.uint8]:
@@ -220,6 +262,10 @@ def _drawn_size(
         _nearest(rows * scale, limits.height) if height is None else height,
         _nearest(columns * scale, limits.width) if width is None else width,
     )
+
+
+def _smaller(limit: SizeLimit, factor: int) -> SizeLimit:
+    return SizeLimit(limit.minimum // factor, limit.maximum // factor, max(limit.multiple // factor, 1))
 
 
 def _smallest(limit: SizeLimit) -> int:

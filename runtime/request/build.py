@@ -18,9 +18,10 @@ from sdrt.runtime.request.options import OPTIONS, check_names
 from sdrt.runtime.request.output import build_callbacks, checked_output_type
 from sdrt.runtime.request.picture import PictureTask, build_picture
 from sdrt.runtime.request.recipes import OF_FRAMES, checked_digests, playable
-from sdrt.runtime.request.request import Continued, Request, checked_size, is_device_array, latent_shape
+from sdrt.runtime.request.request import Continued, Request, is_device_array
 from sdrt.runtime.request.sampling import build_sampling
 from sdrt.runtime.request.schedule_part import with_noisy_latents
+from sdrt.runtime.request.sizes import checked_size, latent_shape
 from sdrt.runtime.request.texts import per_image_seeds, prompt_conditions
 from sdrt.runtime.samplers.noise import DEFAULT_RNG, RNGS
 
@@ -124,6 +125,7 @@ def _one_request(
         refines: Whether it is the refiner's half of a call: LoRAs are for the base model alone.
     """
     rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
+    _check_of_family(manifest, options)
     picture, continues = None, None
     if options.get("denoising_start") is not None:
         options, continues = with_noisy_latents(manifest, options), Continued()
@@ -135,7 +137,7 @@ def _one_request(
         picture = build_picture(manifest, options, has_prompt=prompt is not None)
         if prompt is None and picture is None:
             raise UsageError("the prompt is missing: what shall be drawn?")
-        if prompt is None and options.get("guidance_scale") is None:
+        if prompt is None and options.get("guidance_scale") is None and not _picture_guides(manifest):
             options = {**options, "guidance_scale": 1.0}  # guidance from the empty text to itself
         conditions = prompt_conditions(manifest, "" if prompt is None else prompt, options)
     size, strength = _size_and_strength(manifest, options, picture)
@@ -176,8 +178,31 @@ def _size_and_strength(
     """Height and width, and the share of the schedule that is run on a picture, None for all of it."""
     if picture is None:
         return checked_size(manifest, options.get("height"), options.get("width")), None
-    height, width = picture.canvas.image.shape[:2]
-    return (height, width), None if picture.variation is not None else picture.strength
+    whole = picture.variation is not None or picture.input
+    return picture.size, None if whole else picture.strength
+
+
+def _picture_guides(manifest: Manifest) -> bool:
+    """Whether guidance is away from no picture, too."""
+    return bool(manifest.record.picture_input) and manifest.record.picture_blank
+
+
+def _check_of_family(manifest: Manifest, options: Mapping[str, Any]) -> None:
+    """Refuse options that a family has no use for, and those that only others have."""
+    record = manifest.record
+    for name in record.without:
+        if options.get(name) is not None and record.reads_text:  # without text: `image_conditions`
+            raise UsageError(f"{name} is given: a bundle of {record.title} has no such thing")
+    others: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        for name in family.own:
+            others.setdefault(name, []).append(family.title)
+    for name, titles in others.items():
+        if name not in record.own and options.get(name) is not None:
+            raise UsageError(
+                f"{name} is {options[name]!r}: only {' and '.join(titles)} have it, this bundle is "
+                f"{record.name}"
+            )
 
 
 def _told(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> Told:

@@ -12,8 +12,9 @@ import numpy as np
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.recipes import warn_of_another_model
-from sdrt.runtime.request.request import Continued, Request, latent_shape
+from sdrt.runtime.request.request import Continued, Request
 from sdrt.runtime.request.schedule_part import END, START
+from sdrt.runtime.request.sizes import latent_shape
 
 REFINE_FROM: Final = "refine_from"
 # Of the texts' options what the refiner is asked, too, beside all that is about sampling.
@@ -42,7 +43,7 @@ def check_refiner(manifest: Manifest, refiner: Manifest) -> None:
             "alike"
         )
     for name, one in (("refiner", refiner), ("bundle", manifest)):
-        if not one.record.reads_text or one.reads_mask:
+        if one.needs_picture:
             raise UsageError(f"the {name} draws from a picture: an ensemble is drawn from text")
 
 

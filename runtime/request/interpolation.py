@@ -12,8 +12,9 @@ from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import whole
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.loras import LoraUse, blended
-from sdrt.runtime.request.picture import NOISE, draws_at_start
-from sdrt.runtime.request.request import Request, latent_shape
+from sdrt.runtime.request.picture import NOISE, draws_at_start, picture_noise_shape
+from sdrt.runtime.request.request import Request
+from sdrt.runtime.request.sizes import latent_shape
 from sdrt.runtime.request.texts import MAX_IMAGES, Conditions
 from sdrt.runtime.samplers.noise import noise_source, slerp
 from sdrt.runtime.text.chunks import Blend, Prompt
@@ -93,8 +94,9 @@ def _noise_between(first: Request, to_seed: int, shares: list[float]) -> Any:
     """The noise that each frame starts from, float32 [N, C, h, w]."""
     shape = latent_shape(first.manifest, first.height, first.width)
     number = draws_at_start(first.picture, first.manifest).index(NOISE)
+    before = picture_noise_shape(first.manifest, first.picture)
     noise, to_noise = (
-        noise_source(first.rng, seeds).draw(number, shape) for seeds in (first.seeds, [to_seed])
+        noise_source(first.rng, seeds, before).draw(number, shape) for seeds in (first.seeds, [to_seed])
     )
     return np.concatenate([slerp(noise, to_noise, share) for share in shares])
 

@@ -45,7 +45,8 @@ class DrawOptions(CallbackOptions, total=False):
       array, or on a GPU an array of it (``__cuda_array_interface__`` or DLPack);
     * ``image``: a picture to start from: a path, a Pillow image or a uint8 array [H, W, 3]. Its latents are
       drawn from the VAE's posterior with the seed of each image, as diffusers does with a list of pictures
-      and generators. For an image-variations bundle it is what is varied;
+      and generators. For an image-variations or stable-unclip bundle it is what is varied, for an
+      instruct-pix2pix one what is edited, for an x4-upscaler one what is enlarged;
     * ``strength``: how much of the schedule is run on the picture, above 0 (nearly all is kept) to 1; by
       default 0.8 (SDXL's refiner 0.3), and 1 with a mask;
     * ``mask_image``: what of ``image`` is drawn anew: white is, black is kept exactly;
@@ -60,6 +61,10 @@ class DrawOptions(CallbackOptions, total=False):
       often (heun, dpm2, pndm …), the callback and the timings count each evaluation as a step;
     * ``guidance_scale``: w of classifier-free guidance; at 1 or below only the conditional half runs. A list
       has one w per step;
+    * ``image_guidance_scale``: of an instruct-pix2pix bundle, how far to keep to the given picture, from 1;
+      by default 1.5. It works where ``guidance_scale`` does;
+    * ``noise_level``: of a stable-unclip or x4-upscaler bundle, how much noise is laid over the given
+      picture: a whole number from 0 to what the checkpoint admits; by default 0 and 20;
     * ``guidance_interval``: (start, stop) as shares of the steps, outside of which w is 1 (Kynkäänniemi et
       al. 2024), so that only one half runs there;
     * ``guidance_rescale``: phi of Lin et al. 2023, section 3.4, 0 to 1;
@@ -122,6 +127,8 @@ class DrawOptions(CallbackOptions, total=False):
     variation: float | None
     num_inference_steps: int | None
     guidance_scale: float | Sequence[float] | None
+    image_guidance_scale: float | None
+    noise_level: int | None
     guidance_interval: Sequence[float] | None
     guidance_rescale: float
     refine_from: float | None

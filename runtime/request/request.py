@@ -10,8 +10,6 @@ import numpy as np
 
 from sdrt.runtime.bundle.families.told import Told
 from sdrt.runtime.bundle.manifest import Manifest
-from sdrt.runtime.checks import whole
-from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.loras import LoraSet, LoraUse, lora_recipe
 from sdrt.runtime.request.output import (
     WITHOUT_PICTURES,
@@ -111,6 +109,11 @@ class Request:
         return self.sampling.guided
 
     @property
+    def rows(self) -> int:
+        """Rows of the U-Net's batch that each picture takes."""
+        return self.manifest.record.guided_rows if self.guided else 1
+
+    @property
     def decodes(self) -> bool:
         """Whether pictures are wanted, not only latents."""
         return self.output_type not in WITHOUT_PICTURES
@@ -158,31 +161,6 @@ class Request:
             {**text, "seed": seed, **shared, **lora_recipe(uses, partial=self.lora_partial)}
             for text, seed, uses in zip(self.texts, self.seeds, self.loras, strict=True)
         ]
-
-
-def checked_size(manifest: Manifest, height: object, width: object) -> tuple[int, int]:
-    """Height and width in pixels, the bundle's own where None is given.
-
-    Raises:
-        UsageError: A size that the bundle does not admit.
-    """
-    defaults, limits = manifest.defaults, manifest.limits
-    sizes = []
-    for name, given, default, limit in (
-        ("height", height, defaults.height, limits.height),
-        ("width", width, defaults.width, limits.width),
-    ):
-        size = default if given is None else whole(name, given)
-        if not limit.admits(size):
-            raise UsageError(f"{name} is {size}: this bundle draws {limit} pixels")
-        sizes.append(size)
-    return sizes[0], sizes[1]
-
-
-def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int, int]:
-    """[C, h, w] of one image's latents."""
-    geometry = manifest.latents
-    return geometry.channels, height // geometry.factor, width // geometry.factor
 
 
 def is_device_array(given: object) -> bool:

@@ -10,16 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.bundle.families.components import TIMESTEP_COND
+from sdrt.runtime.bundle.families.instruct_pix2pix import IMAGE_GUIDANCE_SCALE
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import flag, number, share, whole
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.request.options import OPTIONS
 from sdrt.runtime.request.schedule_part import build_part
-from sdrt.runtime.samplers.guidance import guidance_weights
+from sdrt.runtime.samplers.guidance import MAX_GUIDANCE_SCALE, guidance_weights
 from sdrt.runtime.samplers.registry import SAMPLERS, find_sampler, first_step, make_table
 from sdrt.runtime.samplers.schedule import NoiseSchedule
 from sdrt.runtime.samplers.table import SamplerOptions, SamplerTable
 
+DEFAULT_IMAGE_GUIDANCE: Final = 1.5  # of diffusers' pipelines
 MAX_ROWS: Final = 2048  # of a table: two evaluations for each trained timestep, and a few
 
 
@@ -32,6 +34,7 @@ class Sampling:
         schedule: The bundle's, with the spacing that was asked for.
         weights: float32 [rows], w of each row; a row of 1 or less runs the conditional half alone.
         guidance_rescale: phi.
+        image_guidance: v of guidance by text and picture; 0 in families that have none.
         embedded_guidance: w that the U-Net is told in place of guidance (latent consistency models), or None.
         recipe: The arguments behind it, as plain data.
     """
@@ -40,6 +43,7 @@ class Sampling:
     schedule: NoiseSchedule
     weights: NDArray[np.float32]
     guidance_rescale: float
+    image_guidance: float
     embedded_guidance: float | None
     recipe: Mapping[str, Any]
 
@@ -90,9 +94,11 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
     rescale = share("guidance_rescale", options.get("guidance_rescale", 0.0))
     guided = (0.0, 1.0) if interval is None else interval
     weights = _weights(table, counted, 1.0 if embeds_guidance else scale, guided)
+    image_guidance = _image_guidance(manifest, options.get(IMAGE_GUIDANCE_SCALE))
     recipe = {
         "num_inference_steps": steps,
         "guidance_scale": _plain(scale),
+        **image_guidance,
         "sampler": table.name,
         "karras": karras,
         "eta": eta,
@@ -106,6 +112,7 @@ def build_sampling(manifest: Manifest, options: Mapping[str, Any], strength: flo
         schedule=chosen.applied_to(manifest.schedule),
         weights=weights.astype(np.float32),
         guidance_rescale=rescale,
+        image_guidance=image_guidance.get(IMAGE_GUIDANCE_SCALE, 0.0),
         embedded_guidance=_embedded(table, scale, interval, rescale) if embeds_guidance else None,
         recipe=recipe,
     )
@@ -139,6 +146,19 @@ def _scale(given: object) -> float | list[float]:
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [number("an entry of guidance_scale", entry) for entry in given]
     return number("guidance_scale", given)
+
+
+def _image_guidance(manifest: Manifest, given: object) -> dict[str, float]:
+    """v as the recipe has it; nothing in a family that is guided by the text alone."""
+    if IMAGE_GUIDANCE_SCALE not in manifest.record.own:
+        return {}
+    scale = DEFAULT_IMAGE_GUIDANCE if given is None else number(IMAGE_GUIDANCE_SCALE, given)
+    if not 1.0 <= scale <= MAX_GUIDANCE_SCALE:
+        raise UsageError(
+            f"{IMAGE_GUIDANCE_SCALE} is {given!r}: allowed are numbers from 1, which keeps to the picture as "
+            f"the model does by itself, to {MAX_GUIDANCE_SCALE:g}"
+        )
+    return {IMAGE_GUIDANCE_SCALE: scale}
 
 
 def _embedded(table: SamplerTable, scale: float | list[float], interval: object, rescale: float) -> float:

@@ -35,7 +35,7 @@ class NoiseSource:
     A stream's draws are numbered from 0 on in the order in which diffusers' pipelines make them
     (`sdrt.runtime.request.picture.draws_at_start`, then the rows that add noise), whether or not the others
     are asked for: a caller who brings latents gets the step noise of a run that drew them. All draws of a
-    stream count as having the shape that is asked for.
+    stream count as having the shape that is asked for, but for draw 0 where its own was given.
 
     Make one with :func:`noise_source`.
     """
@@ -57,7 +57,7 @@ class NoiseSource:
         return np.stack([stream.draw(number, tuple(shape_per_image)) for stream in self._streams])
 
 
-def noise_source(rng: str, seeds: Sequence[int]) -> NoiseSource:
+def noise_source(rng: str, seeds: Sequence[int], first: tuple[int, ...] | None = None) -> NoiseSource:
     """A :class:`NoiseSource` of kind ``rng`` with one stream per seed.
 
     For a batch from one base seed, image k takes ``seed + k`` (as in AUTOMATIC1111's web UI); the
@@ -67,6 +67,7 @@ def noise_source(rng: str, seeds: Sequence[int]) -> NoiseSource:
         rng: ``philox`` (PyTorch's CUDA generator) or ``cpu`` (its CPU generator, which knows seeds
             modulo 2**32 only).
         seeds: one per image, at least one, each 0 ≤ seed < 2**64.
+        first: the shape per image of draw 0, where it is not that of the others.
 
     Raises:
         UsageError: unknown rng, no seed, or a seed that :func:`validate_seed` refuses.
@@ -75,7 +76,7 @@ def noise_source(rng: str, seeds: Sequence[int]) -> NoiseSource:
     if not seeds:
         raise UsageError("no seed was given; noise needs one per image")
     valid = [validate_seed(seed) for seed in seeds]
-    return NoiseSource(valid, [stream(seed) for seed in valid])
+    return NoiseSource(valid, [stream(seed, first) for seed in valid])
 
 
 def validate_seed(seed: int) -> int:
@@ -113,7 +114,7 @@ def slerp(first: NDArray[np.float32], second: NDArray[np.float32], share: float)
 
 
 class _PhiloxStream:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, _first: tuple[int, ...] | None) -> None:  # draws do not depend on others
         self._seed = seed
 
     def draw(self, index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -123,8 +124,8 @@ class _PhiloxStream:
 class _TorchCPUStream:
     """Draws by number from a sequential generator: it skips ahead, and starts anew to go back."""
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, first: tuple[int, ...] | None) -> None:
+        self._seed, self._first = seed, first
         self._restart(())
 
     def draw(self, index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -140,8 +141,12 @@ class _TorchCPUStream:
         self._drawn = 0
 
     def _next(self) -> NDArray[np.float32]:
+        shape = self._shape if self._drawn or self._first is None else self._first
         self._drawn += 1
-        return self._generator.normal(self._shape)
+        return self._generator.normal(shape)
 
 
-_STREAMS: dict[str, Callable[[int], _Stream]] = {"philox": _PhiloxStream, "cpu": _TorchCPUStream}
+_STREAMS: dict[str, Callable[[int, tuple[int, ...] | None], _Stream]] = {
+    "philox": _PhiloxStream,
+    "cpu": _TorchCPUStream,
+}

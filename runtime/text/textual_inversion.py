@@ -160,7 +160,7 @@ def _names(file: Path, tensors: Mapping[str, Any], family: Family) -> Sequence[s
         return (WEBUI,)
     if len(tensors) != 1:
         held = ", ".join(map(repr, sorted(tensors)))[:200] or "nothing"
-        forms = " or ".join(" and ".join(_keys(one)) for one in others)
+        forms = " or ".join(dict.fromkeys(" and ".join(_keys(one)) for one in others))
         raise UsageError(
             f"{file} holds {held}: an embedding is {WEBUI}, a single tensor, or {forms}; this "
             "is something else, perhaps a LoRA"

@@ -72,14 +72,14 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 
 @pytest.mark.parametrize("shape", [(2, 3, 3, 5), (1, 4, 8, 8)], ids=["odd", "even"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_whole_run(
-    emulation: Emulation, grid: tuple[int, int], guided: bool, dtype: str, shape: tuple[int, int, int, int]
+    emulation: Emulation, grid: tuple[int, int], parts: int, dtype: str, shape: tuple[int, int, int, int]
 ) -> None:
-    run = make_run(artificial_table(), guided=guided, dtype=dtype, shape=shape)
+    run = make_run(artificial_table(), guided=True, dtype=dtype, shape=shape, parts=parts)
     buffers = make_buffers(run, inpainting=True, denoised=True)
-    if guided:
+    if parts > 1:
         buffers.factors = np.linspace(0.6, 1.1, shape[0], dtype=np.float32)
     reference = copied(buffers)
 

@@ -33,6 +33,19 @@ def exact_run(run: Run) -> FloatArray:
     return run_table(run.table, lambda _x, _t: next(predictions), start, noise)
 
 
+def guidance_error(run: Run, step: int) -> FloatArray:
+    """How far a step's guided prediction may be off, float64 [N, C, h, w]."""
+    size, images = np.abs(run.predictions[step].astype(np.float64)), len(run.start)
+    first, picture, last = size[:images], size[images:-images], size[-images:]
+    error: FloatArray = np.zeros_like(first)
+    if len(size) == 2 * images:
+        error = tolerances.GUIDANCE * (first + run.guidance[step] * (first + last))
+    if len(size) == 3 * images:
+        text, image = run.guidance[step] * (last + picture), run.image_guidance * (picture + first)
+        error = tolerances.PICTURE_GUIDANCE * (first + text + image)
+    return error
+
+
 def assert_each_step_is_the_recurrence(run: Run, guided: FloatArray) -> StepBuffers:
     """Walk the run, and compare every step with one step in float64 from the kernel's own x before it.
 
@@ -43,18 +56,13 @@ def assert_each_step_is_the_recurrence(run: Run, guided: FloatArray) -> StepBuff
         run: What the kernel is given.
         guided: float64 [n, N, C, h, w], the predictions after guidance.
     """
-    term, images = tolerances.STEP_TERM, len(run.start)
+    term = tolerances.STEP_TERM
     buffers = make_buffers(run)
     saved = np.zeros(run.start.shape)
     ring = [(saved, saved)] * HISTORY  # d and its error, the newest first
     for step, (row, m) in enumerate(zip(run.table.rows, guided, strict=True)):
         x = buffers.latents.astype(np.float64)
-        size = np.abs(run.predictions[step].astype(np.float64))
-        m_error = np.zeros_like(m)
-        if len(size) != images:
-            m_error = tolerances.GUIDANCE * (
-                size[:images] + run.guidance[step] * (size[:images] + size[images:])
-            )
+        m_error = guidance_error(run, step)
         terms = row[Column.P] * x, row[Column.Q] * m
         d_error = term * (np.abs(terms[0]) + np.abs(terms[1])) + np.abs(row[Column.Q]) * (1 + term) * m_error
         ring = [(terms[0] + terms[1], d_error), *ring[:-1]]
@@ -93,6 +101,12 @@ def test_every_step_of_a_run_equals_the_recurrence_in_float64(
     assert buffers.fault[0] == NO_FAULT
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_guidance_by_text_and_picture(dtype: str) -> None:
+    run = make_run(artificial_table(), guided=True, dtype=dtype, parts=3)
+    assert_each_step_is_the_recurrence(run, run.guided)
+
+
 def test_artificial_table_would_notice_every_column() -> None:
     """Each column of the artificial table changes the result; otherwise the test above proves little."""
     run = make_run(artificial_table(), guided=False, dtype="float32")
@@ -118,10 +132,13 @@ def scalar_step(buffers: StepBuffers, index: tuple[int, ...]) -> np.float32:
     row = buffers.rows[step]
     images = len(buffers.latents)
     prediction = buffers.noise_pred.astype(np.float32)
-    m = prediction[index]
-    if len(prediction) != images:
-        conditional = prediction[(index[0] + images, *index[1:])]
-        m = m + row[Column.GUIDANCE] * (conditional - m)
+    unconditional, *others = (part[index] for part in np.split(prediction, len(prediction) // images))
+    m = unconditional
+    if len(others) == 1:
+        m = m + row[Column.GUIDANCE] * (others[0] - unconditional)
+    if len(others) == 2:
+        m = m + row[Column.GUIDANCE] * (others[1] - others[0])
+        m = m + row[Column.IMAGE_GUIDANCE] * (others[0] - unconditional)
     if buffers.factors is not None:
         m = buffers.factors[index[0]] * m
     x = buffers.latents[index]
@@ -139,12 +156,12 @@ def scalar_step(buffers: StepBuffers, index: tuple[int, ...]) -> np.float32:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-def test_every_bit_is_defined(guided: bool, dtype: str) -> None:
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_every_bit_is_defined(parts: int, dtype: str) -> None:
     """A compiled kernel can be compared bit for bit only if the order of operations is the documented one."""
-    run = make_run(artificial_table(), guided=guided, dtype=dtype)
+    run = make_run(artificial_table(), guided=True, dtype=dtype, parts=parts)
     buffers = make_buffers(run)
-    if guided:
+    if parts > 1:
         buffers.factors = np.array([0.7, 1.1], np.float32)
     for prediction, noise in zip(run.predictions, run.noise, strict=True):
         buffers.noise_pred[...] = prediction
@@ -159,14 +176,8 @@ def test_the_guess_of_the_clean_latents(guided: bool) -> None:
     """Of x before the step and of the prediction after guidance; and keeping it changes nothing else."""
     run = make_run(artificial_table(), guided=guided, dtype="float32")
     buffers, without = make_buffers(run, inpainting=True, denoised=True), make_buffers(run, inpainting=True)
-    images = len(run.start)
     for step, (row, m) in enumerate(zip(run.table.rows, run.guided, strict=True)):
-        x, size = buffers.latents.astype(np.float64), np.abs(run.predictions[step].astype(np.float64))
-        m_error = np.zeros_like(m)
-        if guided:
-            m_error = tolerances.GUIDANCE * (
-                size[:images] + run.guidance[step] * (size[:images] + size[images:])
-            )
+        x, m_error = buffers.latents.astype(np.float64), guidance_error(run, step)
         terms = row[Column.X0_X] * x, row[Column.X0_M] * m
         bound = tolerances.STEP_TERM * (np.abs(terms[0]) + np.abs(terms[1]))
         bound += np.abs(row[Column.X0_M]) * (1 + tolerances.STEP_TERM) * m_error
@@ -186,17 +197,17 @@ def test_each_row_has_its_guidance() -> None:
     assert_each_step_is_the_recurrence(both, np.stack(half).astype(np.float64))
 
 
-@pytest.mark.parametrize("evaluated", [1, 2])
-def test_both_halves_are_written_whichever_were_read(evaluated: int) -> None:
+@pytest.mark.parametrize(("evaluated", "prepared"), [(1, 2), (2, 1), (1, 3), (3, 1)])
+def test_all_parts_are_written_whichever_were_read(evaluated: int, prepared: int) -> None:
     """So a step without guidance can be followed by one with it, and the other way round."""
-    run = make_run(artificial_table(), guided=evaluated == 2, dtype="float16")
+    run = make_run(artificial_table(), guided=True, dtype="float16", parts=evaluated)
     buffers, usual = make_buffers(run), make_buffers(run)
-    other = np.zeros((SHAPE[0] * (3 - evaluated), *SHAPE[1:]), np.float16)
+    other = np.zeros((SHAPE[0] * prepared, *SHAPE[1:]), np.float16)
     drive(run, usual)
     drive(run, replace(buffers, sample=other, timestep=np.zeros(len(other), np.float32)))
     assert np.array_equal(buffers.latents, usual.latents)
-    for half in np.split(other, 3 - evaluated):
-        assert np.array_equal(half, usual.sample[: SHAPE[0]])
+    for part in np.split(other, prepared):
+        assert np.array_equal(part, usual.sample[: SHAPE[0]])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

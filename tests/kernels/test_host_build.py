@@ -155,17 +155,19 @@ def step_cases(draw: st.DrawFn) -> StepBuffers:
     steps = draw(st.integers(1, 7))
     rows = random.uniform(-2, 2, (steps, COLUMNS)) * (random.uniform(size=(steps, COLUMNS)) < 0.7)
     table = SamplerTable(random.uniform(0, 999, steps), rows, 1.0)
-    run = make_run(table, guided=draw(st.booleans()), dtype=draw(st.sampled_from(DTYPES)), shape=shape)
+    dtype, parts = draw(st.sampled_from(DTYPES)), draw(st.integers(1, 3))
+    run = make_run(table, guided=True, dtype=dtype, shape=shape, parts=parts)
     buffers = make_buffers(
         run, inpainting=draw(st.booleans()), count=draw(st.booleans()), denoised=draw(st.booleans())
     )
     buffers.counter[0] = draw(st.integers(0, steps + 4))
     buffers.rows[:, Column.GUIDANCE] = draw(FLOATS)
+    buffers.rows[:, Column.IMAGE_GUIDANCE] = draw(FLOATS)
     if draw(st.booleans()):
         buffers.factors = random.uniform(0.3, 1.1, shape[0]).astype(np.float32)
-    halves = draw(st.sampled_from([1, 2]))
-    buffers.sample = np.zeros((halves * shape[0], *shape[1:]), buffers.sample.dtype)
-    buffers.timestep = np.zeros(halves * shape[0], np.float32)
+    prepared = draw(st.integers(1, 3)) * shape[0]
+    buffers.sample = np.zeros((prepared, *shape[1:]), buffers.sample.dtype)
+    buffers.timestep = np.zeros(prepared, np.float32)
     for array in (buffers.latents, buffers.history, buffers.saved, buffers.noise):
         array[...] = random.standard_normal(array.shape)
     buffers.latents.flat[0] = draw(FLOATS)
@@ -222,7 +224,8 @@ def test_each_column_is_read_from_its_place(column: Column) -> None:
     rows = np.zeros((5, COLUMNS))
     rows[:, [Column.INPUT_SCALE, Column.Q, Column.A, Column.B0, Column.SAVE]] = 1.0
     rows[:, column] = 0.75
-    run = make_run(SamplerTable(np.arange(5.0), rows, 1.0), guided=True, dtype="float32")
+    table, parts = SamplerTable(np.arange(5.0), rows, 1.0), 3 if column == Column.IMAGE_GUIDANCE else 2
+    run = make_run(table, guided=True, dtype="float32", parts=parts)
     buffers, reference, without = (make_buffers(run, inpainting=True, denoised=True) for _ in range(3))
     drive(run, buffers, host_step, host_prepare)
     drive(run, reference)

@@ -89,7 +89,7 @@ def changed(buffers: StepBuffers, name: str, array: object) -> StepBuffers:
 
 
 WRONG = [
-    ("noise_pred", (3, 4, 64, 64), "float16", r"noise_pred has 3 rows: 1 images have 1, or 2 guided"),
+    ("noise_pred", (4, 4, 64, 64), "float16", r"noise_pred has 4 rows: 1 images have 1, or 2 or 3 guided"),
     (
         "noise_pred",
         (2, 4, 64, 32),
@@ -98,7 +98,7 @@ WRONG = [
     ),
     ("noise_pred", (2, 4, 64, 64), "float64", r"noise_pred is float64: it must be float16 or float32"),
     ("sample", (2, 4, 64, 64), "float32", r"sample is float32: it must be float16"),
-    ("sample", (3, 4, 64, 64), "float16", r"sample has 3 rows: 1 images have 1, or 2 guided"),
+    ("sample", (4, 4, 64, 64), "float16", r"sample has 4 rows: 1 images have 1, or 2 or 3 guided"),
     ("latents", (4, 64, 64), "float32", r"must have the four axes N, C, h, w"),
     ("latents", (1, 4, 64, 64), "float16", r"latents is float16: it must be float32"),
     ("history", (3, 1, 4, 64, 64), "float32", r"history has shape"),
@@ -133,14 +133,14 @@ def test_half_an_inpainting_is_refused(name: str) -> None:
         guided_step.launch(buffers)
 
 
-@pytest.mark.parametrize(("evaluated", "prepared"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("evaluated", "prepared"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 3)])
 def test_rows_read_and_rows_written_are_independent(evaluated: int, prepared: int) -> None:
     buffers = on_host(step_buffers())
     for name, rows in (("noise_pred", evaluated), ("sample", prepared)):
         buffers = changed(buffers, name, array((rows, *SD15_512[1:]), "float16"))
     buffers = changed(buffers, "timestep", array((prepared,), "float32"))
     params = guided_step.launch(buffers).params
-    assert (params.guided, params.halves) == (evaluated - 1, prepared)
+    assert (params.evaluated, params.parts) == (evaluated, prepared)
 
 
 def test_one_block_rescales_one_image() -> None:
@@ -152,7 +152,7 @@ def test_one_block_rescales_one_image() -> None:
 
 
 def test_rescaling_without_what_it_needs_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing to rescale without guidance"):
+    with pytest.raises(ValueError, match="noise_pred has 1 rows for 1 images: two for each are rescaled"):
         guidance_rescale.launch(on_host(step_buffers(guided=False)))
     for name in ("factors", "guidance_rescale"):
         with pytest.raises(ValueError, match=f"{name} missing"):

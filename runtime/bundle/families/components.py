@@ -16,7 +16,11 @@ LAST_HIDDEN_STATE, PENULTIMATE_HIDDEN_STATE = "last_hidden_state", "penultimate_
 # Of the U-Net.
 SAMPLE, TIMESTEP, ENCODER_HIDDEN_STATES = "sample", "timestep", "encoder_hidden_states"
 TIMESTEP_COND, INPAINTING = "timestep_cond", "inpainting"
+IMAGE_LATENTS, CLASS_LABELS, LOW_RES = "image_latents", "class_labels", "low_res"
+NOISE_LEVEL = "noise_level"
 NOISE_PRED = "noise_pred"
+# Of image encoders.
+PIXEL_VALUES = "pixel_values"
 # Of the VAE.
 LATENTS, IMAGE, LATENT_MEAN, LATENT_STD = "latents", "image", "latent_mean", "latent_std"
 
@@ -55,7 +59,8 @@ def hidden_state(name: str, width: str, about: str = "") -> TensorSpec:
 
 
 def unet(*more: TensorSpec, of_request: tuple[str, ...] = ()) -> ComponentSpec:
-    """The U-Net. ``rows`` is its batch: twice the images under guidance, the unconditional half first.
+    """The U-Net. ``rows`` is its batch: under guidance twice the images, the unconditional half first, or as
+    many times as `sdrt.runtime.bundle.families.record.Family.guided_rows` says.
 
     Args:
         more: What a family's U-Net reads beside what all of them do, a few numbers for each row.
@@ -102,11 +107,17 @@ def unet(*more: TensorSpec, of_request: tuple[str, ...] = ()) -> ComponentSpec:
         # The texts stay for a picture; the rest does too, or, as the timesteps, takes few values.
         (
             (ENCODER_HIDDEN_STATES,),
-            (TIMESTEP, TIMESTEP_COND, *(spec.name for spec in more)),
+            (TIMESTEP, TIMESTEP_COND, *(spec.name for spec in more if "latent_height" not in spec.shape)),
         ),
     )
 
 
+CLIP_PIXELS: Final = TensorSpec(
+    PIXEL_VALUES,
+    FLOAT,
+    ("batch", 3, "encoder_size", "encoder_size"),
+    "RGB as the manifest's image_processor says",
+)
 VAE_DECODER: Final = ComponentSpec(
     "vae_decoder",
     (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from sdrt.runtime.bundle.families.components import (
+    CLIP_PIXELS,
     ENCODER_HIDDEN_STATES,
     VAE_DECODER,
     VAE_ENCODER,
@@ -17,18 +18,11 @@ from sdrt.runtime.bundle.families.components import (
 )
 from sdrt.runtime.bundle.families.record import FLOAT, ComponentSpec, Encoder, Family, TensorSpec
 
-PIXEL_VALUES, IMAGE_EMBEDS = "pixel_values", "image_embeds"
+IMAGE_EMBEDS: Final = "image_embeds"
 
 _IMAGE_ENCODER: Final = ComponentSpec(
     "image_encoder",
-    (
-        TensorSpec(
-            PIXEL_VALUES,
-            FLOAT,
-            ("batch", 3, "encoder_size", "encoder_size"),
-            "RGB as the manifest's image_processor says",
-        ),
-    ),
+    (CLIP_PIXELS,),
     (TensorSpec(IMAGE_EMBEDS, FLOAT, ("batch", 1, "cross_width"), "pooled and projected"),),
 )
 

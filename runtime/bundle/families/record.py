@@ -150,6 +150,15 @@ class Family:
         strength: The share of the schedule that is run on a given picture where a request does not say it.
         refines: Families whose latents it draws on with, as the second of an ensemble of denoisers; each does
             those of its own.
+        guided_rows: Rows of the U-Net's batch that a guided picture takes, the one of nothing first and that
+            of all that is wanted last: 2, or 3 where a given picture guides beside the text.
+        picture_input: Input of the U-Net that the given picture becomes. A request must have one, and what is
+            drawn starts from noise. Empty where a picture, if any, is what is started from.
+        picture_blank: Whether the row of nothing has zeros in place of the picture.
+        picture_alone: Whether a picture without a prompt says what to draw.
+        noise_level: How much noise is laid over the picture where a request does not say it; None where it is
+            read as it is.
+        own: Options of a request that only such families have.
     """
 
     name: str
@@ -162,6 +171,12 @@ class Family:
     zeros_for_no_text: bool = False
     strength: float = 0.8
     refines: tuple[str, ...] = ()
+    guided_rows: int = 2
+    picture_input: str = ""
+    picture_blank: bool = True
+    picture_alone: bool = False
+    noise_level: int | None = None
+    own: tuple[str, ...] = ()
 
     @property
     def reads_text(self) -> bool:

@@ -18,7 +18,7 @@ from sdrt.runtime.bundle.families.components import (
     text_encoder,
     unet,
 )
-from sdrt.runtime.bundle.families.record import FLOAT, ComponentSpec, Encoder, Family, TensorSpec
+from sdrt.runtime.bundle.families.record import FLOAT, Encoder, Family, TensorSpec
 from sdrt.runtime.bundle.families.stable_diffusion import TEXT_ENCODER
 from sdrt.runtime.bundle.families.told import PixelOption, ScoreOption, ToldOption
 
@@ -49,14 +49,16 @@ _TEXT_ENCODER_2: Final = text_encoder(
 )
 
 
-def _unet(told: tuple[ToldOption, ...], about: str) -> ComponentSpec:
-    return unet(
+def _unet_inputs(told: tuple[ToldOption, ...], about: str) -> tuple[TensorSpec, ...]:
+    return (
         TensorSpec(TEXT_EMBEDS, FLOAT, ("rows", "projection_width"), "text_encoder_2's text_embeds"),
         TensorSpec(TIME_IDS, FLOAT, ("rows", sum(option.count for option in told)), about),
-        of_request=(TIME_IDS,),
     )
 
 
+UNET_INPUTS: Final = _unet_inputs(
+    _SIZES, "original height and width, top and left of the crop, target height and width; pixels"
+)
 _ENCODER_2: Final = Encoder(
     _TEXT_ENCODER_2.name,
     {ENCODER_HIDDEN_STATES: PENULTIMATE_HIDDEN_STATE, TEXT_EMBEDS: TEXT_EMBEDS},
@@ -70,7 +72,7 @@ SDXL: Final = Family(
     components=by_name(
         TEXT_ENCODER,
         _TEXT_ENCODER_2,
-        _unet(_SIZES, "original height and width, top and left of the crop, target height and width; pixels"),
+        unet(*UNET_INPUTS, of_request=(TIME_IDS,)),
         VAE_DECODER,
         VAE_ENCODER,
     ),
@@ -92,9 +94,12 @@ SDXL_REFINER: Final = Family(
     title="the SDXL refiner",
     components=by_name(
         _TEXT_ENCODER_2,
-        _unet(
-            _SIZES_AND_SCORE,
-            "original height and width, top and left of the crop in pixels, aesthetic score",
+        unet(
+            *_unet_inputs(
+                _SIZES_AND_SCORE,
+                "original height and width, top and left of the crop in pixels, aesthetic score",
+            ),
+            of_request=(TIME_IDS,),
         ),
         VAE_DECODER,
         VAE_ENCODER,

@@ -23,7 +23,8 @@ def test_every_component_of_a_family_has_a_network_and_a_module(name: str) -> No
     family = families.CHECKPOINT_FAMILIES[name]
     assert family.record is FAMILIES[name]
     made = [component for network in family.networks for component in network.components]
-    assert sorted(made) == sorted(family.record.components)
+    assert set(family.record.components) <= set(made)
+    assert set(made) - set(family.record.components) <= {"vae_encoder"}  # with it a preview is fitted
     for network in family.networks:
         assert network.load_kind().__name__ == network.kind
         for component in network.components:

@@ -109,8 +109,17 @@ def variations_copy(variations_checkpoint: Path, tmp_path: Path) -> Path:
 OTHER_KINDS: dict[str, tuple[Break, tuple[str, ...]]] = {
     "instruct-pix2pix": (
         configure(UNET_CONFIG, in_channels=8),
-        ("takes 8 channels", "4 more for the latents of a picture to edit", "not supported; checkpoints for"),
+        (
+            "takes 8 channels",
+            "4 more for the latents of a picture to edit",
+            "set _class_name in model_index.json to StableDiffusionInstructPix2PixPipeline",
+        ),
     ),
+    "a U-Net that takes no picture": (
+        configure("model_index.json", _class_name="StableDiffusionInstructPix2PixPipeline"),
+        ("takes 4 channels; of a StableDiffusionInstructPix2PixPipeline it takes 8",),
+    ),
+    "CosXL Edit": (configure("model_index.json", is_cosxl_edit=True), ("is_cosxl_edit", "not supported")),
     "depth": (configure(UNET_CONFIG, in_channels=5), ("takes 5 channels", "1 more for a depth map")),
     "upscaler": (
         configure(UNET_CONFIG, in_channels=7, num_class_embeds=1000),

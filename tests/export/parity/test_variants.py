@@ -174,13 +174,14 @@ def check_unet(bundle: Path, checkpoint_folder: Path) -> None:
     example = example_inputs(checkpoint, "unet", axes, torch.Generator().manual_seed(9))
     given = dict(zip((spec.name for spec in manifest.components["unet"].spec.inputs), example, strict=True))
     sample = given["sample"]
-    if "inpainting" in given:
-        sample = torch.cat([sample, given["inpainting"]], dim=1)
+    for name in {"inpainting", "image_latents", "low_res"} & given.keys():
+        sample = torch.cat([sample, given[name]], dim=1)
     with torch.no_grad():
         expected = load_module(checkpoint, "unet")(
             sample,
             given["timestep"],
             given["encoder_hidden_states"],
+            class_labels=given.get("class_labels", given.get("noise_level")),
             timestep_cond=given.get("timestep_cond"),
         ).sample
     got = unet_of(bundle, {name: tensor.numpy() for name, tensor in given.items()})
@@ -196,6 +197,34 @@ def test_an_inpainting_bundle_takes_the_mask_in_an_input_of_its_own(
     assert input_of(manifest, "unet", "sample").shape == ("rows", 4, "latent_height", "latent_width")
     assert input_of(manifest, "unet", "inpainting").shape == ("rows", 5, "latent_height", "latent_width")
     check_unet(inpainting_bundle, inpainting_checkpoint)
+
+
+def test_a_bundle_that_edits_takes_the_picture_in_an_input_of_its_own(
+    pix2pix_bundle: Path, pix2pix_checkpoint: Path
+) -> None:
+    manifest = manifest_of(pix2pix_bundle)
+    assert (manifest.family, manifest.record.guided_rows) == ("instruct-pix2pix", 3)
+    for name in ("sample", "image_latents"):
+        assert input_of(manifest, "unet", name).shape == ("rows", 4, "latent_height", "latent_width")
+    check_unet(pix2pix_bundle, pix2pix_checkpoint)
+
+
+def test_bundles_that_lay_noise_over_a_picture_say_how(
+    unclip_bundle: Path, unclip_checkpoint: Path, upscaler_bundle: Path, upscaler_checkpoint: Path
+) -> None:
+    for bundle, checkpoint, most in (
+        (unclip_bundle, unclip_checkpoint, 999),
+        (upscaler_bundle, upscaler_checkpoint, 50),
+    ):
+        manifest = manifest_of(bundle)
+        assert "vae_encoder" not in manifest.components
+        assert manifest.noising is not None
+        assert manifest.noising.max_level == most
+        check_unet(bundle, checkpoint)
+    assert manifest.noising is not None
+    assert manifest.noising.schedule.beta_schedule == "scaled_linear"
+    assert input_of(manifest, "unet", "noise_level").dtype == "int64"
+    assert input_of(manifest, "unet", "low_res").shape == ("rows", 3, "latent_height", "latent_width")
 
 
 def test_a_latent_consistency_bundle_has_its_own_defaults(lcm_bundle: Path, lcm_checkpoint: Path) -> None:
@@ -230,7 +259,9 @@ def test_sd_export_names_the_kind_before_anything_is_made(
     assert cli.main([str(checkpoint_copy), str(out), "--quiet"]) == 4
     printed = capsys.readouterr()
     assert printed.err.startswith(
-        "sd-export: the U-Net takes 8 channels, the VAE's 4 and 4 more for the latents"
+        "sd-export: the U-Net takes 8 channels, the VAE's 4 and 4 more for the latents of a picture to edit: "
+        "that is no StableDiffusionPipeline; set _class_name in model_index.json to "
+        "StableDiffusionInstructPix2PixPipeline"
     )
     assert (printed.out, printed.err.count("\n")) == ("", 1)
     assert not out.exists()

@@ -34,6 +34,11 @@ def write_tiny_inpainting_checkpoint(folder: Path, tiny: Path) -> None:
     _copy_with_unet(folder, tiny, "StableDiffusionInpaintPipeline", in_channels=9)
 
 
+def write_tiny_pix2pix_checkpoint(folder: Path, tiny: Path) -> None:
+    """The tiny checkpoint with a U-Net of 8 channels, as InstructPix2Pix has."""
+    _copy_with_unet(folder, tiny, "StableDiffusionInstructPix2PixPipeline", in_channels=8)
+
+
 def write_tiny_lcm_checkpoint(folder: Path, tiny: Path) -> None:
     """The tiny checkpoint with a U-Net that is told the guidance scale, and LCMScheduler."""
     from diffusers import LCMScheduler
@@ -45,15 +50,72 @@ def write_tiny_lcm_checkpoint(folder: Path, tiny: Path) -> None:
 
 def write_tiny_image_variations_checkpoint(folder: Path, tiny: Path) -> None:
     """The tiny checkpoint with a CLIP image encoder in place of the text's."""
-    import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
     _copy_with_unet(folder, tiny, "StableDiffusionImageVariationPipeline")
     for text in ("text_encoder", "tokenizer"):
         shutil.rmtree(folder / text)
     write_model_index(
         folder, "StableDiffusionImageVariationPipeline", scheduler="PNDMScheduler", encoders=VARIATIONS
     )
+    _write_image_encoder(folder)
+
+
+def write_tiny_unclip_checkpoint(folder: Path, tiny: Path) -> None:
+    """The tiny checkpoint with an image encoder beside the text's, and what lays noise over its embedding."""
+    import torch
+    from diffusers import DDPMScheduler
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+
+    pipeline = "StableUnCLIPImg2ImgPipeline"
+    labels = {
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 2 * CROSS_WIDTH,
+    }
+    _copy_with_unet(folder, tiny, pipeline, **labels)
+    _write_image_encoder(folder)
+    normalizer = StableUnCLIPImageNormalizer(embedding_dim=CROSS_WIDTH)
+    normalizer.load_state_dict(
+        {
+            "mean": torch.linspace(-0.5, 0.5, CROSS_WIDTH)[None],
+            "std": torch.linspace(0.5, 2, CROSS_WIDTH)[None],
+        }
+    )
+    normalizer.save_pretrained(folder / "image_normalizer", safe_serialization=True)
+    DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(folder / "image_noising_scheduler")
+    write_model_index(
+        folder,
+        pipeline,
+        scheduler="PNDMScheduler",
+        encoders={**TEXT, **VARIATIONS},
+        image_normalizer=["stable_diffusion", "StableUnCLIPImageNormalizer"],
+        image_noising_scheduler=["diffusers", "DDPMScheduler"],
+    )
+
+
+def write_tiny_upscaler_checkpoint(folder: Path, tiny: Path) -> None:
+    """The tiny checkpoint with a U-Net that reads a small picture and how much noise lies over it.
+
+    Its VAE's factor is 2, so that it enlarges two times.
+    """
+    from diffusers import DDPMScheduler
+
+    pipeline = "StableDiffusionUpscalePipeline"
+    _copy_with_unet(folder, tiny, pipeline, in_channels=7, num_class_embeds=60)
+    DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02).save_pretrained(
+        folder / "low_res_scheduler"
+    )
+    write_model_index(
+        folder,
+        pipeline,
+        scheduler="PNDMScheduler",
+        low_res_scheduler=["diffusers", "DDPMScheduler"],
+        max_noise_level=50,
+    )
+
+
+def _write_image_encoder(folder: Path) -> None:
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
     torch.manual_seed(1)
     encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(

@@ -46,7 +46,8 @@ def as_task(reference: Any, kind: Any, pipeline: Pipeline, sampler: str = "ddim"
         **reference.components,
         "scheduler": diffusers_scheduler(sampler, pipeline.bundle.manifest.schedule),
     }
-    safety = {} if pipeline.bundle.manifest.family.startswith("sdxl") else {"requires_safety_checker": False}
+    takes = kind.__init__.__annotations__
+    safety = {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
     task = kind(**parts, **safety)
     task.set_progress_bar_config(disable=True)
     return task

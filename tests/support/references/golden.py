@@ -181,7 +181,7 @@ def draws() -> Iterator[Case]:
         ("inpainting", True, False, True),
     ):
         canvas = SimpleNamespace(mask=None if not masked else ())
-        picture: Any = SimpleNamespace(variation=None, canvas=canvas, starts_from_noise=from_noise)
+        picture: Any = SimpleNamespace(variation=None, input="", canvas=canvas, starts_from_noise=from_noise)
         manifest: Any = SimpleNamespace(reads_mask=reads_mask)
         before = draws_at_start(None if masked is None else picture, manifest)
         strength = 1.0 if from_noise else 0.6

@@ -51,6 +51,7 @@ def runs() -> Iterator[Case]:
     yield _run("dpmpp_2m", shape=IMAGES, inpainting=True)
     yield _run("heun", shape=IMAGES, inpainting=True)
     yield _run("euler_a", dtype="float16")
+    yield _run("dpmpp_2m", image_guidance_scale=1.5)
 
 
 def _run(
@@ -60,6 +61,7 @@ def _run(
     *,
     schedule: str = "sd15",
     guidance_scale: float | None = 7.5,
+    image_guidance_scale: float | None = None,
     phi: float | None = None,
     inpainting: bool = False,
     dtype: str = "float32",
@@ -73,6 +75,7 @@ def _run(
 
     rows = table.rows.astype(np.float32)
     rows[:, Column.GUIDANCE] = guidance_scale or 0.0
+    rows[:, Column.IMAGE_GUIDANCE] = image_guidance_scale or 0.0
     case: Case = {
         "sampler": sampler,
         "options": options.to_dict(),
@@ -85,12 +88,14 @@ def _run(
         "rows": short(rows),
         "latents": short((random.standard_normal(shape) * table.init_noise_sigma).astype(np.float32)),
     }
+    if image_guidance_scale is not None:
+        case["image_guidance_scale"] = image_guidance_scale
     if phi is not None:
         case["guidance_rescale"] = phi
     if inpainting:
         mask = random.choice([0.0, 0.25, 1.0], (shape[0], *shape[2:]))
         case |= {"mask": short(mask), "known": normal(), "known_noise": normal()}
-    evaluated = shape[0] * (1 if guidance_scale is None else 2)
+    evaluated = shape[0] * _parts(case)
     case["given"] = [
         {"noise_pred": normal(evaluated, dtype), **({"noise": normal()} if row[Column.C] else {})}
         for row in rows
@@ -102,7 +107,7 @@ def replayed(case: Case) -> Case:
     """What comes out of a run, by what goes in."""
     buffers = _buffers(case)
     prepare_input(buffers)
-    first, results = _half(buffers), []
+    first, results = _part(buffers), []
     for given in case["given"]:
         buffers.noise_pred[...] = _array(given["noise_pred"], buffers.noise_pred)
         if "noise" in given:
@@ -115,28 +120,33 @@ def replayed(case: Case) -> Case:
         assert buffers.denoised is not None
         result |= {"latents": short(buffers.latents), "denoised": short(buffers.denoised)}
         if buffers.counter[0] < len(buffers.rows):
-            result["sample"] = _half(buffers)
+            result["sample"] = _part(buffers)
         results.append(result)
     assert buffers.fault[0] == NO_FAULT
     return {"sample": first, "results": results}
 
 
-def _half(buffers: StepBuffers) -> list[Any]:
-    """The network's next input; with guidance its other half is the same."""
+def _parts(case: Case) -> int:
+    """How many rows of the network an image has."""
+    return 1 if case["guidance_scale"] is None else 2 if "image_guidance_scale" not in case else 3
+
+
+def _part(buffers: StepBuffers) -> list[Any]:
+    """The network's next input; with guidance its other parts are the same."""
     images = len(buffers.latents)
     assert all(
-        np.array_equal(half, buffers.sample[:images])
-        for half in np.split(buffers.sample, len(buffers.sample) // images)
+        np.array_equal(part, buffers.sample[:images])
+        for part in np.split(buffers.sample, len(buffers.sample) // images)
     )
     return short(buffers.sample[:images])
 
 
 def _buffers(case: Case) -> StepBuffers:
     images, *rest = case["shape"]
-    halves = (images * (1 if case["guidance_scale"] is None else 2), *rest)
+    evaluated = (images * _parts(case), *rest)
     state = np.zeros(case["shape"], np.float32)
     buffers = StepBuffers(
-        noise_pred=np.zeros(halves, case["dtype"]),
+        noise_pred=np.zeros(evaluated, case["dtype"]),
         latents=_array(case["latents"], state),
         history=np.zeros((HISTORY, *state.shape), np.float32),
         saved=np.zeros_like(state),
@@ -145,7 +155,7 @@ def _buffers(case: Case) -> StepBuffers:
         timesteps=np.array(case["timesteps"], np.float32),
         counter=np.zeros(1, np.int32),
         fault=np.full(1, NO_FAULT, np.int32),
-        sample=np.zeros(halves, case["dtype"]),
+        sample=np.zeros(evaluated, case["dtype"]),
         timestep=np.zeros(1, np.float32),
         denoised=np.zeros_like(state),
     )

@@ -31,6 +31,7 @@ class Run:
     start: NDArray[np.float32]
     noise: NDArray[np.float32]  # [n, N, C, h, w]
     guidance: FloatArray  # [n], w of each row
+    image_guidance: float = 1.5  # v of all rows, where the predictions have three parts
 
     @property
     def guided(self) -> FloatArray:
@@ -39,10 +40,14 @@ class Run:
         images = len(self.start)
         if exact.shape[1] == images:
             return exact
-        unconditional, conditional = exact[:, :images], exact[:, images:]
-        result: FloatArray = unconditional + self.guidance[:, None, None, None, None] * (
-            conditional - unconditional
-        )
+        unconditional, picture, conditional = exact[:, :images], exact[:, images:-images], exact[:, -images:]
+        w = self.guidance[:, None, None, None, None]
+        result: FloatArray
+        if exact.shape[1] == 2 * images:
+            result = unconditional + w * (conditional - unconditional)
+        else:
+            result = unconditional + w * (conditional - picture)
+            result += self.image_guidance * (picture - unconditional)
         return result
 
 
@@ -68,11 +73,16 @@ TABLES = [
 
 
 def make_run(
-    table: SamplerTable, *, guided: bool, dtype: str, shape: tuple[int, int, int, int] = SHAPE
+    table: SamplerTable,
+    *,
+    guided: bool,
+    dtype: str,
+    shape: tuple[int, int, int, int] = SHAPE,
+    parts: int = 2,
 ) -> Run:
-    """Random numbers for a whole run of N, C, h, w = ``shape``."""
+    """Random numbers for a whole run of N, C, h, w = ``shape``; ``parts`` are what guidance combines."""
     random = np.random.default_rng(3)
-    rows = 2 * shape[0] if guided else shape[0]
+    rows = parts * shape[0] if guided else shape[0]
     steps = len(table.timesteps)
     return Run(
         table,
@@ -104,6 +114,7 @@ def make_buffers(
     rows = np.zeros((steps + SPARE_ROWS, COLUMNS), np.float32)
     rows[:steps] = run.table.rows
     rows[:steps, Column.GUIDANCE] = run.guidance
+    rows[:steps, Column.IMAGE_GUIDANCE] = run.image_guidance
     timesteps = np.zeros(steps + SPARE_ROWS, np.float32)
     timesteps[:steps] = run.table.timesteps
     shape = run.start.shape
