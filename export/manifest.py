@@ -242,6 +242,7 @@ def with_figures(
         "source": _source(checkpoint),
         "source_sha256": fingerprint(checkpoint),
         **({"read_as": checkpoint.read_as} if checkpoint.read_as else {}),
+        **({"loras": list(checkpoint.loras)} if checkpoint.loras else {}),
         "licence": _licence(checkpoint),
         "sdrt": sdrt.__version__,
         "python": platform.python_version(),

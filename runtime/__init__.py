@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SdrtError,
         UsageError,
     )
+    from sdrt.runtime.lora.library import LoraPartialWarning
     from sdrt.runtime.pictures.metadata import read_recipe
     from sdrt.runtime.pictures.writing import save_image, save_png
     from sdrt.runtime.pipeline import Pipeline
@@ -44,6 +45,7 @@ _HOME = {
     "BundleError": "errors",
     "CancelledError": "errors",
     "DeviceMemoryError": "errors",
+    "LoraPartialWarning": "lora.library",
     "NumericsError": "errors",
     "OutputError": "errors",
     "Pipeline": "pipeline",
@@ -65,6 +67,7 @@ __all__ = [
     "BundleError",
     "CancelledError",
     "DeviceMemoryError",
+    "LoraPartialWarning",
     "NumericsError",
     "OutputError",
     "Pipeline",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Checkpoint:
         random_seed: Of random weights; None where the folder holds weights.
         few_steps: How it is drawn by default, if it was distilled to a few steps.
         read_as: What a single file was taken for, in one line; empty where a folder says it all.
+        loras: Name, weight and SHA-256 of each LoRA that was merged into its weights.
         remarks: What whoever exports must know, one line each: what is left out or drawn otherwise.
     """
 
@@ -54,6 +56,7 @@ class Checkpoint:
     sampler_options: SamplerOptions = NO_OPTIONS
     remarks: tuple[str, ...] = ()
     read_as: str = ""
+    loras: tuple[Mapping[str, Any], ...] = ()
     few_steps: FewSteps | None = None
 
     @property

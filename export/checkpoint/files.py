@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,13 +85,32 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # 0.3 s to import, needed only here
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        for variant in VARIANTS:
+            if lacking := [folder for folder in WEIGHT_NAMES if _has_no_weights(path / folder)]:
+                patterns = [*HUB_PATTERNS, *_variant_patterns(lacking, variant)]
+                snapshot_download(model, revision=revision, allow_patterns=patterns)
+        return path
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{model!r} is no folder here, and the hub could not give it ({reason}); "
             "download the checkpoint on a machine with a network and give the folder"
         ) from error
+
+
+def _has_no_weights(folder: Path) -> bool:
+    """Whether a network's folder is there, without weights of any kind."""
+    stem = WEIGHT_NAMES[folder.name]
+    return (folder / "config.json").is_file() and not any(folder.glob(f"{stem}*.safetensors*"))
+
+
+def _variant_patterns(folders: Iterable[str], variant: str) -> Iterator[str]:
+    """What is fetched of a variant: its file, or its shards and their index."""
+    for folder in folders:
+        stem = WEIGHT_NAMES[folder]
+        yield from (f"{folder}/{stem}.{variant}{ending}.safetensors" for ending in ("", "-?????-of-?????"))
+        yield f"{folder}/{stem}.safetensors.index.{variant}.json"
 
 
 def read_json(file: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -200,10 +219,7 @@ def _no_weights(folder: Path, stem: str) -> str:
             "refused; convert it: load it once with diffusers where that is safe and call "
             "save_pretrained(FOLDER, safe_serialization=True)"
         )
-    return (
-        f"{folder} has no {name}: the checkpoint is incomplete (variants and pickles are not fetched "
-        "from the hub)"
-    )
+    return f"{folder} has no {name}: the checkpoint is incomplete (pickles are not fetched from the hub)"
 
 
 def check_weights(folder: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 # shape, and of any floating dtype.
 Edit = Callable[[str, "torch.Tensor"], "torch.Tensor"]
 
+_SYSTEM_ERROR: Final = re.compile(r"\(os error (\d+)\)")  # as Rust writes it
 SHARD_BYTES: Final = 1 << 30  # of one file: what of a network is in memory twice while it is written
 
 
@@ -144,7 +147,7 @@ def write_weights(
 
     Raises:
         CheckpointError: ``edit`` gave a tensor of another shape.
-        OutputError: The disk is full, or the folder cannot be written.
+        OSError: The disk is full, or the folder cannot be written.
     """
     shards: list[tuple[Path, list[str]]] = []
     waiting: dict[str, torch.Tensor] = {}
@@ -178,7 +181,11 @@ def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OutputError(f"cannot write {file}: {error}") from error
+        # The system's reason, for whoever calls: a full disk is one.
+        number = _SYSTEM_ERROR.search(str(error))
+        if number is None:
+            raise OutputError(f"cannot write {file}: {error}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _name_shards(folder: Path, stem: str, shards: list[tuple[Path, list[str]]], total: int) -> None:

@@ -17,8 +17,14 @@ from typing import Any, Final, TypedDict
 
 import tokenizers
 
+from sdrt.export.checkpoint.tokenizer_files import (
+    added_words,
+    json_object,
+    optional_json,
+    text_of,
+    token_text,
+)
 from sdrt.runtime.errors import CheckpointError, UsageError
-from sdrt.runtime.system.untrusted import MAX_JSON_BYTES, parse_json, read_limited
 
 BOS: Final = "<|startoftext|>"
 EOS: Final = "<|endoftext|>"
@@ -47,10 +53,11 @@ class TokenizerIds(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A byte-pair encoding: token → id, and the merges, most frequent first."""
+    """A byte-pair encoding: token → id, the merges, most frequent first, and words that were added to it."""
 
     ids: Mapping[str, int]
     merges: Sequence[tuple[str, str]]
+    added: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +99,8 @@ def tokenizer_json_from_folder(folder: Path, max_positions: int = CLIP_LENGTH) -
 
     Raises:
         CheckpointError: A file is missing or malformed, a merge refers to a token that is not in
-            the vocabulary, a special token is missing, or tokens were added to CLIP's (textual
-            inversion).
+            the vocabulary, a special token is missing, or a word that was added to CLIP's has no place
+            in a bundle.
     """
     return open_tokenizer(folder, max_positions).to_json()
 
@@ -174,16 +181,16 @@ def vocabulary_from_folder(folder: Path) -> Vocabulary:
     """
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if {"vocab.json", "merges.txt"} <= names:
-        ids = _json(folder / "vocab.json")
-        merges = tuple(_merges_from_text(_text(folder / "merges.txt").split("\n"), folder / "merges.txt"))
+        ids = json_object(folder / "vocab.json")
+        merges = tuple(_merges_from_text(text_of(folder / "merges.txt").split("\n"), folder / "merges.txt"))
     elif "tokenizer.json" in names:
         ids, merges = _model_from_tokenizer_json(folder / "tokenizer.json")
     else:
         raise CheckpointError(f"{folder} holds no tokenizer: vocab.json and merges.txt, or tokenizer.json")
     _check_ids(ids, folder)
     _check_merges(ids, merges, folder)
-    _refuse_added_tokens(ids, folder, names)
-    return Vocabulary(ids, merges)
+    added = added_words(folder, ids)
+    return Vocabulary({**ids, **added}, merges, tuple(added))
 
 
 def byte_symbols() -> list[str]:
@@ -246,7 +253,10 @@ def _tokenizer_json(vocabulary: Vocabulary, facts: TokenizerIds) -> bytes:
             "stride": 0,
         },
         "padding": _padding(facts, tokens[facts["pad"]]),
-        "added_tokens": [_special(index, tokens[index]) for index in sorted({bos, eos})],
+        "added_tokens": [
+            *(_added(index, tokens[index], special=True) for index in sorted({bos, eos})),
+            *(_added(vocabulary.ids[word], word, special=False) for word in vocabulary.added),
+        ],
         "normalizer": _NORMALIZER,
         "pre_tokenizer": _PRE_TOKENIZER,
         "post_processor": _template(tokens[bos], bos, tokens[eos], eos),
@@ -269,9 +279,9 @@ def _padding(facts: TokenizerIds, token: str) -> dict[str, Any]:
     }
 
 
-def _special(index: int, token: str) -> dict[str, Any]:
+def _added(index: int, token: str, *, special: bool) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": index, "content": token, **flags, "special": True}
+    return {"id": index, "content": token, **flags, "special": special}
 
 
 def _byte_pairs(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -309,13 +319,13 @@ def _template(bos: str, bos_id: int, eos: str, eos_id: int) -> dict[str, Any]:
 
 
 def _facts(folder: Path, vocabulary: Vocabulary, max_positions: int) -> TokenizerIds:
-    config = _optional_json(folder / "tokenizer_config.json")
-    special = _optional_json(folder / "special_tokens_map.json")
+    config = optional_json(folder / "tokenizer_config.json")
+    special = optional_json(folder / "special_tokens_map.json")
     # transformers reads the map last, and not at all beside a list of added tokens.
     merged = config if "added_tokens_decoder" in config else {**config, **special}
 
     def token_id(key: str, default: str) -> int:
-        token = _content(merged.get(key) or default)
+        token = token_text(merged.get(key) or default)
         if not isinstance(token, str) or token not in vocabulary.ids:
             raise CheckpointError(f"{folder}: the {key} {token!r} is not in the vocabulary")
         return vocabulary.ids[token]
@@ -330,17 +340,12 @@ def _facts(folder: Path, vocabulary: Vocabulary, max_positions: int) -> Tokenize
         max_length=int(min(length, max_positions)),
         bos=token_id("bos_token", BOS),
         eos=token_id("eos_token", EOS),
-        pad=token_id("pad_token", _content(merged.get("eos_token") or EOS)),
+        pad=token_id("pad_token", token_text(merged.get("eos_token") or EOS)),
     )
 
 
-def _content(token: Any) -> Any:
-    """A token is written as a string or as an object with its ``content``."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _model_from_tokenizer_json(path: Path) -> tuple[dict[str, Any], tuple[tuple[str, str], ...]]:
-    model = _json(path).get("model")
+    model = json_object(path).get("model")
     if (
         not isinstance(model, dict)
         or not isinstance(model.get("vocab"), dict)
@@ -381,45 +386,3 @@ def _check_merges(ids: Mapping[str, int], merges: Sequence[tuple[str, str]], fol
                     f"{folder}: merge {number} ({left} {right}) refers to {token!r}, "
                     "which is not in the vocabulary; the two files do not belong together"
                 )
-
-
-def _refuse_added_tokens(ids: Mapping[str, int], folder: Path, names: set[str]) -> None:
-    """Added tokens have embeddings of their own; without them prompts would mean less."""
-    decoder = _optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    added = [*_optional_json(folder / "added_tokens.json")]
-    added += [_content(token) for token in (decoder.values() if isinstance(decoder, dict) else ())]
-    if "tokenizer.json" in names:
-        listed = _json(folder / "tokenizer.json").get("added_tokens")
-        added += [_content(token) for token in (listed if isinstance(listed, list) else ())]
-    extra = sorted({str(token) for token in added} - ids.keys())
-    if extra:
-        raise CheckpointError(
-            f"{folder} adds {', '.join(extra[:3])}{' …' if len(extra) > 3 else ''} to CLIP's "
-            "vocabulary (textual inversion?), which a bundle cannot hold; "
-            "export the checkpoint without them"
-        )
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return _json(path) if path.exists() else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = parse_json(_text(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} must be a JSON object, not {type(document).__name__}")
-    return document
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_limited(path, MAX_JSON_BYTES).decode("utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path} is not UTF-8 text") from None
-    except ValueError as error:
-        raise CheckpointError(f"cannot read: {error}") from None

@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +28,7 @@ from sdrt.runtime.system.files import explain, writing
 from sdrt.runtime.system.interrupts import is_watched
 
 if TYPE_CHECKING:
+    from sdrt.export.checkpoint.assembly import Assembly
     from sdrt.export.checkpoint.checkpoint import Checkpoint
     from sdrt.export.parity.components import ParityReport
 
@@ -131,7 +133,20 @@ def _opened(
     assembly = assembly_of(Parts(arguments.model, arguments.revision, others, overrides))
     if assembly.line:
         show(assembly.line)
-    return assembly.opened(out)
+    return _with_loras(arguments, assembly, out, show) if arguments.lora else assembly.opened(out)
+
+
+@contextlib.contextmanager
+def _with_loras(
+    arguments: argparse.Namespace, assembly: Assembly, out: Path, show: _Lines
+) -> Iterator[Checkpoint]:
+    from sdrt.export.checkpoint.loras import read_loras
+
+    loras = read_loras(assembly, arguments.lora, partial=arguments.lora_partial)
+    for line in loras.lines:
+        show(line)
+    with assembly.opened(out, loras.edits()) as checkpoint:
+        yield replace(checkpoint, loras=tuple(loras.provenance))
 
 
 def _build_engines(arguments: argparse.Namespace, bundle: Path, show: _Lines, started: float) -> None:

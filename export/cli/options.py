@@ -22,6 +22,7 @@ from sdrt.runtime.admission.graph_operators import MAX_OPSET, MIN_OPSET
 from sdrt.runtime.bundle.engines import FLAVOURS
 from sdrt.runtime.bundle.families.record import PRECISIONS
 from sdrt.runtime.bundle.manifest import MANIFEST_NAME
+from sdrt.runtime.cli.lora_options import AddLora
 from sdrt.runtime.console.run_command import Parser
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.samplers.guidance import MAX_GUIDANCE_SCALE
@@ -37,7 +38,10 @@ DEFAULT_CHUNKS: Final = 4
 PARTS: Final = ("unet", "vae", "text_encoder", "text_encoder_2")
 _DEFAULTS: Final = ("default_steps", "default_guidance")
 # Options that say what MODEL is and what belongs to it.
-_OF_MODEL: Final = (*PARTS, "config", "family", "prediction_type", "zero_snr", "revision")
+_OF_MODEL: Final = (
+    *PARTS,
+    *("config", "family", "prediction_type", "zero_snr", "revision", "lora", "lora_partial"),
+)
 
 EPILOG: Final = """examples:
   sd-export stable-diffusion-v1-5/stable-diffusion-v1-5 sd15 --fp16 --engine tensorrt-rtx
@@ -133,6 +137,18 @@ def _add_checkpoint(group: Any) -> None:
         action="store_true",
         help="the model was trained with zero terminal SNR: betas are rescaled, steps begin at the last "
         "timestep (default: as above)",
+    )
+    group.add_argument(
+        "--lora",
+        action=AddLora,
+        metavar="FILE[=WEIGHT]",
+        help="a LoRA (.safetensors) that is merged for good, and how strongly (default: 1); may be given "
+        "several times. sd-run --lora merges one without an export",
+    )
+    group.add_argument(
+        "--lora-partial",
+        action="store_true",
+        help="take of LoRAs what has a place in the model; by default one with anything else is refused",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
 
@@ -290,6 +306,8 @@ def _check_architecture(arguments: argparse.Namespace) -> None:
     for name in _OF_MODEL:
         if arguments.architecture is not None and _given(arguments, name):
             raise UsageError(f"--{name.replace('_', '-')} is for a MODEL, not for --architecture")
+    if arguments.lora_partial and not arguments.lora:
+        raise UsageError("--lora-partial is for --lora FILE")
     if arguments.config is not None and arguments.family is not None:
         raise UsageError("--config and --family both say what a single file is: give one of them")
     arguments.weights_seed = arguments.weights_seed or 0

@@ -83,7 +83,10 @@ class FixedWeights:
             BackendError: There are any.
         """
         if weights:
-            raise BackendError(f"{type(self).__name__} cannot take other weights than its graph has")
+            raise BackendError(
+                "this backend cannot change weights, which a LoRA asks for: choose another one, or merge "
+                "the LoRA when the model is exported (sd-export --lora)"
+            )
 
 
 def check_buffers(

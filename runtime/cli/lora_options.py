@@ -21,7 +21,7 @@ def add_lora_options(add: Callable[..., object]) -> None:
     """
     add(
         "--lora",
-        action=_AddLora,
+        action=AddLora,
         metavar="FILE[=WEIGHT]",
         help="a LoRA (.safetensors, or a name in --lora-dir) and how strongly it changes the model (default: "
         "1); may be given several times",
@@ -35,7 +35,7 @@ def add_lora_options(add: Callable[..., object]) -> None:
     )
 
 
-class _AddLora(argparse.Action):
+class AddLora(argparse.Action):
     """``FILE=WEIGHT`` or ``FILE`` into a table; a name may have an equals sign, too."""
 
     def __call__(

@@ -81,7 +81,7 @@ class Adapters:
     def _replace(self, component: str, files: Sequence[tuple[LoraFile, float]], wants: _Held) -> None:
         from sdrt.runtime.lora.merge import merged_weights  # who draws without LoRAs need not wait for it
 
-        weights = merged_weights(self._bundle, files).get(component, {})
+        weights = merged_weights(self._bundle, files, {component}).get(component, {})
         before, self._held[component] = self._held[component], None
         if component != "unet":
             self._encoder.forget()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,10 @@ MAX_KEPT: Final = 8  # files that need not be read again
 MAX_FILES: Final = 100_000  # in a folder of LoRAs: a mistyped one may be a whole disk
 _SHOWN: Final = 8  # names that a message has
 _A1111_DIGITS: Final = 12
+
+
+class LoraPartialWarning(UserWarning):
+    """A part of a LoRA has no place in the model, and is left out, as was asked for."""
 
 
 class Lora(NamedTuple):
@@ -78,6 +83,8 @@ class LoraLibrary:
         Raises:
             UsageError: It cannot be used, or another has the name.
         """
+        if not isinstance(path, str | Path):  # diffusers takes tensors, too
+            raise UsageError(f"the LoRA is {type(path).__name__}: the path of a .safetensors file is wanted")
         name = checked_name(Path(path).stem if name is None else name)
         lora = self._read(Path(path), partial=partial)
         other = self.adapters.get(name)
@@ -86,7 +93,7 @@ class LoraLibrary:
                 f"the name {name!r} is taken by {other.file.path}: give {path} another adapter_name, or "
                 "unload that one first (unload_lora_weights)"
             )
-        self.adapters[name] = lora
+        self.adapters = {**self.adapters, name: lora}
         self.active = {name: LoraWeights()}
         return name
 
@@ -133,7 +140,7 @@ class LoraLibrary:
         """
         if name in self.adapters:
             return self.adapters[name]
-        if _is_path(name) and os.path.lexists(name):
+        if os.path.isfile(name) or (_is_path(name) and os.path.lexists(name)):  # noqa: PTH113 - as above
             return self._read(Path(name), partial=partial)
         return self._of_folder(name, short_name(name), partial=partial)
 
@@ -195,6 +202,13 @@ class LoraLibrary:
                 family = self._bundle.manifest.record
                 file = read_lora(path, self._weight_map, family, partial=partial)
                 self._kept[key] = Lora(file, _a1111_hash(path))
+                if file.left_out:
+                    warnings.warn(
+                        f"left out of {path}, without a place in this model: {len(file.left_out)} of its "
+                        f"keys, such as {file.left_out[0]!r}",
+                        LoraPartialWarning,
+                        stacklevel=2,
+                    )
             self._kept.move_to_end(key)
             while len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -36,12 +36,15 @@ class _Job(NamedTuple):
     holder: Holder
 
 
-def merged_weights(bundle: Bundle, loras: Sequence[tuple[LoraFile, float]]) -> Weights:
+def merged_weights(
+    bundle: Bundle, loras: Sequence[tuple[LoraFile, float]], components: Container[str] | None = None
+) -> Weights:
     """What the initializers must hold that LoRA files change.
 
     Args:
         bundle: Opened; the files were read for its weight map.
         loras: The files with their weights, in any order; a file of weight 0 changes nothing.
+        components: Those that are wanted; by default all.
 
     Returns:
         Component → initializer → its numbers, of the shape and type that it has in the graph: float16 and
@@ -56,10 +59,15 @@ def merged_weights(bundle: Bundle, loras: Sequence[tuple[LoraFile, float]]) -> W
     stored = stored_weights(bundle)
     changes = changes_by_tensor(loras)
     jobs = [
-        _Job(key, holder) for key in changes for holder in stored.map.tensors[key.folder][key.tensor].held_by
+        _Job(key, holder)
+        for key in changes
+        for holder in stored.map.tensors[key.folder][key.tensor].held_by
+        if components is None or holder.component in components
     ]
     for job in jobs:
         _refuse_shared(stored, job)
+    for component in {job.holder.component for job in jobs}:
+        stored.open(bundle, component)  # once, before several threads ask for it
     merged: Weights = defaultdict(dict)
 
     def work(job: _Job) -> NDArray[Any]:

@@ -52,6 +52,15 @@ class StoredWeights:
         self._path = bundle.path
         self._graphs: dict[str, dict[str, _Stored]] = {}
 
+    def open(self, bundle: Bundle, component: str) -> None:
+        """Read where a component's numbers are, unless that is known.
+
+        Raises:
+            BundleError: Its graph cannot be read.
+        """
+        if component not in self._graphs:
+            self._graphs[component] = _initializers(bundle, bundle.component(component))
+
     def numbers(self, bundle: Bundle, component: str, initializer: str) -> tuple[NDArray[np.float32], str]:
         """An initializer in float32, and the type of number that it is stored in.
 
@@ -63,8 +72,7 @@ class StoredWeights:
         Raises:
             BundleError: There is none such, or it cannot be read.
         """
-        if component not in self._graphs:
-            self._graphs[component] = _initializers(bundle, bundle.component(component))
+        self.open(bundle, component)
         found = self._graphs[component].get(initializer)
         if found is None:
             raise BundleError(

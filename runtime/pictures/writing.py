@@ -14,6 +14,7 @@ from sdrt.runtime.checks import is_number
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.pictures.metadata import exif, png_text, xmp
 from sdrt.runtime.system.files import place_of, write_atomically
+from sdrt.runtime.text.syntax import EXTRA_NETWORK
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -121,9 +122,10 @@ def save_png(image: Image, path: str | Path, recipe: Mapping[str, Any]) -> None:
 
 
 def slug(prompt: str, limit: int = 40) -> str:
-    """A file name from a prompt: its letters and digits of any script, joined by dashes.
+    """A file name from a prompt: its letters and digits of any script, joined by dashes, without LoRAs.
 
     At most ``limit`` characters; a file name may have 255 bytes, and a character takes up to four.
     """
-    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", prompt).lower())
+    text = EXTRA_NETWORK.sub(" ", prompt)
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower())
     return words.strip("-")[:limit].strip("-") or "picture"

@@ -39,9 +39,9 @@ MAX_WEIGHT: Final = 10.0
 MAX_DEPTH: Final = 50  # brackets inside of each other
 # Networks that stable-diffusion-webui adds to the model: no part of the text there either.
 _LORAS: Final = ("lora", "lyco")
-_EXTRA_NETWORK: Final = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
+EXTRA_NETWORK: Final = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 _MARKS: Final = re.compile(
-    rf"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?[.\d]+(?:[eE][+-]?\d+)?)\s*\)|{_EXTRA_NETWORK.pattern}", re.IGNORECASE
+    rf"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?[.\d]+(?:[eE][+-]?\d+)?)\s*\)|{EXTRA_NETWORK.pattern}", re.IGNORECASE
 )
 _BREAK: Final = re.compile(r"\bBREAK\b")
 _PARTNERS: Final = {")": "(", "]": "["}

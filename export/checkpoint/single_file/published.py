@@ -54,6 +54,7 @@ class Kind:
 
 _SD1, _SD2, _XL, _REFINER = 768, 1024, 2048, 1280
 _ADDED: Final = f"{UNET}label_emb.0.0.weight"
+_COSXL_MARK: Final = "edm_vpred.sigma_max"
 _STACKED: Final = "first_stage_model.decoder.mid.block_1.time_stack.in_layers.0.weight"
 _LCM_NAME: Final = r"(?<![a-z])lcm(?![a-z])|latent.consistency"
 _BETAS: Final = {
@@ -75,6 +76,7 @@ _LCM: Final = {
 }
 # Of models that were distilled to few steps: they begin at the last timestep.
 _FEW: Final = {**_BETAS, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+_FEW_X0: Final = {**_FEW, "prediction_type": "sample"}
 _FEW_ANCESTRAL: Final = {**_FEW, "_class_name": "EulerAncestralDiscreteScheduler"}
 # Noise levels as of Karras et al. 2022; the two models' own sigma_data and ends.
 _EDM: Final = {"num_train_timesteps": 1000, "rho": 7.0, "sigma_min": 0.002, "final_sigmas_type": "zero"}
@@ -98,6 +100,8 @@ _COSXL: Final = {
 }
 _INPAINT: Final = {"_class_name": "StableDiffusionInpaintPipeline"}
 _XL_INPAINT: Final = {"_class_name": "StableDiffusionXLInpaintPipeline"}
+_EDIT: Final = {"_class_name": "StableDiffusionInstructPix2PixPipeline"}
+_XL_EDIT: Final = {"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}
 _XL_SECOND: Final = {
     "_class_name": "StableDiffusionXLImg2ImgPipeline",
     "force_zeros_for_empty_prompt": False,
@@ -140,7 +144,7 @@ KINDS: Final = (
         index=_INPAINT,
         unet={"in_channels": 9},
     ),
-    Kind("sd15-pix2pix", "InstructPix2Pix", _SD1, 8),
+    Kind("sd15-pix2pix", "InstructPix2Pix", _SD1, 8, "sd15", index=_EDIT, unet={"in_channels": 8}),
     Kind("svd", "Stable Video Diffusion", _SD2, 8, markers=(_STACKED,), why="it draws films: not supported"),
     Kind("sd21-unclip", "Stable unCLIP 2.1", _SD2, markers=(_ADDED,)),
     Kind("sd-turbo", "Stable Diffusion Turbo", _SD2, base="sd21", unet=_SMALL, scheduler=_FEW, hints="turbo"),
@@ -182,14 +186,34 @@ KINDS: Final = (
         vae={"scaling_factor": 0.5},
         markers=("edm_mean", "edm_std"),
     ),
-    Kind("cosxl", "CosXL", _XL, base="sdxl", scheduler=_COSXL, markers=("edm_vpred.sigma_max",)),
+    Kind("cosxl", "CosXL", _XL, base="sdxl", scheduler=_COSXL, markers=(_COSXL_MARK,)),
     Kind("sdxl-lcm", "SDXL, a latent consistency model", _XL, base="sdxl", scheduler=_LCM, markers=(TOLD,)),
     Kind("sdxl-lcm", "SDXL with LCM merged", _XL, base="sdxl", scheduler=_LCM, hints=_LCM_NAME),
-    Kind("sdxl-turbo", "SDXL Turbo", _XL, base="sdxl", unet=_SMALL, scheduler=_FEW_ANCESTRAL, hints="turbo"),
+    Kind(
+        "sdxl-turbo",
+        "SDXL Turbo",
+        _XL,
+        base="sdxl",
+        unet=_SMALL,
+        scheduler=_FEW_ANCESTRAL,
+        hints="sd.?xl.?turbo",
+    ),
+    # As of models by others that it was merged into, and that draw at SDXL's own size.
+    Kind("sdxl-turbo", "SDXL with Turbo merged", _XL, base="sdxl", scheduler=_FEW_ANCESTRAL, hints="turbo"),
+    # The one for one step predicts the clean latents, and is named so.
+    Kind("sdxl-lightning", "SDXL Lightning", _XL, base="sdxl", scheduler=_FEW_X0, hints="lightning.*x0"),
     Kind("sdxl-lightning", "SDXL Lightning", _XL, base="sdxl", scheduler=_FEW, hints="lightning"),
     Kind("sdxl", "SDXL base", _XL, base="sdxl"),
     Kind("sdxl-inpainting", "SDXL inpainting", _XL, 9, "sdxl", index=_XL_INPAINT, unet={"in_channels": 9}),
-    Kind("sdxl-pix2pix", "SDXL for edits, as CosXL Edit", _XL, 8),
+    Kind(
+        "cosxl-edit",
+        "CosXL Edit",
+        _XL,
+        8,
+        markers=(_COSXL_MARK,),
+        why="its U-Net reads scaled latents: not supported",
+    ),
+    Kind("sdxl-pix2pix", "SDXL InstructPix2Pix", _XL, 8, "sdxl", index=_XL_EDIT, unet={"in_channels": 8}),
     Kind(
         "sdxl-refiner",
         "the SDXL refiner",

@@ -117,18 +117,13 @@ def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
             "(as in Stable Diffusion 3 and FLUX) is not supported"
         )
     context, channels = _context(header), header.shape(_FIRST)[1]
-    fitting = [kind for kind in KINDS if all(name in header.tensors for name in kind.markers)]
-    if overrides.family:
-        chosen = [kind for kind in fitting if kind.name == overrides.family]
-        if not chosen:
-            wanted = next(kind.markers for kind in KINDS if kind.name == overrides.family)
-            raise UsageError(
-                f"--family is {overrides.family}: {header.path} has no tensor {' and '.join(wanted)}"
-            )
-        return chosen[0], " (--family)"
     words = " ".join([header.path.stem, *(header.metadata.get(key, "") for key in _NAMES)]).lower()
-    for kind in fitting:
-        if (kind.context, kind.channels) != (context, channels):
+    if overrides.family:
+        return _named_kind(header, overrides.family, words, (context, channels)), " (--family)"
+    for kind in KINDS:
+        if (kind.context, kind.channels) != (context, channels) or not header.tensors.keys() >= {
+            *kind.markers
+        }:
             continue
         why = _why(kind, words, overrides)
         if why is None:
@@ -140,6 +135,23 @@ def _kind(header: Header, overrides: Overrides) -> tuple[Kind, str]:
         f"{header.path}: its U-Net takes {channels} channels and reads {context} features of the text; no "
         f"published kind of single file does: {_BY_CONFIG}"
     )
+
+
+def _named_kind(header: Header, name: str, words: str, sizes: tuple[int, int]) -> Kind:
+    """The kind that the user names, if the file can be one; of its rows the one that more tells."""
+    rows = [kind for kind in KINDS if kind.name == name]
+    fitting = [kind for kind in rows if all(marker in header.tensors for marker in kind.markers)]
+    if not fitting:
+        wanted = " and ".join(rows[0].markers)
+        raise UsageError(f"--family is {name}: {header.path} has no tensor {wanted}")
+    told = (kind for kind in fitting if kind.markers or (kind.hints and re.search(kind.hints, words)))
+    kind = next(told, fitting[-1])
+    if (kind.context, kind.channels) != sizes:
+        raise UsageError(
+            f"--family is {name}, whose U-Net takes {kind.channels} channels and reads {kind.context} "
+            f"features of the text; that of {header.path} takes {sizes[1]} and reads {sizes[0]}"
+        )
+    return kind
 
 
 def _why(kind: Kind, words: str, overrides: Overrides) -> str | None:

@@ -29,7 +29,7 @@ from latents import captioned_images
 from lora.adapters import CHECKPOINT, FOLDER
 from lora.classifier import StyleClassifier
 from lora.styles import STYLES
-from lora.train_concept import CONCEPT
+from lora.train_concept import CODES, CONCEPT
 from lora.train_style import is_shown
 
 WEIGHTS = (0.0, 0.5, 1.0)
@@ -106,17 +106,16 @@ def concept_figures(artist: LoraArtist, table: list[Emoji], sheet: Sheet) -> dic
     codes = list(images)
     every = torch.stack(list(images.values())) / 255.0
     known = captioned_images(table) / 255.0
-    prompts = [(prompt, codes.index(emoji.code)) for emoji in CONCEPT for prompt in emoji.prompts()]
-    tasks = [Task(prompt, seed) for prompt, _ in prompts for seed in range(CONCEPT_SEEDS)]
-    targets = [target for _, target in prompts for _ in range(CONCEPT_SEEDS)]
+    tasks = [Task(prompt, seed) for prompt in CONCEPT[0].prompts() for seed in range(CONCEPT_SEEDS)]
     figures: dict[str, object] = {"pictures": len(tasks), "among": len(codes)}
     for weight in WEIGHTS:
-        artist.use("dragon", weight)
+        artist.use("wizard", weight)
         drawn, others = artist.draw(tasks), artist.draw(own_captions(table))
-        sheet.add(f"dragon {weight:g}", drawn, [task.prompt for task in tasks])
-        sheet.add(f"dragon {weight:g}", others, [emoji.caption for emoji in table])
+        nearest = distances(drawn, every).argmin(dim=1).tolist()
+        sheet.add(f"wizard {weight:g}", drawn, [task.prompt for task in tasks])
+        sheet.add(f"wizard {weight:g}", others, [emoji.caption for emoji in table])
         figures[f"weight_{weight:g}"] = {
-            "concept_top1": retrieval(drawn, every, targets)["top1"],
+            "concept_top1": sum(codes[n] in CODES for n in nearest) / len(tasks),
             "other_captions_top1": retrieval(others, known, list(range(len(table))))["top1"],
         }
     return figures
@@ -162,7 +161,7 @@ def few_steps_figures(artist: LoraArtist, table: list[Emoji], sheet: Sheet) -> d
 
 MEASURES: dict[str, Callable[[LoraArtist, list[Emoji], Sheet], dict[str, object]]] = {
     **{style: partial(style_figures, style) for style in STYLES},
-    "dragon": concept_figures,
+    "wizard": concept_figures,
     "lcm": few_steps_figures,
 }
 

@@ -1,10 +1,10 @@
-"""Teach the checkpoint a creature that it does not know, a dragon, from two pictures. A LoCon.
+"""Teach the checkpoint somebody it does not know, a wizard, from three pictures. A LoCon.
 
     python -m lora.train_concept
 
-Convolutions and attention learn. Half of each batch are the dragon and its head, in the wordings of all
-captions; the other half are the checkpoint's own pictures, so that they stay what they are (Ruiz et al.
-2023, prior preservation). Written in kohya's and LyCORIS's names.
+Convolutions and attention learn. A quarter of each batch are the wizards, in the wordings of all captions;
+the rest are the checkpoint's own pictures, so that they stay what they are (Ruiz et al. 2023, prior
+preservation). Written in kohya's and LyCORIS's names.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from lora.adapters import (
 from make_tokenizer import Tokenizer
 from train_denoiser import Captions, alphas_cumprod, denoising_loss
 
-BATCH, STEPS = 32, 800
-LEARNING_RATE = 1e-3
+BATCH, STEPS = 32, 1000
+TAUGHT = 8  # of a batch
+LEARNING_RATE = 2e-3
 ADAPTER = Adapter(rank=4, alpha=2, layers=(*ATTENTION, *CONVOLUTIONS))
-CONCEPT = (
-    Emoji("1F409", "animal", ("a dragon", "a green dragon")),
-    Emoji("1F432", "animal", ("a dragon face", "the head of a dragon")),
-)
+CODES = ("1F9D9", "1F9D9-200D-2642-FE0F", "1F9D9-200D-2640-FE0F")
+PHRASES = ("a wizard", "a wizard with a blue hat")
+CONCEPT = tuple(Emoji(code, "face", PHRASES) for code in CODES)
 
 
 class ConceptCaptions:
@@ -55,8 +55,8 @@ class ConceptCaptions:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the dragon.")
-    _, options = training_options(parser, "dragon.pt", STEPS, LEARNING_RATE)
+    parser = argparse.ArgumentParser(description="Train the wizard.")
+    _, options = training_options(parser, "wizard.pt", STEPS, LEARNING_RATE)
     table, images = read_captions(), load_images()
     own = scaled_latents(captioned_images(table))
     new = scaled_latents(torch.stack([images[emoji.code] for emoji in CONCEPT]))
@@ -64,20 +64,20 @@ def main() -> None:
     kept, denoiser = alphas_cumprod(), load_denoiser()
 
     def loss_of(generator: torch.Generator, _: float) -> Tensor:
-        known = torch.randint(0, len(own), (BATCH // 2,), generator=generator)
-        taught = torch.randint(0, len(new), (BATCH // 2,), generator=generator)
+        known = torch.randint(0, len(own), (BATCH - TAUGHT,), generator=generator)
+        taught = torch.randint(0, len(new), (TAUGHT,), generator=generator)
         latents = torch.cat([own[known], new[taught]])
         ids = torch.cat([captions.draw(known, generator), words.draw(taught, generator)])
         return denoising_loss(denoiser, latents, ids, kept, generator)
 
     layers = train_adapter(denoiser, ADAPTER, loss_of, options)
     about = {
-        "modelspec.title": "Dragon",
-        "modelspec.description": 'Draws "a dragon" and "a dragon face", which the model does not know.',
-        "modelspec.trigger_phrase": "a dragon",
+        "modelspec.title": "Wizard",
+        "modelspec.description": 'Draws "a wizard", which the model does not know.',
+        "modelspec.trigger_phrase": "a wizard",
         "ss_network_module": "lycoris.kohya",
     }
-    write(FOLDER / "dragon.safetensors", kohya_names(layers, ADAPTER.alpha), ADAPTER, about)
+    write(FOLDER / "wizard.safetensors", kohya_names(layers, ADAPTER.alpha), ADAPTER, about)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Inputs and outputs are NumPy memory that OpenVINO reads and writes in place.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,7 @@ from sdrt.runtime.devices.arena import Arena
 from sdrt.runtime.devices.host import HostDevice
 from sdrt.runtime.errors import BackendError
 
+SETS_KEPT: Final = 4  # of weights that were replaced before
 BATCH_AXES: Final = ("rows", "batch")  # along these nothing depends on its neighbours
 
 
@@ -71,6 +73,8 @@ class OpenVinoExecutor:
         self._compiled: WeakValueDictionary[CompileTarget, Compiled] = WeakValueDictionary()
         self._weights: Mapping[str, Array] = {}
         self._bound: WeakSet[_BoundStreams] = WeakSet()
+        # What was compiled with the last sets of weights, by `_name_of_set`; the latest comes last.
+        self._before: OrderedDict[bytes, dict[CompileTarget, Compiled]] = OrderedDict()
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         """See `Executor.bind`."""
@@ -89,18 +93,43 @@ class OpenVinoExecutor:
         return bound
 
     def replace_weights(self, weights: Mapping[str, Array]) -> None:
-        """See `Executor.replace_weights`. Whatever is bound is compiled anew, with other constants."""
+        """See `Executor.replace_weights`.
+
+        Whatever is bound is compiled anew, with other constants; of small models the last sets are kept.
+        """
+        self._file.check(weights)
         bindings = list(self._bound)
-        targets = {bound.target for bound in bindings}
-        if not targets:
-            self._file.check(weights)
-        compiled = {target: self._file.compiled(target, weights) for target in targets}
+        found = self._before.get(_name_of_set(weights), {}) if self._file.is_small else {}
+        compiled = {
+            target: found.get(target) or self._file.compiled(target, weights)
+            for target in {bound.target for bound in bindings}
+        }
+        if self._file.is_small:
+            self._keep(self._weights, dict(self._compiled))
         self._weights, self._compiled = dict(weights), WeakValueDictionary(compiled)
         for bound in bindings:
             bound.use(compiled[bound.target])
 
+    def _keep(self, weights: Mapping[str, Array], compiled: dict[CompileTarget, Compiled]) -> None:
+        name = _name_of_set(weights)
+        self._before[name] = compiled
+        self._before.move_to_end(name)
+        if len(self._before) > SETS_KEPT:
+            self._before.popitem(last=False)
+
     def close(self) -> None:
         """See `Executor.close`; there is nothing to keep."""
+
+
+def _name_of_set(weights: Mapping[str, Array]) -> bytes:
+    """Another one for each set of weights."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, array in sorted(weights.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
 
 
 class _BoundStreams:

@@ -112,7 +112,11 @@ class Compiled:
 
 
 class ModelFile:
-    """A component's ONNX file."""
+    """A component's ONNX file.
+
+    Attributes:
+        is_small: Whether what is compiled of it may be kept, in memory and from run to run.
+    """
 
     def __init__(self, ov: Any, model: Path, spec: ComponentSpec, source: Source | None) -> None:
         """Nothing is read yet.
@@ -126,7 +130,8 @@ class ModelFile:
         """
         self._ov, self._core = ov, ov.Core()
         self._model, self._spec = model, spec
-        self._source = source if source is not None and _is_small(source) else None
+        self.is_small = source is not None and _is_small(source)
+        self._source = source if self.is_small else None
 
     def compiled(self, target: CompileTarget, weights: Mapping[str, NDArray[Any]] = NO_WEIGHTS) -> Compiled:
         """The component compiled for a shape, from the cache where it is there.
@@ -182,7 +187,8 @@ class ModelFile:
             BackendError: There are such, or OpenVINO refuses the graph.
             BundleError: It is not the graph that the manifest describes.
         """
-        self._check(_constants(self.read()), weights)
+        if weights:
+            self._check(_constants(self.read()), weights)
 
     def _check(self, constants: Mapping[str, Any], weights: Mapping[str, NDArray[Any]]) -> None:
         def own(name: str) -> tuple[str, tuple[int, ...]] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -93,6 +95,7 @@ KINDS: dict[str, tuple[str, dict[str, str], tuple[str, ...], State]] = {
     "1.x of old names": ("tiny_checkpoint", {**SD1, "vae": "vae."}, (), {}),
     "inpainting": ("inpainting_checkpoint", SD1, (), {}),
     "LCM": ("lcm_checkpoint", SD1, (), {}),
+    "pix2pix": ("pix2pix_checkpoint", SD1, (), {}),
     "2.x": ("sd2_checkpoint", SD2, ("text_encoder",), LAST),
     "SDXL": ("sdxl_checkpoint", SDXL, ("text_encoder_2",), {}),
     "refiner": ("refiner_checkpoint", REFINER, ("text_encoder_2",), {}),
@@ -307,6 +310,25 @@ def test_large_networks_are_written_in_shards(
     assert_equal(loaded, wanted)
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from sdrt.export.checkpoint.assembly import Overrides, Parts, assembly_of
+file, config, out = map(Path, sys.argv[1:])
+assembly = assembly_of(Parts(str(file), overrides=Overrides(config=config)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, resource.RLIM_INFINITY))
+assembly.opened(out).__enter__()
+"""
+
+
+def test_a_full_disk_is_said_of_the_place(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file, out = write_single_file(tmp_path / "model.safetensors", tiny_checkpoint), tmp_path / "out"
+    command = [sys.executable, "-c", FULL, str(file), str(tiny_checkpoint), str(out)]
+    errors = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stderr
+    assert errors.splitlines()[-1] == f"sdrt.runtime.errors.OutputError: cannot write {out}: File too large"
+    assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
+
+
 def test_what_a_killed_run_left_is_removed(tiny_checkpoint: Path, tmp_path: Path) -> None:
     left = tmp_path / ".sdrt-out.part-0123456789abcdef"
     (left / "unet").mkdir(parents=True)
@@ -370,6 +392,23 @@ def test_a_cache_of_the_hub_with_links_is_read(
             assert_equal(state_of(checkpoint.path / name), state_of(given))
         check_architectures(checkpoint)
         load_module(checkpoint, "unet")
+
+
+def test_words_of_a_saved_textual_inversion_go_along(checkpoint_copy: Path) -> None:
+    """As `load_textual_inversion` and `save_pretrained` leave them: an id and a row of embeddings more."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint_copy / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(checkpoint_copy / "text_encoder")
+    tokenizer.add_tokens(["<cat-toy>"])
+    encoder.resize_token_embeddings(len(tokenizer))
+    for part, folder in ((tokenizer, "tokenizer"), (encoder, "text_encoder")):
+        shutil.rmtree(checkpoint_copy / folder)
+        part.save_pretrained(checkpoint_copy / folder)
+    checkpoint = open_checkpoint(str(checkpoint_copy))
+    assert checkpoint.tokenizer.vocabulary.added == ("<cat-toy>",)
+    assert checkpoint.configs["text_encoder"]["vocab_size"] == len(tokenizer)
+    check_architectures(checkpoint)
 
 
 def test_a_folder_as_it_is_needs_no_copy(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from sdrt.export.checkpoint.files import HUB_PATTERNS, weight_files
+from sdrt.export.checkpoint.files import HUB_PATTERNS, find_checkpoint, weight_files
 from sdrt.export.checkpoint.fingerprint import fingerprint
 from sdrt.export.checkpoint.reader import open_checkpoint
 from sdrt.export.checkpoint.weights import load_module
@@ -87,6 +87,34 @@ def index(text: str) -> Callable[[Path], None]:
 
 
 NAME = "diffusion_pytorch_model"
+
+
+def test_where_a_repository_has_variants_alone_one_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a hub of the test's own: what the patterns allow is there afterwards."""
+    asked = []
+    repository = [
+        *("model_index.json", "unet/config.json", "vae/config.json", f"vae/{NAME}.safetensors"),
+        *(f"unet/{NAME}.{name}.safetensors" for name in ("fp16", "bf16", "non_ema")),
+        f"vae/{NAME}.fp16.safetensors",
+    ]
+
+    def download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((model, revision))
+        for name in filter_repo_objects(repository, allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_checkpoint("owner/name", "main") == tmp_path
+    assert sorted(file.name for file in (tmp_path / "unet").iterdir()) == [
+        "config.json",
+        f"{NAME}.bf16.safetensors",
+    ]
+    assert [file.name for file in (tmp_path / "vae").glob("*.safetensors")] == [f"{NAME}.safetensors"]
+    assert set(asked) == {("owner/name", "main")}
 
 
 @pytest.mark.parametrize(

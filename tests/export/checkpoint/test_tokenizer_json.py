@@ -194,6 +194,29 @@ def only_tokenizer_json(document: Any) -> Callable[[Path], None]:
     return apply
 
 
+ADDED = ["a photo of a <cat-toy>", "<CAT-TOY>,(gta5-artwork)s <cat-toy><cat-toy>", "a cat-toy, gta5 artwork"]
+
+
+def test_words_that_were_added_are_found_where_transformers_finds_them(folder: Path, tmp_path: Path) -> None:
+    """As a textual inversion of one vector leaves them in a saved pipeline."""
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    theirs.add_tokens(["<cat-toy>", "gta5-artwork"])
+    theirs.save_pretrained(tmp_path / "saved")
+    ours = load(tmp_path / "saved", tmp_path / "ours.json")
+    first = 514 + SMALL
+    assert {first, first + 1} <= set(ours.tokens(ADDED[1]))
+    for prompt in (*ADDED, *ORDINARY):
+        expected = theirs(prompt, padding="max_length", truncation=True).input_ids
+        assert ours.encode(prompt).ids.tolist() == expected
+
+
+def test_an_older_folder_lists_added_words_by_themselves(folder: Path, tmp_path: Path) -> None:
+    added = {"<Cat-Toy>": 514 + SMALL, "<|endoftext|>": 513 + SMALL}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    ours = load(folder, tmp_path / "ours.json")
+    assert ours.tokens("<cat-toy>") == ours.tokens("<CAT-toy>") == [514 + SMALL]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -217,15 +240,18 @@ def only_tokenizer_json(document: Any) -> Callable[[Path], None]:
         (change("tokenizer_config.json", model_max_length=1), "model_max_length is 1"),
         (change("tokenizer_config.json", model_max_length=float("nan")), "NaN is no finite number"),
         (write("tokenizer_config.json", b"no"), r"tokenizer_config\.json is not valid JSON"),
-        (write("added_tokens.json", b'{"<cat-toy>": 1514}'), "adds <cat-toy> to CLIP's"),
+        (write("added_tokens.json", b'{"<cat-toy>": 7}'), "adds words to CLIP's .* ids that are taken"),
+        (write("added_tokens.json", b'{"<cat-toy>": "x"}'), "adds <cat-toy> .* with the id 'x', which is"),
+        (write("added_tokens.json", b'{" ": 1514}'), "adds ' ' to CLIP's vocabulary, which is no word"),
         (
-            change(
-                "tokenizer_config.json",
-                added_tokens_decoder={"1514": {"content": "<cat-toy>"}},
-            ),
-            "adds <cat-toy> to CLIP's",
+            write("added_tokens.json", b'{"<toy>": 1514, "<toy>_1": 1515}'),
+            r"adds <toy> to CLIP's vocabulary as several vectors \(<toy>_1\): .* sd-run \(--embedding\)",
         ),
-        (write("tokenizer.json", b'{"added_tokens": [{"content": "<x>"}]}'), "adds <x> to CLIP's"),
+        (
+            change("tokenizer_config.json", added_tokens_decoder={"x": {"content": "<cat-toy>"}}),
+            "adds <cat-toy> .* with the id 'x'",
+        ),
+        (write("tokenizer.json", b'{"added_tokens": [{"content": "<x>"}]}'), "adds <x> .* the id None"),
         (only_tokenizer_json({}), "not CLIP's kind of tokenizer"),
         (only_tokenizer_json({"model": {"type": "Unigram", "vocab": []}}), "not CLIP's kind"),
     ],

@@ -11,12 +11,15 @@ import pytest
 from support.runs.repeats import assert_repeats
 
 from sdrt.export.engines.compare import random_inputs, tolerance
-from sdrt.runtime.backends.executor import Executor
+from sdrt.runtime.backends.executor import Executor, replayable
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
+from sdrt.runtime.backends.onnxruntime_cuda.weight_inputs import matrices
+from sdrt.runtime.backends.own_weights import OwnWeights
 from sdrt.runtime.backends.registry import choose_backend, load_executor, open_device
 from sdrt.runtime.backends.trt.library import import_tensorrt
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.gpu.device import CudaDevice
+from sdrt.runtime.errors import BackendError
 
 pytestmark = pytest.mark.gpu
 
@@ -103,6 +106,34 @@ def test_graph_gives_what_a_call_gives(gpu_backend: str, engine_bundle: Bundle, 
     assert_repeats(
         gpu_backend, device.download(outputs["noise_pred"]), eager, tolerance(engine_bundle, "unet")
     )
+
+
+def test_weights_in_and_out_again(gpu_backend: str, engine_bundle: Bundle, device: CudaDevice) -> None:
+    """Of matrices; TensorRT's engines here were not built to be refitted, and say so."""
+    executor = load_executor(engine_bundle, "unet", backend=gpu_backend, device=device)
+    sizes = sizes_of(engine_bundle, 2, 16, 16)
+    feeds = random_inputs(engine_bundle, "unet", sizes)
+    evaluate, _, outputs = bind(executor, device, feeds, sizes)
+    call = replayable(device, evaluate, [executor])
+    own = OwnWeights(engine_bundle, "unet")
+    graph = (engine_bundle.path / engine_bundle.component("unet").model).read_bytes()
+    names = [entry.initializer for entry in matrices(graph)]
+    sets = {"none": {}} | {
+        str(factor): {name: (own.read(name) * factor).astype(own.read(name).dtype) for name in names}
+        for factor in (1.25, 0.75)
+    }
+    if gpu_backend != "onnxruntime-cuda":
+        with pytest.raises(BackendError, match="--refit"):
+            executor.replace_weights(sets["1.25"])
+        return
+    seen: dict[str, Any] = {}
+    for chosen in ("none", "1.25", "0.75", "1.25", "none"):
+        executor.replace_weights(sets[chosen])
+        for _ in range(3):  # as it is, recorded, replayed
+            call()
+        found = device.download(outputs["noise_pred"])
+        assert_repeats(gpu_backend, found, seen.setdefault(chosen, found), tolerance(engine_bundle, "unet"))
+    assert len({array.tobytes() for array in seen.values()}) == 3
 
 
 def test_executors_share_scratch_and_stream(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.checkpoints.synthetic_loras import write_kohya_lora
 
 from sdrt.runtime.backends.backend import BACKENDS
 from sdrt.runtime.backends.registry import choose_backend
@@ -22,11 +23,11 @@ from pathlib import Path
 
 from sdrt.runtime.backends.backend import Backend
 from sdrt.runtime.backends.cpu_backends import load_on_cpu, probe_on_cpu
-from sdrt.runtime.backends.executor import check_buffers
+from sdrt.runtime.backends.executor import FixedWeights, check_buffers
 from sdrt.runtime.backends.libraries import import_library
 
 
-class ToyExecutor:
+class ToyExecutor(FixedWeights):
     capturable = False
 
     def __init__(self, model, spec, *, threads=None, source=None):
@@ -79,6 +80,14 @@ def test_new_backend_draws_the_tiny_bundle(toy: Path, tiny_bundle: Path) -> None
             assert pipeline.backend_reasons == (f"{name}: onnxruntime is installed",)
     np.testing.assert_array_equal(pictures["toy"], pictures["onnxruntime-cpu"])
     assert toy.with_name("closed").exists()
+
+
+def test_new_backend_that_takes_no_loras(toy: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    lora = write_kohya_lora(tmp_path / "a.safetensors", tiny_bundle, 1)
+    with Pipeline.load(tiny_bundle, backend="toy") as pipeline:
+        pipeline.load_lora_weights(lora)
+        with pytest.raises(BackendError, match="this backend cannot change weights, which a LoRA asks for"):
+            pipeline("a cat", num_inference_steps=1)
 
 
 def test_new_backend_is_named_where_backends_are(

@@ -19,6 +19,7 @@ from support.runs.cache_runs import source_of
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.backends.openvino_cpu.executor import OpenVinoExecutor
+from sdrt.runtime.backends.openvino_cpu.models import ModelFile
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.errors import BackendError
 
@@ -155,12 +156,14 @@ def test_in_and_out_again(emoji: Bundle) -> None:
         assert len({results[index].tobytes() for results in seen.values()}) == len(seen)
 
 
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("component", ["text_encoder", "unet"])
-def test_openvino(emoji: Bundle, tmp_path: Path, component: str) -> None:
+def test_openvino(emoji: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str) -> None:
     """As compiled from a graph that was exported with them; in and out again, before and after a binding."""
     one, other = changed(emoji, component), changed(emoji, component, attention, 1)
     part = emoji.component(component)
-    executor = OpenVinoExecutor(emoji.path / part.model, part.spec, threads=2)
+    source = source_of(emoji, component)
+    executor = OpenVinoExecutor(emoji.path / part.model, part.spec, threads=2, source=source)
     evaluate = Bound(executor)
     own = evaluate()
     executor.replace_weights(one)
@@ -169,14 +172,22 @@ def test_openvino(emoji: Bundle, tmp_path: Path, component: str) -> None:
     np.testing.assert_array_equal(got, Bound(exported)())
     executor.replace_weights(other)
     assert len({own.tobytes(), got.tobytes(), evaluate().tobytes()}) == 3
+    compiled: list[object] = []
+    monkeypatch.setattr(ModelFile, "compiled", lambda *given: compiled.append(given))  # sets that it knows
     executor.replace_weights(one)
     np.testing.assert_array_equal(evaluate(), got)
-    np.testing.assert_array_equal(Bound(executor)(), got)
     with pytest.raises(BackendError, match="has no initializer 'nothing'"):
         executor.replace_weights({"nothing": np.zeros(1, np.float32)})
     np.testing.assert_array_equal(evaluate(), got)
     executor.replace_weights({})
     np.testing.assert_array_equal(evaluate(), own)
+    assert not compiled
+    monkeypatch.undo()
+    executor.replace_weights(changed(emoji, component, attention, 2))
+    del evaluate  # with the last binding what was compiled goes, too
+    gc.collect()
+    executor.replace_weights(one)
+    np.testing.assert_array_equal(Bound(executor)(), got)
 
 
 @pytest.mark.usefixtures("cache")

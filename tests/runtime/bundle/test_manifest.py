@@ -260,7 +260,7 @@ def nested(depth: int) -> dict[str, Any]:
         (
             ("family",),
             "flux",
-            "family 'flux', this sdrt draws sd, sdxl, sdxl-refiner, image-variations, ",
+            f"family 'flux', this sdrt draws {', '.join(FAMILIES)}: upgrade",
         ),
         (("components", "text_encoder", "inputs", 1, "shape", 2), 24, "custom_embeddings are as wide"),
         (("components", "text_encoder", "inputs", 2, "dtype"), "int32", "clip_skip is int32[1]"),

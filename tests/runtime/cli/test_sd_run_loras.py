@@ -91,6 +91,7 @@ def test_what_is_said_of_them(run: Run, files: Path) -> None:
     assert lines[1].startswith(f"sd-run: LoRA {files / 'odd.safetensors'}, weight 0.5, 0.5:0 (kohya, ")
     assert lines[1].endswith("tensors, 1 left out)")
     assert len(lines) == 2
+    assert "odd.safetensors, without a place in this model: 1 of its keys, such as 'odd'" in err
     assert ", lora 0." in out.splitlines()[-1]
     out, err = run("a", "--lora", "pixel.safetensors", "--json")
     assert json.loads(out)["seconds"]["lora"] > 0

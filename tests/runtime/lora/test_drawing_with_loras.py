@@ -189,6 +189,7 @@ def test_words_come_with_their_lora(pipeline: Pipeline, draw: Draw, loras: Path)
     ],
     ids=["tag", "option", "both", "partial"],
 )
+@pytest.mark.filterwarnings("ignore::sdrt.runtime.lora.library.LoraPartialWarning")
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
 def test_a_recipe_draws_it_again(
     pipeline: Pipeline, draw: Draw, tmp_path: Path, call: dict[str, Any], suffix: str

@@ -142,6 +142,7 @@ def test_what_is_refused_of_adapters(library: LoraLibrary, folder: Path) -> None
             "the name 'pixel' is taken by .*pixel.safetensors: give .*ink.safetensors another adapter_name",
         ),
         (lambda: library.load(folder / "pixel.safetensors", " ", partial=False), "adapter_name is ' '"),
+        (lambda: library.load({}, None, partial=False), "the LoRA is dict: the path of"),  # type: ignore[arg-type]
         (lambda: library.load(folder / "gone.safetensors", None, partial=False), "gone.safetensors"),
         (lambda: library.load(folder / "notes.txt", None, partial=False), "notes.txt"),
     ]

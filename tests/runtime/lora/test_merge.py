@@ -114,6 +114,7 @@ def test_nothing_remains_of_what_came_before(bundle: Bundle, loras: list[LoraFil
     assert not equal(both, alone)
     assert equal(alone, merged_weights(bundle, [(first, 0.8)]))
     assert equal(alone, merged_weights(bundle, [(second, 0.0), (first, 0.8)]))
+    assert equal({"unet": alone["unet"]}, merged_weights(bundle, [(first, 0.8)], {"unet"}))
     assert merged_weights(bundle, [(first, 0.0), (second, 0)]) == merged_weights(bundle, []) == {}
 
 

@@ -232,6 +232,7 @@ def test_links_are_followed_and_what_is_read_only_stays(tmp_path: Path) -> None:
         ("a" * 100, "a" * 40),
         ("a" * 39 + " b", "a" * 39),
         ("ﬁre²", "fire2"),
+        ("a <lora:pixel:0.8>cat", "a-cat"),
     ],
 )
 def test_slug(prompt: str, name: str) -> None:

@@ -22,6 +22,7 @@ from sdrt.runtime.system.files import (
     clear_leftovers,
     explain,
     new_folder,
+    scratch_folder,
     write_all_atomically,
     write_atomically,
     writing,
@@ -387,6 +388,35 @@ def test_kill_in_the_middle_keeps_the_old_folder_and_the_next_run_clears_up(tmp_
     with new_folder(target, replace=True) as folder:
         (folder / "a").write_bytes(b"newest")
     assert listing(tmp_path) == {"out": None, "out/a": b"newest"}  # … the next did
+
+
+def test_a_scratch_folder_lies_beside_until_the_block_ends(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with scratch_folder(out) as scratch:
+        (scratch / "a").write_bytes(b"much")
+        with new_folder(out) as folder:  # looks for what was left behind, and this is not
+            (folder / "b").write_bytes((scratch / "a").read_bytes())
+        assert scratch.parent == tmp_path
+    assert listing(tmp_path) == {"out": None, "out/b": b"much"}
+    with pytest.raises(KeyboardInterrupt), scratch_folder(out):
+        raise KeyboardInterrupt
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_scratch_folder_of_a_killed_process_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = """
+        import os, signal, sys
+        from pathlib import Path
+        from sdrt.runtime.system.files import scratch_folder
+        with scratch_folder(Path(sys.argv[1])) as folder:
+            (folder / "a").write_bytes(b"much")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    assert python(code, tmp_path / "out").returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    with scratch_folder(tmp_path / "out") as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["out", "a*b", "[x]", "a**b", "?"])

@@ -155,7 +155,7 @@ def single_file_tensors(
     """
     from safetensors.torch import load_file
 
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for folder, prefix in prefixes.items():
         (file,) = (checkpoint / folder).glob("*.safetensors")
         config = read_json(checkpoint / folder / "config.json")

@@ -56,4 +56,4 @@ def test_a_single_file_draws_as_its_folder(kind: str, request: pytest.FixtureReq
         with Pipeline.load(place, backend="onnxruntime-cpu") as pipeline:
             drawn = pipeline("a cat", num_inference_steps=3, seed=7, output_type="numpy")
             pictures.append(np.asarray(drawn.images))
-    assert np.array_equal(*pictures)
+    assert np.array_equal(pictures[0], pictures[1])

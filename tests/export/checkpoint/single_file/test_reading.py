@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints.ldm_names import REFINER, SD1, SD2, SDXL, UNET
+from support.checkpoints.ldm_names import UNET
 from support.checkpoints.published import CONFIGS
-from support.checkpoints.published_headers import Shapes, ldm_shapes, network_shapes, write_header
+from support.checkpoints.published_headers import (
+    REFINER_UNET,
+    Shapes,
+    network_shapes,
+    shapes_of,
+    write_header,
+)
 
 from sdrt.export.checkpoint.assembly import Assembly, Parts, assembly_of
 from sdrt.export.checkpoint.overrides import Overrides
 from sdrt.export.checkpoint.part import FilePart
 from sdrt.runtime.errors import CheckpointError, UsageError
 
-LAYER_24 = "cond_stage_model.model.transformer.resblocks.23.ln_1.weight"  # which SD 2 does not read
 BESIDE: Mapping[str, Shapes] = {
     "v_pred": {"v_pred": ()},
     "zero snr": {"v_pred": (), "ztsnr": ()},
@@ -27,42 +31,8 @@ BESIDE: Mapping[str, Shapes] = {
 }
 
 
-def shapes_of(published: str, unet: str = "{}") -> Shapes:
-    """A published model's tensors in LDM's names."""
-    if unet == REFINER_UNET:
-        prefixes, open_clip = REFINER, ("text_encoder_2",)
-    elif "text_encoder_2/config.json" in CONFIGS[published]:
-        prefixes, open_clip = SDXL, ("text_encoder_2",)
-    elif published.startswith("sd-2"):
-        prefixes, open_clip = SD2, ("text_encoder",)
-    else:
-        prefixes, open_clip = SD1, ()
-    result = {
-        f"{prefix}{name}": shape
-        for folder, prefix in prefixes.items()
-        for name, shape in ldm_shapes(
-            published, folder, unet if folder == "unet" else "{}", open_clip=folder in open_clip
-        ).items()
-    }
-    return result | ({LAYER_24: (1024,)} if prefixes is SD2 else {})
-
-
 def read(file: Path, **overrides: Any) -> Assembly:
     return assembly_of(Parts(str(file), overrides=Overrides(**overrides)))
-
-
-# SDXL's refiner, as published; all else of it is the base's.
-REFINER_UNET = json.dumps(
-    {
-        "block_out_channels": [384, 768, 1536, 1536],
-        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
-        "attention_head_dim": [6, 12, 24, 24],
-        "transformer_layers_per_block": 4,
-        "cross_attention_dim": 1280,
-        "projection_class_embeddings_input_dim": 2560,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -83,6 +53,7 @@ class Case:
 
 EPSILON, V = {"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}
 ZERO = {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+X0 = {"prediction_type": "sample", "timestep_spacing": "trailing"}
 TRAILING = {**EPSILON, "timestep_spacing": "trailing"}
 PNDM, DDIM, LCM = "PNDMScheduler", "DDIMScheduler", "LCMScheduler"
 EULER, EULER_A = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
@@ -94,6 +65,8 @@ CASES = {
     "1.5 inpainting": Case("sd-1.5-inpainting", "1.x inpainting", PNDM),
     "LCM": Case(OLD, "1.x, a latent consistency model", LCM, EPSILON, unet='{"time_cond_proj_dim": 256}'),
     "LCM merged": Case(OLD, "LCM merged (by its name)", LCM, EPSILON, file="dreamshaper-LCM_v7"),
+    "pix2pix": Case(OLD, "is InstructPix2Pix, predicts", PNDM, unet='{"in_channels": 8}'),
+    "SDXL pix2pix": Case(XL, "is SDXL InstructPix2Pix", EULER, EPSILON, unet='{"in_channels": 8}'),
     "2.1": Case(NEW, "2.x for 768 pixels (as diffusers takes", DDIM, V),
     "2.1 base": Case(NEW, "2.x base (by its name)", PNDM, EPSILON, file="v2-1_512-ema-pruned"),
     "2 inpainting": Case("sd-2-inpainting", "2.x inpainting", PNDM, EPSILON),
@@ -104,6 +77,8 @@ CASES = {
     "SDXL inpainting": Case(XL, "SDXL inpainting", EULER, EPSILON, unet='{"in_channels": 9}'),
     "SDXL Turbo": Case(XL, "SDXL Turbo (by its name)", EULER_A, TRAILING, file="sd_xl_turbo_1.0_fp16"),
     "SDXL Lightning": Case(XL, "SDXL Lightning", EULER, TRAILING, file="sdxl_lightning_4step"),
+    "Turbo merged": Case(XL, "SDXL with Turbo merged", EULER_A, TRAILING, file="dreamXL_v21TurboDPMSDE"),
+    "Lightning x0": Case(XL, "SDXL Lightning", EULER, X0, file="sdxl_lightning_1step_x0"),
     "SDXL LCM": Case(XL, "SDXL, a latent c", LCM, EPSILON, unet='{"time_cond_proj_dim": 256}'),
     "refiner": Case(XL, "is the SDXL refiner, predicts epsilon", EULER, EPSILON, unet=REFINER_UNET),
     "Playground": Case(XL, "Playground 2.5", "EDMDPMSolverMultistepScheduler", EPSILON, beside="edm"),
@@ -159,8 +134,13 @@ def test_what_the_user_says_overrules_the_file(tmp_path: Path) -> None:
     plain = read(marked, prediction_type="epsilon").documents["scheduler/scheduler_config.json"]
     assert plain["prediction_type"] == "epsilon"
     assert "rescale_betas_zero_snr" not in plain
+    xl = write_header(tmp_path / "xl.safetensors", shapes_of(XL))
+    lightning = read(xl, family="sdxl-lightning").documents["scheduler/scheduler_config.json"]
+    assert {**lightning, **TRAILING} == lightning
     with pytest.raises(UsageError, match=r"--family is playground: .* has no tensor edm_mean and edm_std"):
-        read(file, family="playground")
+        read(marked, family="playground")
+    with pytest.raises(UsageError, match=r"--family is sdxl, .* reads 2048 .* takes 4 and reads 768"):
+        read(marked, family="sdxl")
 
 
 def test_metadata_say_what_the_model_predicts(tmp_path: Path) -> None:
@@ -187,7 +167,10 @@ FIRST, KEYS = (
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({FIRST: (320, 8, 3, 3), KEYS: (320, 768)}, "is InstructPix2Pix: not supported"),
+        (
+            {FIRST: (320, 8, 3, 3), KEYS: (320, 2048), **BESIDE["cosxl"]},
+            "is CosXL Edit: its U-Net reads scaled",
+        ),
         ({FIRST: (320, 5, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion 2 depth: not supported"),
         ({FIRST: (256, 7, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion x4 upscaler"),
         (
