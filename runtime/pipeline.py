@@ -172,6 +172,7 @@ class Pipeline(AdapterLoader):
                 alike = partial(Pipeline.load, backend=choice.name, device=device, stream=stream)
                 load_second = partial(alike, threads=threads, verify=verify)
                 pipeline._refiner = loading.load_refiner(bundle.manifest, refiner, load_second)
+                pipeline._also_taught = (pipeline._refiner,)
                 undo.pop_all()
         return pipeline
 

@@ -155,7 +155,7 @@ def _hadamard(parts: Parts, shape: Shape) -> Change:
             continue
         _expect(first, (shape[0], rank), f"hada_w{index}_a")
         _expect(second, (rank, math.prod(shape[1:])), f"hada_w{index}_b")
-        products.append(LowRank(first, second))
+        products.append(LowRank(first.reshape(-1, rank), second.reshape(rank, -1)))
     return Scaled(Hadamard(*products), parts.scale(rank))
 
 
@@ -181,11 +181,12 @@ def _kronecker_factor(parts: Parts, name: str, shape: Shape) -> tuple[Floats, in
     if f"lokr_t{name[-1]}" in parts:
         product = _with_kernel(left, parts.take(f"lokr_t{name[-1]}"), right, shape, name)
         return product.numbers(np.empty(shape, np.float32)), rank
-    whole = (left.shape[0], right.shape[1]) if right.ndim == 2 else ()
-    _expect(left, (*whole[:1], rank), f"{name}_a")
-    numbers = LowRank(left, right).numbers(np.empty(whole, np.float32))
-    fits = numbers.size == math.prod(shape)
-    return numbers.reshape(shape) if fits else numbers, rank
+    columns = math.prod(shape[1:])
+    if left.ndim != 2 or right.ndim != 2 or left.shape[0] > shape[0] or right.shape[1] > columns:
+        raise ValueError(f"its {name} has the shape {list(left.shape)} x {list(right.shape)}: too large")
+    _expect(left, (left.shape[0], rank), f"{name}_a")
+    numbers = LowRank(left, right).numbers(np.empty((left.shape[0], right.shape[1]), np.float32))
+    return numbers.reshape(shape) if numbers.size == math.prod(shape) else numbers, rank
 
 
 def _with_kernel(left: Floats, core: Floats, right: Floats, shape: Shape, name: str) -> Product:

@@ -106,6 +106,8 @@ FULL = np.ones((4, 16, 3, 3), np.float32)
         (layer(lora_up0weight=UP, lora_down0weight=DOWN, lora_mid0weight=DOWN), "its middle has the shape"),
         (layer(lokr_w1=np.ones((3, 4)), lokr_w2=UP), "its lokr_w1 .* does not divide"),
         (layer(lokr_w1=np.ones((2, 4)), lokr_w2=UP), "its lokr_w2 has the shape"),
+        (layer(lokr_w1_a=np.ones((5, 1)), lokr_w1_b=np.ones((1, 9)), lokr_w2=UP), "too large"),
+        (layer(lokr_w1_a=np.ones(4), lokr_w1_b=np.ones((1, 9)), lokr_w2=UP), "too large"),
         (layer(hada_w1_a=UP, hada_w1_b=DOWN), "its hada_w1_b has the shape"),
         (layer(weight=np.ones(4), on_input=True), "its weight has the shape"),
         (layer(diff=np.full((4, 16, 3, 3), np.inf)), "'lora_unet_conv_out.diff' holds NaN or infinity"),
