@@ -44,7 +44,7 @@ class Product(Protocol):
     """A change that does not depend on the tensor, before its scale: what a `Scaled` holds."""
 
     def numbers(self, base: Floats) -> Floats:
-        """As float32 of the shape of ``base``, best in its order in memory."""
+        """As float32 of the shape of ``base``, best in its order in memory; the caller may write into it."""
         ...
 
 
@@ -57,7 +57,9 @@ class Scaled:
 
     def added(self, base: Floats, weight: float) -> Floats:
         """See `Change`."""
-        return self.product.numbers(base) * np.float32(self.scale * weight)
+        numbers = self.product.numbers(base)
+        numbers *= np.float32(self.scale * weight)
+        return numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,7 +138,7 @@ class Difference:
 
     def numbers(self, base: Floats) -> Floats:
         """See `Product`."""
-        return self.values.reshape(base.shape)
+        return self.values.reshape(base.shape).copy()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

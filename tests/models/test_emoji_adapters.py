@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -122,23 +125,38 @@ def test_the_teacher_and_the_student_are_those_of_diffusers(recipe: ModuleType) 
     torch.testing.assert_close(guessed, lcm.step(noise, timestep, noisy).denoised)
 
 
-def test_an_adapter_learns_and_the_model_does_not(recipe: ModuleType, tmp_path: Path) -> None:
+def test_an_adapter_learns_and_the_model_does_not(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after its first step and started again, too."""
     import torch
 
     adapters, training = importlib.import_module("lora.adapters"), importlib.import_module("training")
-    denoiser = adapters.load_denoiser()
-    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     captions = recipe.GroupedCaptions(
         importlib.import_module("data").read_captions()[:4],
         importlib.import_module("make_tokenizer").Tokenizer(),
     )
-    before = {name: value.clone() for name, value in denoiser.unet.state_dict().items()}
-    layers = adapters.train_adapter(
-        denoiser,
-        adapters.Adapter(rank=2, alpha=2, layers=("to_q", "conv1")),
-        recipe.Distillation(denoiser, latents, captions),
-        training.Options(state=tmp_path / "state.pt", steps=2, warm_up=0.5),
-    )
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    options = training.Options(state=tmp_path / "state.pt", steps=2, warm_up=0.5)
+
+    def trained() -> tuple[Any, dict[str, Any]]:
+        denoiser = adapters.load_denoiser()
+        adapter = adapters.Adapter(rank=2, alpha=2, layers=("to_q", "conv1"))
+        loss = recipe.Distillation(denoiser, latents, captions)
+        return denoiser.unet, adapters.train_adapter(denoiser, adapter, loss, options)
+
+    generator_for = training.generator_for
+
+    def interrupt_first_step(seed: int, step: int) -> Any:
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generator_for(seed, step)
+
+    monkeypatch.setattr(training, "generator_for", interrupt_first_step)
+    with pytest.raises(SystemExit, match="stopped at step 1 of 2"):
+        trained()
+    unet, layers = trained()
     assert all(value.abs().sum() > 0 for name, value in layers.items() if "lora_B" in name)
-    after = {name.replace(".base_layer", ""): value for name, value in denoiser.unet.state_dict().items()}
+    after = {name.replace(".base_layer", ""): value for name, value in unet.state_dict().items()}
+    before = adapters.load_denoiser().unet.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
