@@ -134,7 +134,7 @@ def test_a_recipe_beside_its_lora(run: Run, work: Path, monkeypatch: pytest.Monk
     [
         (
             ["--lora", "gone.safetensors"],
-            "the LoRA 'gone.safetensors' is neither loaded nor a file here: there is delft, lcm, outline, wiz",
+            "the LoRA 'gone.safetensors' is neither loaded nor a file here: there is delft, lcm, outline",
         ),
         (["--lora", "pixel.safetensors=x"], "'pixel.safetensors=x' is FILE=WEIGHT, and 'x' is no number"),
         (["--lora", "pixel.safetensors=nan"], "the weight of the LoRA 'pixel.safetensors' is nan: a finite"),
