@@ -198,7 +198,7 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         linked=own,
         names=(*few, *read.names),
         brought=tuple(parts.others),
-        line=", ".join([read.line, *_brought_words(parts)]),
+        line=", ".join([read.line, *_brought_words(parts, read.scheduler, scheduler)]),
         hint=""
         if not read.published
         else "its sizes are not the published ones: --config FOLDER gives its own",
@@ -230,7 +230,7 @@ def _of_folder(base: Path, parts: Parts) -> Assembly:
         documents[INDEX_FILE] = _index(index, family, parts.others, documents.get(SCHEDULER_FILE))
     written = {name.partition("/")[0] for name in documents} | found.keys()
     linked = sorted(entry.name for entry in base.iterdir() if entry.name not in written)
-    words = [*_variant_words(found), *_override_words(overrides), *_brought_words(parts)]
+    words = [*_variant_words(found), *_override_words(overrides), *_brought_words(parts, own, scheduler)]
     line = ", ".join([f"{base.resolve().name} is a {index['_class_name']}", *words]) if words else ""
     names = (*few, *names_of(base, parts.model, (index,))) if few else None
     return Assembly(
@@ -278,9 +278,11 @@ def _override_words(overrides: Overrides) -> Iterator[str]:
         yield "zero terminal SNR (--zero-snr)"
 
 
-def _brought_words(parts: Parts) -> Iterator[str]:
+def _brought_words(parts: Parts, own: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Iterator[str]:
     for folder, place in parts.others.items():
         yield f"{WORDS[folder]} of {place.resolve().name}"
+    if scheduler != own:
+        yield f"scheduled by {scheduler['_class_name']} as that U-Net wants"
 
 
 def _brought(network: Network, place: Path, config: Mapping[str, Any]) -> Part:

@@ -44,10 +44,13 @@ _OTHERS: Final = (
 
 # Other classes of networks, the first that fits: what one is, and what to do.
 _OTHER_NETWORKS: Final = (
-    ("AutoencoderTiny", "a small decoder for previews: put the model's own AutoencoderKL in its place"),
+    (
+        "AutoencoderTiny",
+        "a small decoder for previews: put the model's own AutoencoderKL in its place (--vae FOLDER)",
+    ),
     (
         "Asymmetric.*|VQModel|Consistency.*|Autoencoder(?!KL$).*",
-        "another kind of VAE: put the model's AutoencoderKL in its place",
+        "another kind of VAE: put the model's AutoencoderKL in its place (--vae FOLDER)",
     ),
     ("UNet(Motion|3D|Spatio).*", "a U-Net for films"),
     (".*ControlNet.*", "a ControlNet, which only steers a U-Net"),

@@ -15,7 +15,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
-from sdrt.export.checkpoint.kinds import PICKLE_SUFFIXES, is_lfs_pointer, refuse_file, snapshot_of
+from sdrt.export.checkpoint.kinds import PICKLE_SUFFIXES, refuse_file, refuse_other_format, snapshot_of
 from sdrt.export.checkpoint.limits import MAX_HEADER_BYTES
 from sdrt.runtime.errors import CheckpointError
 from sdrt.runtime.system.untrusted import MAX_JSON_BYTES, open_regular
@@ -195,10 +195,12 @@ def _shards(index: Path) -> Iterator[Path]:
 def _no_weights(folder: Path, stem: str) -> str:
     name = f"{stem}.safetensors"
     files = sorted(file.name for file in folder.iterdir() if not file.name.startswith("._"))
-    if any(re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", file) for file in files):
+    shards = re.compile(rf"{re.escape(stem)}(\.\w+)?-\d+-of-\d+\.safetensors")
+    if shard := next(filter(None, map(shards.fullmatch, files)), None):
+        index = f"{name}.index{shard[1] or ''}.json"
         return (
-            f"{folder} has shards of its weights but no {name}.index.json, which says what is in which: "
-            "download it too (it is a small file beside them)"
+            f"{folder} has shards of its weights but no {index}, which says what is in which: download it "
+            "too (it is a small file beside them)"
         )
     other = [file for file in files if file.endswith((".msgpack", ".onnx", ".gguf"))]
     if other:
@@ -264,12 +266,11 @@ def file_tensors(file: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], di
     try:
         with open_regular(file) as stream:
             start = stream.read(64)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if is_lfs_pointer(start):
-        raise CheckpointError(
-            f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned"
-        )
+    except ValueError as error:  # which names the file
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    refuse_other_format(file, start)
     length = int.from_bytes(start[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(

@@ -28,6 +28,12 @@ _PICKLE: Final = (
     f"refused; convert it on a machine you can lose: {CONVERT}, then give FOLDER",
 )
 
+_GGUF: Final = b"GGUF"
+_QUANTISED: Final = (
+    "a GGUF file, whose weights are quantised",
+    "not read; give the checkpoint that it was made from",
+)
+
 # What the names of a safetensors file's tensors say of it, the first that fits: what it is, what to do.
 _BY_TENSORS: Final = (
     (
@@ -94,11 +100,8 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
         return _PICKLE
     if _is_pickle(start):
         return f"{_PICKLE[0]}, whatever its name says", _PICKLE[1]
-    if start.startswith(b"GGUF") or path.suffix == ".gguf":
-        return (
-            "a GGUF file, whose weights are quantised",
-            "not read; give the checkpoint that it was made from as a folder in the diffusers format",
-        )
+    if start.startswith(_GGUF) or path.suffix == ".gguf":
+        return _QUANTISED
     if path.suffix == ".onnx":
         return "an ONNX graph", "give the PyTorch checkpoint that it was made from, as a folder"
     if path.suffix == ".msgpack":
@@ -114,21 +117,20 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
     )
 
 
-def refuse_pickle(path: Path) -> None:
-    """Tell a pickle by its bytes.
+def refuse_other_format(path: Path, start: bytes) -> None:
+    """Tell by its first bytes a file that is no safetensors file, whatever its name says.
 
     Raises:
-        CheckpointError: It is one, or the file cannot be read.
+        CheckpointError: It is a pickle, a GGUF file or a Git LFS pointer.
     """
-    try:
-        with open_regular(path) as stream:
-            start = stream.read(64)
-    except ValueError as error:  # which names the file
-        raise CheckpointError(str(error)) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if is_lfs_pointer(start):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned"
+        )
     if _is_pickle(start):
         raise CheckpointError(f"{path} is {_PICKLE[0]}, whatever its name says: {_PICKLE[1]}")
+    if start.startswith(_GGUF):
+        raise CheckpointError(f"{path} is {_QUANTISED[0]}: {_QUANTISED[1]}")
 
 
 def _is_pickle(start: bytes) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdrt.export.checkpoint.files import file_tensors
-from sdrt.export.checkpoint.kinds import refuse_pickle
 from sdrt.runtime.errors import CheckpointError
 
 # safetensors' names of the dtypes that are read, as people call them.
@@ -47,7 +46,6 @@ def read_header(file: Path) -> Header:
     Raises:
         CheckpointError: It is a pickle (by its bytes, whatever its name is), or no whole safetensors file.
     """
-    refuse_pickle(file)
     tensors, metadata = file_tensors(file)
     return Header(file, tensors, metadata)
 

@@ -68,7 +68,7 @@ BAD: dict[str, tuple[Break, tuple[str, ...]]] = {
     "text weights cut": (cut(WEIGHTS["text_encoder"], 0.5), ("model.safetensors is truncated",)),
     "unet weights cut": (cut(WEIGHTS["unet"], 0.99), ("diffusion_pytorch_model.safetensors is truncated",)),
     "vae weights empty": (cut(WEIGHTS["vae"], 0), ("diffusion_pytorch_model.safetensors is truncated",)),
-    "weights not safetensors": (write(WEIGHTS["unet"], b"PK\x03\x04" * 99), ("truncated or damaged",)),
+    "weights not safetensors": (write(WEIGHTS["unet"], b"\x89PNG\r\n" * 99), ("truncated or damaged",)),
     "weights of 4 channels for 9": (
         configure(UNET_CONFIG, in_channels=9),
         ("conv_in.weight has the shape [",),

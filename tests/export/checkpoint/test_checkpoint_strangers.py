@@ -136,6 +136,12 @@ NAME = "diffusion_pytorch_model"
     ("files", "words"),
     [
         ({f"unet/{NAME}-00001-of-00002.safetensors": b""}, ("shards", f"no {NAME}.safetensors.index.json")),
+        (
+            {f"unet/{NAME}.fp16-00001-of-00002.safetensors": b""},
+            ("shards", f"no {NAME}.safetensors.index.fp16.json"),
+        ),
+        ({f"unet/{NAME}.safetensors": b"PK\x03\x04" + bytes(99)}, ("a pickle", "whatever its name says")),
+        ({f"unet/{NAME}.safetensors": b"GGUF" + bytes(99)}, ("a GGUF file", "quantised")),
         ({"unet/diffusion_flax_model.msgpack": b""}, ("Flax", "PyTorch's format")),
         ({"unet/model.onnx": b""}, ("ONNX",)),
     ],

@@ -178,7 +178,9 @@ def test_the_scheduler_becomes_what_its_name_wants(
     place = tmp_path / f"{name}.safetensors"
     shutil.copy(sdxl_checkpoint / WEIGHTS["unet"], place)
     parts = Parts(str(sdxl_checkpoint), others={"unet": place}, overrides=Overrides(prediction_type=given))
-    with assembly_of(parts).opened(tmp_path / "out") as checkpoint:
+    assembly = assembly_of(parts)
+    assert assembly.line.endswith("as that U-Net wants") == (name != "mine")  # and it is said
+    with assembly.opened(tmp_path / "out") as checkpoint:
         schedule = checkpoint.schedule
         assert (schedule.timestep_spacing, checkpoint.sampler, schedule.prediction_type) == wanted
 
