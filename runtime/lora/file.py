@@ -167,16 +167,20 @@ def _scale(
     content: Content, name: str, parts: Mapping[str, str], prefix: str, config: PeftConfig
 ) -> float | None:
     """Alpha over the rank by PEFT's configuration; None where it does not say alpha."""
-    for part, axis in (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
+    layer = name.removeprefix(prefix)
+    for part in ("down", "hada_w1_b"):
         if part in parts and content.tensors[parts[part]].ndim:
-            return config.scale(name.removeprefix(prefix), content.tensors[parts[part]].shape[axis] or 1)
+            return config.scale(layer, content.tensors[parts[part]].shape[0] or 1)
+    if any(part.startswith("lokr_") for part in parts):  # its factors may be whole and have no rank
+        return config.scale(layer, config.rank_of(layer))
     return None
 
 
 def _nothing_fits(content: Content, reading: _Reading) -> str:
     if not content.tensors:
         return "is empty: it holds no tensors"
-    first, reason = next(iter(reading.reasons.items()), ("", ""))
+    if not reading.reasons:
+        return "holds embeddings alone"
     said = said_family(content)
     words = f"; its header says that it is for {said}" if said else ""
-    return f"has nothing that this model can use: {reason}{words}" if first else "holds embeddings alone"
+    return f"has nothing that this model can use: {next(iter(reading.reasons.values()))}{words}"

@@ -101,10 +101,11 @@ class TensorRTExecutor:
             return
         self._device.make_current()
         refits = [loaded.prepare_refit(wanted, self._own) for loaded in list(self._loaded.values())]
+        self.generation += 1
+        self._replaced = wanted  # whichever refit fails: the next call gives all of these their numbers
         for refit in refits:
             refit()
         self._replaced = dict(weights)
-        self.generation += 1
 
     def close(self) -> None:
         """Keep what the library compiled for this GPU; engines are freed with their last binding."""
