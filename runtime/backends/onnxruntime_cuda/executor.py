@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.admission.records import admit_rewritten
+from sdrt.runtime.backends.component_weights import ComponentWeights
 from sdrt.runtime.backends.executor import check_buffers, check_weights, first_line
 from sdrt.runtime.backends.onnx_graph import BFLOAT16, read_graph
 from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import shape_nodes
 from sdrt.runtime.backends.onnxruntime_cuda.library import NAME, PROVIDER, import_with_cuda
 from sdrt.runtime.backends.onnxruntime_cuda.weight_inputs import WeightInput, matrices, with_weights
 from sdrt.runtime.backends.onnxruntime_sessions import check_graph, quiet_options
-from sdrt.runtime.backends.own_weights import OwnWeights
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.engine_search import Engine, build_command, find_engine
 from sdrt.runtime.bundle.families.record import ComponentSpec
@@ -103,7 +103,7 @@ class OnnxRuntimeCudaExecutor:
         self._bundle, self._device, self._verify = bundle, device, verify
         self._allowed = frozenset(allow_cpu_nodes)
         self.capturable = not self._allowed
-        self._own = OwnWeights(bundle, component)
+        self._own = ComponentWeights(bundle, component)
         self._replaced: dict[str, NDArray[Any]] = {}
         self._settled = True  # whether all graphs have them: not where replacing failed or was interrupted
         self._matrices: dict[str, Buffer] = {}  # inputs in place of initializers, by name
