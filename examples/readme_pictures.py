@@ -3,7 +3,8 @@
     python examples/readme_pictures.py docs/images
 
 One call draws thirty prompts. A second picture shows what can be done with pictures: start from one, draw
-inside a mask, walk from one prompt to another. The same command draws the same sheets, but for rounding.
+inside a mask, walk from one prompt to another. A third shows the LoRAs of `models/emoji/lora`. The same
+command draws the same sheets, but for rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdrt.runtime import Pipeline
 
+LORAS = Path(__file__).parents[1] / "models" / "emoji" / "lora"
 PROMPTS = """
 a red apple, a slice of watermelon, a strawberry, a donut with icing, a cupcake, a pizza, a cup of hot coffee,
 a fried egg, a red mushroom with white spots, a cactus, a cat, a fox face, a panda face, an owl,
@@ -23,6 +25,10 @@ a black and white penguin, a turtle, a dinosaur with a long neck, a blue whale, 
 a cool face, a robot, an alien, a red car, a steam train, a flying helicopter, a sailboat, a small house,
 a guitar, an open umbrella
 """
+STYLED = (
+    *("a red apple", "a cat face", "a panda face", "an owl", "a clown face"),
+    *("a red car", "a house", "a yellow star", "a guitar"),
+)
 COLUMNS, TILE, GAP, LABEL = 10, 96, 12, 28  # tiles in a row; pixels
 
 
@@ -71,8 +77,19 @@ def from_pictures(pipeline: Pipeline) -> list[tuple[str, list[Image.Image]]]:
     ]
 
 
+def with_loras(pipeline: Pipeline) -> list[Image.Image]:
+    """A row as it is and a row in each style; the last column is a word that one of them teaches."""
+    rows: list[Image.Image] = []
+    for style in (None, "delft", "outline"):
+        worn = {} if style is None else {str(LORAS / f"{style}.safetensors"): 1.0}
+        rows += pipeline(list(STYLED), seed=3, guidance_scale=3.0, loras=worn).images
+        taught = {**worn, str(LORAS / "wizard.safetensors"): 1.0}
+        rows += pipeline("a wizard", seed=3, guidance_scale=3.0, loras=taught).images
+    return rows
+
+
 def main() -> int:
-    """Draw and save both."""
+    """Draw and save all."""
     if len(sys.argv) != 2:
         sys.stderr.write(f"usage: {sys.argv[0]} FOLDER\n")
         return 2
@@ -82,6 +99,7 @@ def main() -> int:
         output = pipeline(prompts, seed=1, num_inference_steps=20, guidance_scale=5.0)
         sheet_of(output.images).save(folder / "emoji.webp", quality=88)
         strip_of(from_pictures(pipeline)).save(folder / "from-pictures.webp", quality=88)
+        sheet_of(with_loras(pipeline)).save(folder / "lora.webp", quality=88)
     return 0
 
 

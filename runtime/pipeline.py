@@ -133,7 +133,7 @@ class Pipeline(AdapterLoader):
                 only the sizes.
             request_shape: What will be asked for: ``auto`` then takes a backend that admits it.
             lora_dir: A folder of LoRAs, with all that is below: where names in prompts (``<lora:name:0.8>``)
-                and in ``loras`` are looked for.
+                and in ``loras`` are looked for; by default for the embedded model its own.
 
         Raises:
             BundleError: The bundle is missing, damaged or of another format.
@@ -172,6 +172,7 @@ class Pipeline(AdapterLoader):
                 alike = partial(Pipeline.load, backend=choice.name, device=device, stream=stream)
                 load_second = partial(alike, threads=threads, verify=verify)
                 pipeline._refiner = loading.load_refiner(bundle.manifest, refiner, load_second)
+                pipeline._also_taught = (pipeline._refiner,)
                 undo.pop_all()
         return pipeline
 

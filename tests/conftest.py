@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.checkpoints.tiny_variants import (
     write_model_index,
+    write_tiny_depth_checkpoint,
     write_tiny_image_variations_checkpoint,
     write_tiny_inpainting_checkpoint,
     write_tiny_lcm_checkpoint,
@@ -242,6 +243,12 @@ def lcm_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
+def depth_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose U-Net reads a depth map; read only."""
+    return _variant(write_tiny_depth_checkpoint, tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def variations_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with an image encoder in place of the text's; read only."""
     return _variant(write_tiny_image_variations_checkpoint, tiny_checkpoint, tmp_path_factory)
@@ -305,6 +312,12 @@ def upscaler_bundle(
 def lcm_bundle(lcm_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its bundle, as that of `inpainting_bundle`."""
     return _variant_bundle("lcm-bundle", lcm_checkpoint, tiny_bundle, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def depth_bundle(depth_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle, as that of `inpainting_bundle`."""
+    return _variant_bundle("depth-bundle", depth_checkpoint, tiny_bundle, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

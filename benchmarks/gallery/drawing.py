@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from sdrt.benchmarks.gallery.page import page
 from sdrt.benchmarks.gallery.sections import Entry, Section, sections
+from sdrt.runtime.bundle.bundle import EMBEDDED
 from sdrt.runtime.cli.main import DEFAULT_FPS
 from sdrt.runtime.cli.options import interpolates, parsed, parser, pipeline_options
 from sdrt.runtime.pictures.animation import animation_bytes, animation_recipe
@@ -49,7 +50,7 @@ def write_gallery(
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_all_atomically({folder / name: data for name, data in _masks().items()})
+    write_all_atomically({folder / name: data for name, data in {**_masks(), **_loras()}.items()})
     with Pipeline.load(backend="onnxruntime-cpu") as pipeline:
         for section in wanted:
             progress(section.title)
@@ -97,6 +98,11 @@ def _masks() -> dict[str, bytes]:
         "top-half.png": mask(lambda draw: draw.rectangle((0, 0, 63, 31), fill=255)),
         "middle.png": mask(lambda draw: draw.ellipse((16, 16, 47, 47), fill=255)),
     }
+
+
+def _loras() -> dict[str, bytes]:
+    """The embedded model's, as the commands name them."""
+    return {path.name: path.read_bytes() for path in sorted((EMBEDDED.parent / "lora").glob("*.safetensors"))}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ GUIDANCE = (1, 1.5, 2, 3, 5, 7.5, 10, 12)
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 VARIATIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 FRAMES = 12
+LORA_WEIGHTS = (0, 0.5, 1)
 
 
 @dataclass(slots=True)
@@ -66,6 +67,7 @@ def sections(sampler_steps: Sequence[int] = SAMPLER_STEPS) -> list[Section]:
         *_texts(),
         _samplers(sampler_steps),
         *_guidance(),
+        *_loras(),
         *_pictures(),
         *_interpolations(),
     ]
@@ -164,6 +166,44 @@ def _guidance() -> list[Section]:
                     ([*owl, "--guidance-scale", "12", "--guidance-rescale", "0.7"], "12, rescaled by 0.7"),
                 ],
             ),
+        ),
+    ]
+
+
+def _loras() -> list[Section]:
+    def at(words: Sequence[str], name: str) -> list[tuple[list[str], str]]:
+        return [
+            ([*words, "--lora", f"{name}.safetensors={weight:g}"], f"{name} at {weight:g}")
+            for weight in LORA_WEIGHTS
+        ]
+
+    fruits = [["a fruit", "--seed", str(seed)] for seed in range(1, 5)]
+    plain = ["--seed", "3", "--guidance-scale", "3"]
+    few = ["--sampler", "lcm", "--steps", "4", "--guidance-scale", "1"]
+    return [
+        Section(
+            "LoRAs",
+            "Of models/emoji/lora, at three weights: two styles, a concept that the model does not know, "
+            "and that in a style.",
+            [
+                *_entries(at(["an owl"], "delft"), *plain),
+                *_entries(at(["an owl"], "outline"), *plain),
+                *_entries(at(["a wizard"], "wizard"), *plain),
+                *_entries(at(["a wizard", "--lora", "wizard.safetensors"], "delft"), *plain),
+            ],
+            columns=len(LORA_WEIGHTS),
+        ),
+        Section(
+            "Few steps",
+            "Twenty steps with guidance, four without, four without but with the LoRA distilled for that.",
+            [
+                *_entries([(words, "20 steps, guidance 5") for words in fruits], "--guidance-scale", "5"),
+                *_entries([([*words, *few], "4 steps") for words in fruits]),
+                *_entries(
+                    [([*words, *few], "4 steps, lcm") for words in fruits], "--lora", "lcm.safetensors"
+                ),
+            ],
+            columns=len(fruits),
         ),
     ]
 

@@ -11,6 +11,7 @@ from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES, CheckpointFamil
 from sdrt.export.checkpoint.few_steps import FewSteps
 from sdrt.export.checkpoint.fields import LatentScaling, latent_scaling
 from sdrt.export.checkpoint.tokenizer_json import ClipTokenizer
+from sdrt.runtime.bundle.families.components import DEPTH
 from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.manifest import ImageProcessorFacts, NoisingFacts
 from sdrt.runtime.samplers.schedule import NoiseSchedule
@@ -132,10 +133,11 @@ class Checkpoint:
         if unet_channels == 2 * latent_channels + 1:
             sizes["inpainting_channels"] = unet_channels - latent_channels
         sizes["unet_channels"] = unet_channels - sizes.get("inpainting_channels", 0)
-        entry = self.record.components["unet"].input(self.record.picture_input)
-        if entry is not None and "latent_height" in entry.shape:  # it stands beside the latents
-            channels = entry.shape[1]
-            sizes["unet_channels"] -= channels if isinstance(channels, int) else sizes[channels]
+        for name in (self.record.picture_input, DEPTH):
+            entry = self.record.components["unet"].input(name)
+            if entry is not None and "latent_height" in entry.shape:  # it stands beside the latents
+                channels = entry.shape[1]
+                sizes["unet_channels"] -= channels if isinstance(channels, int) else sizes[channels]
         if self.distilled_guidance:
             sizes["guidance_width"] = int(unet["time_cond_proj_dim"])
         if self.tokenizers:

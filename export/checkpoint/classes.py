@@ -31,7 +31,7 @@ _OTHERS: Final = (
     ("(Onnx|ORT|OV|Neuron).*", "it is an export already; give the checkpoint it was made from", False),
     (".*Onnx.*", "it is an export already; give the checkpoint it was made from", False),
     ("Kolors.*", "its text encoder is ChatGLM", False),
-    (".*(Upscale|Depth2Img|UnCLIP|PaintByExample|Zero123).*", "its U-Net takes more than text", False),
+    (".*(Upscale|UnCLIP|PaintByExample|Zero123).*", "its U-Net takes more than text", False),
     (".*(Marigold|LDM3D).*", "it draws depths or normals, not pictures", False),
     (".*(ControlNet|Adapter|GLIGEN).*", "it draws with a network that steers the U-Net", True),
     (".*(AnimateDiff|PIA|Video).*", "it draws films", False),
@@ -55,6 +55,8 @@ _OTHER_NETWORKS: Final = (
 LIBRARIES: Final = (DIFFUSERS, TRANSFORMERS, STABLE_DIFFUSION_PARTS)
 # Entries that change no picture here: what checks a finished picture, and its own preparation.
 _SILENT: Final = frozenset({"safety_checker", "feature_extractor", "scheduler"})
+# Entries that make of the given picture what may be given, too.
+_GUESSES: Final = {"depth_estimator": "depth maps are given as pictures (sd-run --depth FILE)"}
 # Settings of pipelines: read by `sdrt.export.checkpoint.reader`, or about the safety checker.
 _SETTINGS: Final = frozenset(
     {
@@ -201,6 +203,9 @@ def left_out(path: Path, index: Mapping[str, Any], family: CheckpointFamily) -> 
         if key.startswith("_") or key in known or key in _SETTINGS:
             continue
         parts = entry if isinstance(entry, list) else [entry]
+        if key in _GUESSES and parts[-1] is not None:
+            yield f"{key} ({_shown(parts[-1])}) of model_index.json is left out: {_GUESSES[key]}"
+            continue
         if any(part is not None for part in parts):
             shown = parts[-1] if isinstance(entry, list) else entry
             yield f"{key} ({_shown(shown)}) of model_index.json is left out: pictures are drawn without it"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sdrt.runtime.bundle.families.components import ENCODER_HIDDEN_STATES
+from sdrt.runtime.bundle.families.depth import STABLE_DIFFUSION_DEPTH
 from sdrt.runtime.bundle.families.image_variations import IMAGE_VARIATIONS
 from sdrt.runtime.bundle.families.instruct_pix2pix import INSTRUCT_PIX2PIX, SDXL_INSTRUCT_PIX2PIX
 from sdrt.runtime.bundle.families.record import Family
@@ -245,6 +246,17 @@ _FAMILIES: Final = (
         },
     ),
     CheckpointFamily(
+        record=STABLE_DIFFUSION_DEPTH,
+        pipelines=("StableDiffusionDepth2ImgPipeline",),
+        networks=(_TEXT_ENCODER, _UNET, _VAE),
+        draws="StableDiffusionDepth2ImgPipeline",
+        inpaints="StableDiffusionDepth2ImgPipeline",
+        settings={"depth_estimator": None, "feature_extractor": None},
+        embeddings={ENCODER_HIDDEN_STATES: "prompt_embeds"},
+        guidance=7.5,
+        from_picture=True,
+    ),
+    CheckpointFamily(
         record=SDXL,
         pipelines=(
             "StableDiffusionXLPipeline",
@@ -385,6 +397,6 @@ PIPELINES: Final = {
 }
 SUPPORTED: Final = (
     "supported are those of Stable Diffusion 1.x, 2.x and XL for text to image, image to image and "
-    "inpainting, of SDXL's refiner, of latent consistency models, of image variations, of "
+    "inpainting, with depth maps, of SDXL's refiner, of latent consistency models, of image variations, of "
     "InstructPix2Pix, of Stable unCLIP and of the x4 upscaler"
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from sdrt.export.checkpoint.checkpoint import Checkpoint
-from sdrt.runtime.bundle.families.components import CLASS_LABELS, ENCODER_HIDDEN_STATES
+from sdrt.runtime.bundle.families.components import CLASS_LABELS, DEPTH, ENCODER_HIDDEN_STATES
 from sdrt.runtime.bundle.manifest import ImageProcessorFacts
 from sdrt.runtime.errors import CheckpointError
 
@@ -21,6 +21,7 @@ OTHER_KINDS: Final[dict[str, Callable[[int], int]]] = {
 OF_PIPELINE: Final = {
     "the latents of a picture to edit": "StableDiffusionInstructPix2PixPipeline",
     "a small picture to enlarge": "StableDiffusionUpscalePipeline",
+    "a depth map": "StableDiffusionDepth2ImgPipeline",
 }
 # What a U-Net's configuration says of inputs that no component has.
 OTHER_INPUTS: Final = {
@@ -75,7 +76,8 @@ def check_fit(checkpoint: Checkpoint) -> None:
 def _check_kind(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
     unet = checkpoint.configs["unet"]
     takes, gives, latents = int(unet["in_channels"]), int(unet["out_channels"]), sizes["latent_channels"]
-    read = checkpoint.record.picture_input
+    record = checkpoint.record
+    read = record.picture_input or record.components["unet"].input(DEPTH)
     for what, channels in OTHER_KINDS.items():
         if not read and takes == latents + channels(latents):
             todo = "not supported; checkpoints for text to image, inpainting and image variations are"

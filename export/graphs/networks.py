@@ -171,7 +171,8 @@ class UNet(nn.Module):
     ``encoder_hidden_states`` [rows, context, cross_width]; ``text_embeds`` [rows, projection_width];
     ``time_ids`` [rows, 6], of the refiner [rows, 5]; ``image_latents`` like ``sample``; ``class_labels``
     [rows, label_width]; ``low_res`` [rows, 3, h, w]; ``noise_level`` int64 [rows]; ``timestep_cond``
-    [rows, guidance_width]; ``inpainting`` [rows, channels + 1, h, w]; result like ``sample``.
+    [rows, guidance_width]; ``inpainting`` [rows, channels + 1, h, w];
+    ``depth`` [rows, 1, h, w]; result like ``sample``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -193,8 +194,9 @@ class UNet(nn.Module):
         noise_level: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         inpainting: Tensor | None = None,
+        depth: Tensor | None = None,
     ) -> Tensor:
-        for more in (inpainting, image_latents, low_res):  # inpainting: mask, masked picture's latents
+        for more in (inpainting, image_latents, low_res, depth):  # inpainting: mask, masked picture's latents
             if more is not None:
                 sample = torch.cat([sample, more], dim=1)
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
@@ -333,7 +335,7 @@ def _example(
         case tensors.NOISE_LEVEL:
             assert checkpoint.noising is not None  # of its family
             return torch.randint(0, checkpoint.noising.max_level + 1, shape, generator=generator)
-        case tensors.IMAGE:
+        case tensors.IMAGE | tensors.DEPTH:
             return torch.rand(shape, generator=generator) * 2 - 1
         case tensors.TIMESTEP_COND:  # of guidance scales from 1 to 15
             scales = 14 * torch.rand(shape[0], generator=generator).numpy()

@@ -36,7 +36,7 @@ from sdrt.export.parity.rounding import UNIT_ROUNDOFF, CountSums, Sums, rounding
 from sdrt.export.parity.sampling import SAMPLING_FACTOR, SAMPLING_GUIDANCE, SAMPLING_STEPS
 from sdrt.runtime.backends.executor import FixedWeights, check_buffers
 from sdrt.runtime.bundle.bundle import Bundle
-from sdrt.runtime.bundle.families.components import LOW_RES
+from sdrt.runtime.bundle.families.components import DEPTH, LOW_RES
 from sdrt.runtime.bundle.families.record import ComponentSpec
 from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.devices.host import HostDevice
@@ -105,7 +105,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What both sides are asked: a size in pixels, our sampler, and a picture where the kind takes one.
+    """What both sides are asked: a size in pixels, our sampler, and what else the kind takes.
 
     ``strength`` is the share of the schedule that is run on it, for a kind that has such a thing.
     """
@@ -115,6 +115,7 @@ class Task:
     picture: Array | None = None
     mask: Array | None = None
     strength: float | None = None
+    depth: Array | None = None
 
 
 def check_reading(
@@ -178,7 +179,9 @@ def load_as_diffusers(checkpoint: Checkpoint, unet: torch.nn.Module) -> Any:
     pictures for their contents is left out. Nothing is fetched, and no code of the folder is run.
     """
     kind = _kind(checkpoint)
-    unused = {"safety_checker", "feature_extractor", "image_encoder"} - set(checkpoint.configs)
+    unused = {"safety_checker", "feature_extractor", "image_encoder", "depth_estimator"} - set(
+        checkpoint.configs
+    )
     if checkpoint.image_processor is not None:
         unused.remove("feature_extractor")
     modules, settings = kind._get_signature_keys(kind)
@@ -246,11 +249,11 @@ def _task(checkpoint: Checkpoint, pipeline: Any, report: ParityReport) -> Task:
         mask = np.zeros((side, side), np.uint8)
         mask[side // 2 :] = 255
         return Task(side, sampler, picture, mask, 1.0)
-    return (
-        Task(side, sampler, picture, strength=STRENGTH)
-        if checkpoint.kind.from_picture
-        else Task(side, sampler)
-    )
+    if not checkpoint.kind.from_picture:
+        return Task(side, sampler)
+    reads_depth = checkpoint.record.components["unet"].input(DEPTH) is not None
+    depth = draws.random((side, side), np.float32) if reads_depth else None
+    return Task(side, sampler, picture, strength=STRENGTH, depth=depth)
 
 
 def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Drawn:
@@ -274,6 +277,8 @@ def _drawn_by_diffusers(checkpoint: Checkpoint, pipeline: Any, task: Task) -> Dr
         given["mask_image"] = Image.fromarray(task.mask)
     if task.strength is not None:
         given["strength"] = task.strength
+    if task.depth is not None:
+        given["depth_map"] = torch.from_numpy(task.depth)[None]
     drawn = pipeline(
         **given,
         num_inference_steps=SAMPLING_STEPS,
@@ -300,6 +305,8 @@ def _drawn_by_runtime(
         given["image"] = task.picture
     if task.mask is not None:
         given["mask_image"] = task.mask
+    if task.depth is not None:
+        given["depth_map"] = task.depth
     with Pipeline(Bundle(folder, manifest), executors, HostDevice(), "torch") as pipeline:
         latents = pipeline(
             PROMPT if checkpoint.record.reads_text else None,

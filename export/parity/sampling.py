@@ -31,6 +31,7 @@ from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.components import (
+    DEPTH,
     ENCODER_HIDDEN_STATES,
     INPAINTING,
     NOISE_LEVEL,
@@ -220,6 +221,9 @@ def unet_inputs(
     for name, options in checkpoint.record.told.items():
         halves = [usual_row(options, size, unconditional=half) for half in (True, False)]
         inputs[name] = np.array(halves[-rows:], np.float32)
+    if checkpoint.record.components["unet"].input(DEPTH) is not None:
+        shape = (rows, 1, *(side // checkpoint.factor for side in size))
+        inputs[DEPTH] = np.broadcast_to(np.linspace(-1, 1, shape[3], dtype=np.float32), shape).copy()
     if channels := sizes.get("inpainting_channels"):
         shape = (channels, *(side // checkpoint.factor for side in size))
         inpainting = np.random.default_rng(channels).standard_normal(shape, dtype=np.float32)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sdrt.runtime.bundle.families.components import INPAINTING
+from sdrt.runtime.bundle.families.components import DEPTH, INPAINTING
 from sdrt.runtime.bundle.families.record import ComponentSpec, Family, Precision
 from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.json_records import OPTIONAL
@@ -202,6 +202,11 @@ class Manifest(Facts):
     def reads_mask(self) -> bool:
         """Whether the U-Net reads a mask and the masked picture (inpainting checkpoints)."""
         return self.components["unet"].spec.input(INPAINTING) is not None
+
+    @property
+    def reads_depth(self) -> bool:
+        """Whether the U-Net reads a depth map."""
+        return self.components["unet"].spec.input(DEPTH) is not None
 
     @property
     def needs_picture(self) -> bool:

@@ -143,6 +143,8 @@ def _warm_up_request(pipeline: Pipeline, defaults: Mapping[str, Any]) -> dict[st
         request["image"] = np.zeros((*size, 3), np.uint8)
         if manifest.reads_mask:
             request["mask_image"] = np.full(size, 255, np.uint8)
+    if manifest.reads_depth and request.get("depth_map") is None:
+        request["depth_map"] = np.arange(size[0] * size[1]).reshape(size)
     return request
 
 

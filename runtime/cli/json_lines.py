@@ -51,7 +51,7 @@ def with_inline_pictures(request: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: Such an address is damaged.
     """
     pictures = {}
-    for name in ("image", "mask_image"):
+    for name in ("image", "mask_image", "depth_map"):
         value = request.get(name)
         if isinstance(value, str) and value.startswith("data:"):
             head, _, data = value.partition(",")

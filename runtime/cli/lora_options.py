@@ -26,7 +26,12 @@ def add_lora_options(add: Callable[..., object]) -> None:
         help="a LoRA (.safetensors, or a name in --lora-dir) and how strongly it changes the model (default: "
         "1); may be given several times",
     )
-    add("--lora-dir", metavar="DIR", help="where <lora:name:0.8> in prompts finds its file, with all below")
+    add(
+        "--lora-dir",
+        metavar="DIR",
+        help="where <lora:name:0.8> in prompts finds its file, with all below (default: that of "
+        "the embedded model, for that one)",
+    )
     add(
         "--lora-partial",
         action="store_true",

@@ -51,7 +51,7 @@ NOT_CALLED: Final = {
 _SHARED: Final = (
     *("negative_prompt", "plain_prompt", "comma_lookback", "clip_skip", "loras", "lora_partial"),
     *("height", "width", "num_images_per_prompt"),
-    *("seed", "rng", "image", "strength", "mask_image", "expand", "variation"),
+    *("seed", "rng", "image", "strength", "mask_image", "depth_map", "expand", "variation"),
     *("num_inference_steps", "guidance_scale", "image_guidance_scale", "noise_level"),
     *("guidance_interval", "guidance_rescale"),
     *("refine_from", "aesthetic_score", "negative_aesthetic_score"),
@@ -263,6 +263,7 @@ def _add_picture(group: argparse._ArgumentGroup) -> None:
         "changes much in few steps (default: 0.8, SDXL's refiner 0.3; with a mask 1)",
     )
     add("--mask", metavar="FILE", help="draw where this picture is white; where it is black, nothing changes")
+    add("--depth", metavar="FILE", help="a depth map, bright is near, for a bundle that draws with one")
     add(
         "--expand",
         type=_whole_numbers,

@@ -24,6 +24,7 @@ _REPLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "image": ("image_sha256",),
     "mask_image": ("mask_sha256", "variation"),
     "loras": ("lora_sha256",),
+    "depth_map": ("depth_map_sha256",),
     "expand": ("variation",),
     "strength": ("variation",),
     "variation": ("strength",),
@@ -34,7 +35,7 @@ _REPLACES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 # What is said of frames: of the command's own, and all of it in the recipe of one frame.
 _OF_ALL_FRAMES: Final = ("to_prompt", "to_seed", "frames", "fps")
-_ASKED_FOR: Final = {"image": "--image", "mask_image": "--mask"}
+_ASKED_FOR: Final = {"image": "--image", "mask_image": "--mask", "depth_map": "--depth"}
 
 
 def with_recipe(

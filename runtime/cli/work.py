@@ -148,7 +148,7 @@ def _request(arguments: argparse.Namespace, models: _Models, task: Task, options
 def _request_of_defaults(models: _Models, options: dict[str, Any]) -> Request | None:
     from sdrt.runtime.request.picture import PICTURE_OPTIONS
 
-    if models.bundle.manifest.needs_picture:
+    if models.bundle.manifest.needs_picture or models.bundle.manifest.reads_depth:
         return None  # without a picture there is nothing to check
     if "image" not in options:  # requests may bring one; until then there is nothing to do with it
         options = {name: value for name, value in options.items() if name not in PICTURE_OPTIONS}

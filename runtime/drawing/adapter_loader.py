@@ -35,6 +35,7 @@ class AdapterLoader:
         self.bundle = bundle
         self._embeddings: dict[str, str] = {}  # name → SHA-256 of its file
         self._loras = LoraLibrary(bundle, lora_dir)
+        self._also_taught: tuple[AdapterLoader, ...] = ()  # words: they read the same prompts
 
     def _alone(self) -> AbstractContextManager[None]:
         """Keep other calls out."""
@@ -67,6 +68,8 @@ class AdapterLoader:
             widths, family = self._encoder.widths, self.bundle.manifest.record
             embedding = read_embedding(path, token, family=family, widths=widths)
             self._encoder.add_embedding(embedding.name, embedding.vectors)
+            for other in self._also_taught:
+                other.load_textual_inversion(path, token)
             if self._refiner is not None:
                 self._refiner.load_textual_inversion(path, token)
             self._embeddings[embedding.name] = sha256(Path(path))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.kernels.sampler_row import Column
-from sdrt.runtime.bundle.families.components import INPAINTING, NOISE_LEVEL, TIMESTEP_COND
+from sdrt.runtime.bundle.families.components import DEPTH, INPAINTING, NOISE_LEVEL, TIMESTEP_COND
 from sdrt.runtime.bundle.families.told import told_row
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.vae import EncodedImage, Posterior
@@ -124,6 +124,8 @@ def _inputs(
         assert isinstance(width, int)  # in every manifest that was read
         one_row = guidance_embedding(request.sampling.embedded_guidance - 1.0, width)  # as in diffusers
         inputs[TIMESTEP_COND] = np.broadcast_to(one_row, (rows, width))
+    if request.depth is not None:
+        inputs[DEPTH] = np.broadcast_to(request.depth.levels, (rows, 1, *request.depth.levels.shape))
     if image is not None and image.mask is not None and masked is not None:
         mask = np.broadcast_to(image.mask, (len(masked), *image.mask.shape[1:]))
         both = np.concatenate([mask, masked], axis=1)

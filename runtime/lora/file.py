@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,8 +19,9 @@ from sdrt.runtime.lora.families import refuse_other_family, said_family
 from sdrt.runtime.lora.keys import by_layer
 from sdrt.runtime.lora.kinds import BIAS, WEIGHT, Parts, Target, changes_of
 from sdrt.runtime.lora.names import Layer, Layers, TensorKey
-from sdrt.runtime.lora.numbered import embedding_keys, is_numbered, numbered_layers
+from sdrt.runtime.lora.numbered import is_numbered, numbered_layers
 from sdrt.runtime.lora.peft_config import PEFT_PREFIX, PeftConfig, peft_configs
+from sdrt.runtime.lora.words import words_in
 
 NUMBERED: Final = "numbered pairs"
 # How a file's keys begin → what people call its form.
@@ -31,7 +32,6 @@ _FORMATS: Final = {
     "diffusion_model.": "ComfyUI",
     "model.diffusion_model.": "ComfyUI",
 }
-_TOKEN_TABLE: Final = "token_embedding.weight"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,8 +106,10 @@ class _Reading:
         self.changes: dict[TensorKey, Change] = {}
         self.reasons: dict[str, str] = {}  # key that found no place → why
         self.config = ""
-        self.embeddings = dict(self._words(family))
-        keys = [key for key in content.tensors if key not in self.embeddings]
+        words = words_in(content, weights, family)
+        self.embeddings = {name: word.vectors for name, word in words.items()}
+        of_words = {key for word in words.values() for key in word.keys}
+        keys = [key for key in content.tensors if key not in of_words]
         if is_numbered(keys):
             self.format = NUMBERED
             self._read_numbered(keys)
@@ -169,19 +171,6 @@ class _Reading:
     def _leave(self, keys: Iterable[str]) -> None:
         for key in keys:
             self.reasons[key] = f"the key {key!r} has no place in this model"
-
-    def _words(self, family: Family) -> Iterator[tuple[str, tuple[NDArray[np.float32], ...]]]:
-        """Vectors of the model's text encoder that the file brings."""
-        tensors = self.content.tensors
-        widths = [
-            entry.shape[1]
-            for encoder in family.encoders
-            for name, entry in self.weights.tensors.get(encoder.component, {}).items()
-            if name.endswith(_TOKEN_TABLE)
-        ]
-        for key in embedding_keys(self.content.metadata, list(tensors)):
-            if widths == list(tensors[key].shape[-1:]):
-                yield key, (tensors[key].reshape(-1, *widths),)
 
 
 def _scale(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sdrt.runtime.bundle.weight_map import WeightMap
     from sdrt.runtime.lora.file import LoraFile
 
+SHIPPED: Final = "lora"  # the folder beside the embedded bundle
 MAX_NAME: Final = 200  # characters
 MAX_KEPT: Final = 8  # files that need not be read again
 MAX_FILES: Final = 100_000  # in a folder of LoRAs: a mistyped one may be a whole disk
@@ -62,12 +63,15 @@ class LoraLibrary:
 
         Args:
             bundle: What the LoRAs are for.
-            folder: The folder of LoRAs.
+            folder: The folder of LoRAs; by default that of the embedded model's own, for that model.
 
         Raises:
             UsageError: There is no such folder.
         """
+        self._shipped = folder is None and bundle.embedded
         self.folder = None if folder is None else Path(folder)
+        if self._shipped:
+            self.folder = bundle.path.parent / SHIPPED
         if self.folder is not None and not os.path.isdir(self.folder):  # noqa: PTH112 - raises for no name
             raise UsageError(f"the folder of LoRAs {self.folder} does not exist, or is none")
         self.adapters: dict[str, Lora] = {}
@@ -148,14 +152,16 @@ class LoraLibrary:
         """The LoRA that a prompt names: an adapter, or one of the folder, never a path.
 
         Returns:
-            None where no adapter has the name, and there is no folder.
+            None where no adapter has the name, and nobody said where else to look.
 
         Raises:
             UsageError: As `find`.
         """
         if name in self.adapters:
             return self.adapters[name]
-        return None if self.folder is None else self._of_folder(name, partial=partial)
+        if self.folder is None or (self._shipped and name not in _files_below(self.folder)):
+            return None
+        return self._of_folder(name, partial=partial)
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
         known = [names] if isinstance(names, str) else list(names)
@@ -170,7 +176,8 @@ class LoraLibrary:
         found = _files_below(self.folder)
         places: Sequence[Path] = next((found[one] for one in (name, *others) if one in found), ())
         if not places:
-            raise self._unknown(name, f"is not in {self.folder}", [*self.adapters, *found])
+            where = "neither loaded nor a file here" if self._shipped else f"not in {self.folder}"
+            raise self._unknown(name, f"is {where}", [*self.adapters, *found])
         if len(places) > 1:
             ways = [place.relative_to(self.folder).with_suffix("") for place in places]
             raise UsageError(f"the LoRA {name!r} is in {self.folder} as {ways[0]} and {ways[1]}: write which")
@@ -180,7 +187,7 @@ class LoraLibrary:
         question = did_you_mean(name[:MAX_NAME], known)
         some = ", ".join(sorted(known)[:_SHOWN]) + (" …" if len(known) > _SHOWN else "")
         ways = "give its file (--lora FILE, load_lora_weights)"
-        if self.folder is None:
+        if self.folder is None or self._shipped:
             ways += ", or say where LoRAs lie (--lora-dir DIR, lora_dir)"
         parts = [f"{question} " if question else "", f"there is {some}; or " if known else "", ways]
         return UsageError(f"the LoRA {name[:MAX_NAME]!r} {why}: {''.join(parts)}")

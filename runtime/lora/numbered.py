@@ -16,7 +16,6 @@ from sdrt.runtime.bundle.weight_map import WeightMap
 from sdrt.runtime.lora.names import TEXT_ENCODER, UNET, Layer
 
 _KEY: Final = re.compile(r"(unet|text_encoder):(\d{1,5}):(up|down)")
-_EMBEDDING: Final = "<embed>"  # what the header says of a key that is a word's vector
 _WAYS: Final = ("down_blocks", "up_blocks", "mid_block")
 # Class of a module → the layers in it that are counted, in their order.
 _ATTENTION: Final = ("to_q", "to_k", "to_v", "to_out.0")
@@ -32,11 +31,6 @@ _KNOWN: Final = {
 def is_numbered(keys: Sequence[str]) -> bool:
     """Whether a file is of this form."""
     return any(_KEY.fullmatch(key) for key in keys)
-
-
-def embedding_keys(metadata: Mapping[str, str], keys: Sequence[str]) -> list[str]:
-    """The keys that hold a word's vector, which is what they are called."""
-    return [key for key in keys if metadata.get(key) == _EMBEDDING]
 
 
 def numbered_layers(

@@ -80,12 +80,12 @@ def fit(
             numbers.
     """
     if mask is None and expand is None:
-        image = _resized(image, *_drawn_size(image, limits, height, width))
+        image = _resized(image, *drawn_size(image.shape, limits, height, width))
         return Canvas(image, None, (image.shape[0], image.shape[1]))
     if mask is not None:
         mask = _mask_of_size(mask, image.shape[0], image.shape[1])
     if height is not None or width is not None:
-        size = _drawn_size(image, limits, height, width)
+        size = drawn_size(image.shape, limits, height, width)
         image = _resized(image, *size)
         mask = None if mask is None else _resized_mask(mask, *size)
     _check_room(image, limits)
@@ -144,6 +144,31 @@ def fit_to_enlarge(
     below, beside = _next_size(rows, sides[0]) - rows, _next_size(columns, sides[1]) - columns
     padded = np.pad(image, ((0, below), (0, beside), (0, 0)), mode="edge")
     return Canvas(padded, None, (factor * rows, factor * columns))
+
+
+def drawn_size(
+    shape: Sequence[int], limits: Limits, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """The size that a picture of a shape [H, W, …] is drawn at: what is given, the rest from its proportions.
+
+    Raises:
+        UsageError: A size that the bundle does not draw.
+    """
+    rows, columns = shape[:2]
+    for name, size, limit in (("height", height, limits.height), ("width", width, limits.width)):
+        if size is not None and not limit.admits(size):
+            raise UsageError(f"{name} is {size}: this bundle draws {limit} pixels")
+    if height is None and width is None:
+        largest = min(_largest(limits.height) / rows, _largest(limits.width) / columns)
+        smallest = max(_smallest(limits.height) / rows, _smallest(limits.width) / columns)
+        # Of a very long picture the longer side decides; the shorter is cut to the smallest size.
+        scale = min(max(1.0, smallest), largest)
+    else:
+        scale = height / rows if height is not None else (width or 0) / columns
+    return (
+        _nearest(rows * scale, limits.height) if height is None else height,
+        _nearest(columns * scale, limits.width) if width is None else width,
+    )
 
 
 def finish(drawn: NDArray[np.uint8], canvas: Canvas) -> NDArray[np.uint8]:
@@ -241,27 +266,6 @@ def clip_pixels(image: NDArray[np.uint8], facts: ImageProcessorFacts) -> NDArray
     values = (small / 255).astype(np.float32)
     normal = (values - np.array(facts.mean, np.float32)) / np.array(facts.std, np.float32)
     return np.ascontiguousarray(normal.transpose(2, 0, 1)[np.newaxis])
-
-
-def _drawn_size(
-    image: NDArray[np.uint8], limits: Limits, height: int | None, width: int | None
-) -> tuple[int, int]:
-    """The size that a picture is drawn at: what is given, and the rest from its proportions."""
-    rows, columns = image.shape[:2]
-    for name, size, limit in (("height", height, limits.height), ("width", width, limits.width)):
-        if size is not None and not limit.admits(size):
-            raise UsageError(f"{name} is {size}: this bundle draws {limit} pixels")
-    if height is None and width is None:
-        largest = min(_largest(limits.height) / rows, _largest(limits.width) / columns)
-        smallest = max(_smallest(limits.height) / rows, _smallest(limits.width) / columns)
-        # Of a very long picture the longer side decides; the shorter is cut to the smallest size.
-        scale = min(max(1.0, smallest), largest)
-    else:
-        scale = height / rows if height is not None else (width or 0) / columns
-    return (
-        _nearest(rows * scale, limits.height) if height is None else height,
-        _nearest(columns * scale, limits.width) if width is None else width,
-    )
 
 
 def _smaller(limit: SizeLimit, factor: int) -> SizeLimit:

@@ -130,6 +130,33 @@ def read_mask(source: Any, what: str = "mask_image", *, may_be_black: bool = Fal
     return mask
 
 
+def read_levels(source: Any, what: str) -> NDArray[np.float32]:
+    """The levels of a grey picture, or the greys of a coloured one, as they stand: of 16 bits or floats, too.
+
+    Args:
+        source: As for `read_image`; an array [H, W] may hold any real numbers.
+        what: The argument's name, for messages.
+
+    Returns:
+        float32 [H, W].
+
+    Raises:
+        UsageError: As for `read_image`; or an array with NaN or infinity.
+    """
+    if isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype.kind in "uif":
+        _check_size(source.shape[1], source.shape[0], what)
+        levels = source.astype(np.float32)
+    else:
+        with _opened(source, what) as (image, label):
+            _check_size(*image.size, label)
+            if image.mode != "F" and not image.mode.startswith("I"):
+                image = _upright(image, label, managed=False)[0].convert("L")
+            levels = np.asarray(image, np.float32)
+    if not np.isfinite(levels).all():
+        raise UsageError(f"{what} holds NaN or infinity")
+    return levels
+
+
 def _shares(colours: Image, alpha: Image | None, what: str) -> NDArray[np.float32]:
     """What a mask's picture says of each pixel, from 0 to 1."""
     opacity = None if alpha is None else np.asarray(alpha)
@@ -160,15 +187,25 @@ def _decoded(source: Any, what: str, *, managed: bool) -> tuple[Image, Image | N
 
     With ``managed`` the ICC profile is applied: to colours, not to the shares of a mask.
     """
+    if isinstance(source, np.ndarray):
+        return _separated(_from_array(source, what), b"")
+    with _opened(source, what) as (image, label):
+        return _upright(image, label, managed=managed)
+
+
+@contextmanager
+def _opened(source: Any, what: str) -> Iterator[tuple[Image, str]]:
+    """A picture that is no plain array with its header read, and what messages call it."""
     from PIL import Image
 
     name = os.fsdecode(source) if isinstance(source, str | os.PathLike) else None
     label = what if name is None else f"{what} {name[:300]}"
-    if isinstance(source, np.ndarray):
-        return _separated(_from_array(source, what), b"")
     with _decoding(label):
+        if isinstance(source, np.ndarray):
+            source = _from_array(source, what)
         if isinstance(source, Image.Image):
-            return _upright(source, label, managed=managed)
+            yield source, label
+            return
         if name is not None:
             stream = _regular_file(name, label)
         elif isinstance(source, bytes | bytearray | memoryview):
@@ -179,7 +216,7 @@ def _decoded(source: Any, what: str, *, managed: bool) -> tuple[Image, Image | N
             )
         Image.init()  # some formats are not there in every build of Pillow
         with stream, Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            return _upright(image, label, managed=managed)
+            yield image, label
 
 
 def _regular_file(name: str, label: str) -> IO[bytes]:

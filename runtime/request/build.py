@@ -13,6 +13,7 @@ from sdrt.runtime.bundle.manifest import Manifest
 from sdrt.runtime.checks import choice, whole
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.lora.library import LoraLibrary
+from sdrt.runtime.request.depth import DepthMap, build_depth
 from sdrt.runtime.request.loras import image_loras
 from sdrt.runtime.request.options import OPTIONS, check_names
 from sdrt.runtime.request.output import build_callbacks, checked_output_type
@@ -55,7 +56,9 @@ def build_request(
             manifest,
             refiner,
             {**given, **recipe_of},
-            lambda of, asked, refines: _one_request(of, prompt, asked, options, library, refines=refines),
+            lambda of, asked, refines: _one_request(
+                of, "" if refines and prompt is None else prompt, asked, options, library, refines=refines
+            ),
         )
     if given.get("frames") is None:
         return _one_request(manifest, prompt, given, options, library)
@@ -122,10 +125,12 @@ def _one_request(
         options: What `playable` leaves of the call's options.
         as_given: The call's options before that: None is no way to leave out what is given back.
         library: See `build_request`.
-        refines: Whether it is the refiner's half of a call: LoRAs are for the base model alone.
+        refines: Whether it is the refiner's half of a call: LoRAs are for the base model alone, and its
+            texts were remarked on.
     """
     rng = choice("rng", options.get("rng", DEFAULT_RNG), RNGS, "; choose one of")
     _check_of_family(manifest, options)
+    depth = build_depth(manifest, options)
     picture, continues = None, None
     if options.get("denoising_start") is not None:
         options, continues = with_noisy_latents(manifest, options), Continued()
@@ -139,8 +144,9 @@ def _one_request(
             raise UsageError("the prompt is missing: what shall be drawn?")
         if prompt is None and options.get("guidance_scale") is None and not _picture_guides(manifest):
             options = {**options, "guidance_scale": 1.0}  # guidance from the empty text to itself
-        conditions = prompt_conditions(manifest, "" if prompt is None else prompt, options)
-    size, strength = _size_and_strength(manifest, options, picture)
+        text = "" if prompt is None else prompt
+        conditions = prompt_conditions(manifest, text, options, remark=not refines)
+    size, strength = _size_and_strength(manifest, options, picture, depth)
     masked = picture is not None and picture.canvas.mask is not None
     if masked and options.get("denoising_end") is not None:
         raise UsageError(
@@ -161,6 +167,7 @@ def _one_request(
         latents_given=options.get("latents") is not None,
         told=_told(manifest, options, size),
         picture=picture,
+        depth=None if depth is None else depth.of_latents(manifest, *size),
         embeddings=checked_digests("embeddings", options.get("embeddings")),
         loras=[()] * len(conditions.tags) if refines else image_loras(conditions.tags, options, library),
         lora_partial=bool(options.get("lora_partial")),
@@ -173,11 +180,14 @@ def _one_request(
 
 
 def _size_and_strength(
-    manifest: Manifest, options: Mapping[str, Any], picture: PictureTask | None
+    manifest: Manifest, options: Mapping[str, Any], picture: PictureTask | None, depth: DepthMap | None
 ) -> tuple[tuple[int, int], float | None]:
     """Height and width, and the share of the schedule that is run on a picture, None for all of it."""
     if picture is None:
-        return checked_size(manifest, options.get("height"), options.get("width")), None
+        height, width = options.get("height"), options.get("width")
+        if depth is not None and height is None and width is None:
+            height, width = depth.drawn_size(manifest)
+        return checked_size(manifest, height, width), None
     whole = picture.variation is not None or picture.input
     return picture.size, None if whole else picture.strength
 

@@ -18,7 +18,14 @@ from sdrt.runtime.request.sizes import latent_shape
 
 REFINE_FROM: Final = "refine_from"
 # Of the texts' options what the refiner is asked, too, beside all that is about sampling.
-_SHARED: Final = ("plain_prompt", "comma_lookback", "clip_skip", "negative_prompt", "num_images_per_prompt")
+_SHARED: Final = (
+    "plain_prompt",
+    "comma_lookback",
+    "clip_skip",
+    "negative_prompt",
+    "num_images_per_prompt",
+    "depth_map",
+)
 _SPACING: Final = ("num_train_timesteps", "timestep_spacing", "steps_offset")
 _SIGNAL: Final = 1e-5  # relative, of two schedules that are one
 

@@ -32,6 +32,7 @@ OPTION_NAMES: Final = {
     ),
     "image": Names(others=("init_image", "init_img")),
     "mask_image": Names("mask"),
+    "depth_map": Names("depth", ("depth_image",)),
     "strength": Names(others=("denoise", "denoising_strength")),
     "lora_dir": Names(others=("lora_model_dir",)),
     "output": Names(others=("out", "outdir")),

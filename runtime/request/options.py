@@ -50,6 +50,8 @@ class DrawOptions(CallbackOptions, total=False):
     * ``strength``: how much of the schedule is run on the picture, above 0 (nearly all is kept) to 1; by
       default 0.8 (SDXL's refiner 0.3), and 1 with a mask;
     * ``mask_image``: what of ``image`` is drawn anew: white is, black is kept exactly;
+    * ``depth_map``: for a bundle that draws with depth maps: a picture or an array [H, W] of any numbers, the
+      brighter or higher the nearer, in the proportions of what is drawn (or cut in its middle);
     * ``expand``: pixels that the picture grows by, (left, top, right, bottom); the new area is drawn;
     * ``variation``: the picture is inverted to the noise that it would be drawn from (DDIM inversion), and
       this share of that noise, 0 to 1, comes from the seed. By default 0.3 where an image and no prompt is
@@ -123,6 +125,7 @@ class DrawOptions(CallbackOptions, total=False):
     image: Any
     strength: float | None
     mask_image: Any
+    depth_map: Any
     expand: Sequence[int] | None
     variation: float | None
     num_inference_steps: int | None

@@ -22,13 +22,20 @@ INFORMING: Final = (
     *("version", "output_size", "fps", "timings", "lora_hashes"),
 )
 # What must be there, and the same, for the picture to be the same.
-CHECKED: Final = ("image_sha256", "mask_sha256", "embeddings", "lora_sha256", "interrupted_after_step")
+CHECKED: Final = (
+    "image_sha256",
+    "mask_sha256",
+    "depth_map_sha256",
+    "embeddings",
+    "lora_sha256",
+    "interrupted_after_step",
+)
 # Of `Pipeline.interpolate`; ``frame`` is the number of the one frame that is wanted.
 OF_FRAMES: Final = ("to_prompt", "to_seed", "frames", "frame")
 FIELDS: Final = (*INFORMING, *CHECKED, *OF_FRAMES)
 GIVEN: Final = "given"  # stands for latents, which are no plain data
 
-_DIGESTS: Final = {"image": "image_sha256", "mask_image": "mask_sha256"}
+_DIGESTS: Final = {"image": "image_sha256", "mask_image": "mask_sha256", "depth_map": "depth_map_sha256"}
 
 
 class RecipeWarning(UserWarning):
@@ -96,7 +103,7 @@ def check_pixels(options: Mapping[str, Any], name: str, digest: str) -> None:
 
     Args:
         options: The call's options; those without the recipe's digest admit any picture.
-        name: ``image`` or ``mask_image``.
+        name: ``image``, ``mask_image`` or ``depth_map``.
         digest: The picture's `pixels_sha256`.
 
     Raises:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sdrt.runtime.bundle.families.told import Told
 from sdrt.runtime.bundle.manifest import Manifest
+from sdrt.runtime.request.depth import DepthMap
 from sdrt.runtime.request.loras import LoraSet, LoraUse, lora_recipe
 from sdrt.runtime.request.output import (
     WITHOUT_PICTURES,
@@ -61,6 +62,7 @@ class Request:
         latents_given: Whether the caller brought them.
         told: What the U-Net is told in numbers, such as SDXL's original_size; else empty.
         picture: What the run starts from, if that is a picture.
+        depth: The depth map at the latents' size, for a U-Net that reads one.
         embeddings: Textual inversions that must be loaded, name → SHA-256 of the file.
         loras: The LoRAs of each image, read.
         lora_partial: Whether what has no place in the model was left out of them.
@@ -85,6 +87,7 @@ class Request:
     latents_given: bool
     told: Told
     picture: PictureTask | None
+    depth: DepthMap | None
     embeddings: Mapping[str, Any]
     loras: list[tuple[LoraUse, ...]] = field(repr=False)
     lora_partial: bool
@@ -154,6 +157,7 @@ class Request:
             "rng": self.rng,
             **self.told,
             **({} if self.picture is None else self.picture.recipe),
+            **({} if self.depth is None else self.depth.recipe),
         }
         if self.latents_given:
             shared["latents"] = GIVEN  # the seed alone does not give this picture

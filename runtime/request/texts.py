@@ -38,9 +38,9 @@ class Conditions(NamedTuple):
 
 
 def prompt_conditions(
-    manifest: Manifest, prompt: str | Sequence[str], options: Mapping[str, Any]
+    manifest: Manifest, prompt: str | Sequence[str], options: Mapping[str, Any], *, remark: bool = True
 ) -> Conditions:
-    """Check what of a call's options is about prompts.
+    """Check what of a call's options is about prompts; ``remark`` on what means something elsewhere.
 
     Raises:
         UsageError: No texts, not as many of one as of the other, too many images, a weight that is no number,
@@ -60,8 +60,9 @@ def prompt_conditions(
         [*((text, False) for text in prompts), *((text, True) for text in unwanted)]
     ):
         # A weight that is no number is refused now.
-        for remark in remarks_on(text or "", plain=plain, negative=negative):
-            warnings.warn(remark, PromptSyntaxWarning, stacklevel=2)
+        for words in remarks_on(text or "", plain=plain, negative=negative):
+            if remark:
+                warnings.warn(words, PromptSyntaxWarning, stacklevel=2)
     how: dict[str, Any] = {"plain": plain, "clip_skip": skip, "comma_lookback": lookback}
     beyond = {
         **({"plain_prompt": True} if plain else {}),

@@ -212,3 +212,20 @@ def test_same_seed_same_picture_in_any_batch(pipeline: Pipeline) -> None:
         difference = np.abs(alone.latents[0] - together.latents[index]).max()
         assert difference <= tolerances.OTHER_BATCH * np.abs(alone.latents).max()
         assert apart(alone.images[0], together.images[index]) < 0.1
+
+
+def test_a_lora_changes_the_picture_as_far_as_its_weight_says(gallery: Gallery) -> None:
+    """Delft draws in blue; at weight 0 each file leaves the model as it is."""
+    shown = pictures(gallery, "LoRAs")
+    delft, outline = shown[:3], shown[3:6]
+    assert np.array_equal(delft[0], outline[0])
+    blue = [float(np.mean(picture[..., 2].astype(float) - picture[..., 0])) for picture in delft]
+    assert blue[0] < blue[1] < blue[2]
+    # Paper stays paper, and ink has no colour: an owl is brown without it.
+    colour = [float(np.mean(np.ptp(picture.astype(float), axis=-1))) for picture in outline]
+    assert colour[0] > 2 * colour[2]
+
+
+def test_the_few_step_lora_changes_four_steps(gallery: Gallery) -> None:
+    _, without, with_it = np.split(np.stack(pictures(gallery, "Few steps")), 3)
+    assert all(not np.array_equal(one, other) for one, other in zip(without, with_it, strict=True))

@@ -175,7 +175,16 @@ KINDS: Final = (
         unet={**_SMALL, "in_channels": 9},
         scheduler=_PNDM,
     ),
-    Kind("sd21-depth", "Stable Diffusion 2 depth", _SD2, 5),
+    Kind(
+        "sd21-depth",
+        "Stable Diffusion 2 depth",
+        _SD2,
+        5,
+        "sd21",
+        index={"_class_name": "StableDiffusionDepth2ImgPipeline"},
+        unet={**_SMALL, "in_channels": 5},
+        scheduler=_PNDM,
+    ),
     Kind("sd-upscaler", "Stable Diffusion x4 upscaler", _SD2, 7),
     Kind(
         "playground",

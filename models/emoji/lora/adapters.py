@@ -21,7 +21,7 @@ from transformers import CLIPTextModel
 from data import cache_folder
 from latents import encode
 from train_denoiser import Denoiser
-from training import Options, options_from, train
+from training import Options, load_state, options_from, train
 
 FOLDER = Path(__file__).parent
 CHECKPOINT = FOLDER.parent
@@ -73,11 +73,16 @@ def train_adapter(
     loss_of: Callable[[torch.Generator, float], Tensor],
     options: Options,
 ) -> dict[str, Tensor]:
-    """Train until the budget is used; returns the averaged layers under PEFT's names, fp32."""
+    """Train for `options.steps`; returns the averaged layers under PEFT's names, fp32.
+
+    Ends the program where a signal ended the training before: half of one is no file to ship.
+    """
     parameters = attach(denoiser.unet, adapter, options.seed)
-    denoiser.to(options.device)
     print(f"{sum(p.numel() for p in parameters)} parameters learn", flush=True)
-    train(parameters, loss_of, options).copy_to(parameters)
+    average = train(parameters, loss_of, options)
+    if (step := load_state(options.state)["step"]) != options.steps:
+        raise SystemExit(f"stopped at step {step} of {options.steps}: the same command goes on from there")
+    average.copy_to(parameters)
     layers: dict[str, Tensor] = get_peft_model_state_dict(denoiser.unet, adapter_name="default")
     return {name: value.detach().cpu() for name, value in layers.items()}
 
@@ -121,8 +126,7 @@ def training_options(
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--device", default="cpu")
-    parser.set_defaults(minutes=0.0, until=None, polite=False)
+    parser.set_defaults(device="cpu", minutes=0.0, until=None, polite=False)
     arguments = parser.parse_args()
     path = cache_folder() / "lora" / state.format(**vars(arguments))
     return arguments, options_from(arguments, path, learning_rate, average=0.99)

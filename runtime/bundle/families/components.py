@@ -15,7 +15,7 @@ INPUT_IDS, CUSTOM_EMBEDDINGS, CLIP_SKIP = "input_ids", "custom_embeddings", "cli
 LAST_HIDDEN_STATE, PENULTIMATE_HIDDEN_STATE = "last_hidden_state", "penultimate_hidden_state"
 # Of the U-Net.
 SAMPLE, TIMESTEP, ENCODER_HIDDEN_STATES = "sample", "timestep", "encoder_hidden_states"
-TIMESTEP_COND, INPAINTING = "timestep_cond", "inpainting"
+TIMESTEP_COND, INPAINTING, DEPTH = "timestep_cond", "inpainting", "depth"
 IMAGE_LATENTS, CLASS_LABELS, LOW_RES = "image_latents", "class_labels", "low_res"
 NOISE_LEVEL = "noise_level"
 NOISE_PRED = "noise_pred"

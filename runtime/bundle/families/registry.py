@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from sdrt.runtime.bundle.families.depth import STABLE_DIFFUSION_DEPTH
 from sdrt.runtime.bundle.families.image_variations import IMAGE_VARIATIONS
 from sdrt.runtime.bundle.families.instruct_pix2pix import INSTRUCT_PIX2PIX, SDXL_INSTRUCT_PIX2PIX
 from sdrt.runtime.bundle.families.record import Family
@@ -16,6 +17,7 @@ FAMILIES: Final[dict[str, Family]] = {
     family.name: family
     for family in (
         STABLE_DIFFUSION,
+        STABLE_DIFFUSION_DEPTH,
         SDXL,
         SDXL_REFINER,
         IMAGE_VARIATIONS,

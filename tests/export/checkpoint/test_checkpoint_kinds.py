@@ -42,6 +42,16 @@ def test_an_inpainting_unet_takes_a_mask_and_latents_beside_the_sample(inpaintin
     assert (default_steps(checkpoint), default_guidance(checkpoint)) == (20, 7.5)
 
 
+def test_a_depth_model_reads_a_map_and_leaves_its_estimator_out(depth_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(str(depth_checkpoint))
+    assert checkpoint.family == "sd-depth"
+    assert checkpoint.sizes() == UNET | TEXT
+    (remark,) = checkpoint.remarks[:1]
+    assert remark.startswith(
+        "depth_estimator (DPTForDepthEstimation) of model_index.json is left out: depth maps"
+    )
+
+
 def test_a_latent_consistency_model_is_told_the_guidance_and_draws_in_few_steps(
     lcm_checkpoint: Path,
 ) -> None:
@@ -120,7 +130,14 @@ OTHER_KINDS: dict[str, tuple[Break, tuple[str, ...]]] = {
         ("takes 4 channels; of a StableDiffusionInstructPix2PixPipeline it takes 8",),
     ),
     "CosXL Edit": (configure("model_index.json", is_cosxl_edit=True), ("is_cosxl_edit", "not supported")),
-    "depth": (configure(UNET_CONFIG, in_channels=5), ("takes 5 channels", "1 more for a depth map")),
+    "depth": (
+        configure(UNET_CONFIG, in_channels=5),
+        ("takes 5 channels", "1 more for a depth map", "to StableDiffusionDepth2ImgPipeline"),
+    ),
+    "no depth": (
+        configure("model_index.json", _class_name="StableDiffusionDepth2ImgPipeline"),
+        ("takes 4 channels; of a StableDiffusionDepth2ImgPipeline it takes 5",),
+    ),
     "upscaler": (
         configure(UNET_CONFIG, in_channels=7, num_class_embeds=1000),
         ("takes 7 channels", "3 more for a small picture to enlarge"),

@@ -17,6 +17,7 @@ from support.references.lora_files import (
     pairs,
     write,
 )
+from support.runs.pipeline_spies import assert_differ, assert_equal
 
 from sdrt.export.cli.main import main
 from sdrt.runtime.bundle.bundle import Bundle
@@ -24,7 +25,9 @@ from sdrt.runtime.bundle.weight_map import read_weight_map
 from sdrt.runtime.lora.file import read_lora
 from sdrt.runtime.lora.merge import merged_weights
 from sdrt.runtime.lora.stored_weights import stored_weights
+from sdrt.runtime.pipeline import Pipeline
 
+CPU = "onnxruntime-cpu"
 SIZES = ["--height", "16..32", "--width", "16..32", "--batch", "1..2", "--fp16-weights", "--quiet"]
 
 
@@ -74,6 +77,13 @@ def test_a_bundle_with_loras(
         for name, numbers in weights.items():
             found, _ = stored_weights(ours).numbers(ours, component, name.removesuffix(".fp16"))
             assert np.array_equal(found, numbers)
+    # And so are the pictures.
+    named = {str(file): weight for file, weight in given}
+    with Pipeline.load(ours, backend=CPU) as exported, Pipeline.load(plain, backend=CPU) as loaded:
+        wanted = exported("a cat", seed=1, num_inference_steps=3)
+        for _ in range(2):
+            assert_equal(loaded("a cat", seed=1, num_inference_steps=3, loras=named), wanted)
+            assert_differ(loaded("a cat", seed=1, num_inference_steps=3).latents, wanted.latents)
 
 
 def test_what_does_not_fit(

@@ -16,8 +16,8 @@ from support.checkpoints.checkpoint_damage import UNET_CONFIG, VAE_CONFIG, confi
 from support.runs.reading import compare_reading, is_equal
 
 import tolerances
+from sdrt.export.checkpoint import assembly
 from sdrt.export.checkpoint import checkpoint as checkpoints
-from sdrt.export.checkpoint import reader
 from sdrt.export.checkpoint.checkpoint import Checkpoint
 from sdrt.export.checkpoint.fields import LatentScaling
 from sdrt.export.checkpoint.reader import open_checkpoint
@@ -220,7 +220,7 @@ def test_an_export_with_a_reader_that_forgets_a_field_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     crippled = scheduled(timestep_spacing="trailing")(open_checkpoint(str(tiny_checkpoint)))
-    monkeypatch.setattr(reader, "open_checkpoint", lambda *_args, **_named: crippled)
+    monkeypatch.setattr(assembly, "read_checkpoint", lambda *_args, **_named: crippled)
     assert cli.main([str(tiny_checkpoint), str(tmp_path / "out"), "--quiet", *traced_before]) == 5
     message = capsys.readouterr().err
     assert message.count("\n") == 1

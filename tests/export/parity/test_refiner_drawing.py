@@ -12,6 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.numpy import save_file
+from support.checkpoints.tiny_sdxl import WIDTHS
 from support.references.diffusers_tasks import as_task, loaded_reference, picture
 
 import tolerances
@@ -19,6 +21,7 @@ from sdrt.runtime.cli.main import main
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.pictures.metadata import read_recipe
 from sdrt.runtime.pipeline import Pipeline
+from sdrt.runtime.text.syntax import PromptSyntaxWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -210,6 +213,33 @@ def test_each_half_is_told_its_own_score(refiner: Pipeline) -> None:
     drawn = [refiner("a", **{**call, **given}).latents for given in ({}, scores, {"aesthetic_score": 7.0})]
     assert error(drawn[1], drawn[0]) > 10
     assert error(drawn[2], drawn[0]) > 10
+
+
+def test_words_are_taught_to_both(sdxl_bundle: Path, refiner_bundle: Path, tmp_path: Path) -> None:
+    widths = {"clip_l": WIDTHS[0], "clip_g": WIDTHS[1]}
+    draws = np.random.default_rng(4)
+    vectors = {name: draws.standard_normal((1, width), np.float32) for name, width in widths.items()}
+    save_file(vectors, tmp_path / "cat-toy.safetensors")
+    call: dict[str, Any] = {"seed": 2, "num_inference_steps": 5, "output_type": "latent"}
+    with (
+        Pipeline.load(sdxl_bundle, refiner=refiner_bundle, backend="onnxruntime-cpu") as both,
+        Pipeline.load(refiner_bundle, backend="onnxruntime-cpu") as second,
+    ):
+        for one in (both, second):
+            one.load_textual_inversion(tmp_path / "cat-toy.safetensors")
+        noisy = both("a cat-toy", denoising_end=0.6, **call).latents
+        rest = second("a cat-toy", denoising_start=0.6, latents=noisy, **call).latents
+        assert np.array_equal(both("a cat-toy", refine_from=0.6, **call).latents, rest)
+        assert not np.array_equal(both("a toy", refine_from=0.6, **call).latents, rest)
+
+
+def test_variations_and_prompts_that_are_remarked_on(pipeline: Pipeline) -> None:
+    """Without a prompt, and what is said of one is said once."""
+    drawn = pipeline(image=picture(), refine_from=SHARE, seed=1, num_inference_steps=5)
+    assert drawn.recipes[0]["variation"] == 0.3
+    with pytest.warns(PromptSyntaxWarning) as caught:
+        pipeline.request("a [cat|dog]", refine_from=SHARE)
+    assert len(caught) == 1
 
 
 def test_the_command(

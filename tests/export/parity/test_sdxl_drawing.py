@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support.fakes.recording import RecordedExecutor, RecordingDriver, recording_device
+from support.references.lora_files import as_kohya, checkpoint_map, layers, pairs, write
 
 import tolerances
 from sdrt.export.checkpoint.reader import open_checkpoint
@@ -86,6 +87,29 @@ def test_every_case_draws_something_else(pipeline: Pipeline) -> None:
     for index, one in enumerate(drawn):
         for other in drawn[index + 1 :]:
             assert np.max(np.abs(one - other)) > 100 * tolerances.SDXL_RUN * np.max(np.abs(one))
+
+
+def test_loras_are_those_of_diffusers(
+    pipeline: Pipeline, reference: Any, sdxl_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of the U-Net and both text encoders, as PEFT computes them; and the first picture comes back."""
+    weights = checkpoint_map(sdxl_checkpoint)
+    networks = {name: layers(weights, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    file = write(tmp_path / "style.safetensors", as_kohya(pairs(weights, networks)))
+    case = "a negative prompt"
+    plain, latents = draw(pipeline, case).latents, pipeline.initial_latents([1, 2])
+    name = pipeline.load_lora_weights(file)
+    assert set(pipeline.get_list_adapters()) == set(networks)
+    drawn = draw(pipeline, case).latents
+    pipeline.unload_lora_weights(name)
+    reference.load_lora_weights(file)
+    try:
+        wanted = expected(reference, latents, case)
+    finally:
+        reference.unload_lora_weights()
+    assert np.max(np.abs(drawn - wanted)) <= tolerances.SDXL_RUN * np.max(np.abs(wanted))
+    assert np.max(np.abs(drawn - plain)) > 100 * tolerances.SDXL_RUN * np.max(np.abs(wanted))
+    assert np.array_equal(draw(pipeline, case).latents, plain)
 
 
 @pytest.mark.parametrize(("kind", "sampler"), [("turbo", "euler_a"), ("lightning", "euler")])

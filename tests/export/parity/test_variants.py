@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from sdrt.export.parity.sampling import (
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.families.record import TensorSpec
 from sdrt.runtime.bundle.manifest import Manifest
+from sdrt.runtime.bundle.manifest_json import from_json, to_json
+from sdrt.runtime.errors import BundleError
 
 SIZE = (16, 16)
 Array = NDArray[np.float32]
@@ -221,6 +224,8 @@ def test_bundles_that_lay_noise_over_a_picture_say_how(
         assert manifest.noising is not None
         assert manifest.noising.max_level == most
         check_unet(bundle, checkpoint)
+        with pytest.raises(BundleError, match="noising is there where the family wants it"):
+            from_json(to_json(replace(manifest, noising=None)))
     assert manifest.noising is not None
     assert manifest.noising.schedule.beta_schedule == "scaled_linear"
     assert input_of(manifest, "unet", "noise_level").dtype == "int64"

@@ -118,7 +118,7 @@ def test_weights_in_and_out_again(gpu_backend: str, engine_bundle: Bundle, devic
     own = OwnWeights(engine_bundle, "unet")
     graph = (engine_bundle.path / engine_bundle.component("unet").model).read_bytes()
     names = [entry.initializer for entry in matrices(graph)]
-    sets = {"none": {}} | {
+    sets: dict[str, dict[str, Any]] = {"none": {}} | {
         str(factor): {name: (own.read(name) * factor).astype(own.read(name).dtype) for name in names}
         for factor in (1.25, 0.75)
     }

@@ -17,6 +17,7 @@ from support.runs.folders import listing
 from support.runs.sd_run_terminal import SD_RUN
 
 from sdrt.runtime import errors
+from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.cli.main import main
 from sdrt.runtime.cli.options import EPILOG
 from sdrt.runtime.samplers.registry import SAMPLERS
@@ -223,7 +224,7 @@ def with_another_graph(bundle: Path) -> None:
         (unlisted, "unet/model.onnx.data is not in the manifest"),
         (
             of_another_family,
-            "family 'flux', this sdrt draws sd, sdxl, sdxl-refiner, image-variations: upgrade sdrt",
+            f"family 'flux', this sdrt draws {', '.join(FAMILIES)}: upgrade sdrt",
         ),
         (with_another_graph, "is not the graph that the manifest describes: sample should be float32"),
         (missing, "unet/model.onnx.data is missing"),

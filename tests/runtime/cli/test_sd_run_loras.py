@@ -134,7 +134,7 @@ def test_a_recipe_beside_its_lora(run: Run, work: Path, monkeypatch: pytest.Monk
     [
         (
             ["--lora", "gone.safetensors"],
-            "the LoRA 'gone.safetensors' is neither loaded nor a file here: give",
+            "the LoRA 'gone.safetensors' is neither loaded nor a file here: there is delft, lcm, outline",
         ),
         (["--lora", "pixel.safetensors=x"], "'pixel.safetensors=x' is FILE=WEIGHT, and 'x' is no number"),
         (["--lora", "pixel.safetensors=nan"], "the weight of the LoRA 'pixel.safetensors' is nan: a finite"),
@@ -161,6 +161,7 @@ def test_a_recipe_beside_its_lora(run: Run, work: Path, monkeypatch: pytest.Monk
             ["--lora-dir", "{}", "--lora", "x"],
             "the LoRA 'x' is not in {}: there is ink=2, odd, pixel, styles/",
         ),
+        (["--lora", "deft"], "the LoRA 'deft' is neither loaded nor a file here: did you mean delft?"),
         (["--lora-dirr", "x"], "--lora-dir"),
     ],
 )
@@ -171,6 +172,15 @@ def test_what_is_refused(run: Run, files: Path, work: Path, arguments: list[str]
     last = err.splitlines()[-1]
     assert words.format(files) in last
     assert not list(work.glob("*.png"))
+
+
+def test_those_that_come_along(run: Run) -> None:
+    """The embedded model finds its own without a folder; of others a prompt is warned."""
+    run("a cat<lora:delft:0.5>", "-o", "tag.png")
+    run("a cat", "--lora", "delft=0.5", "-o", "name.png")
+    assert np.array_equal(pixels("name.png"), pixels("tag.png"))
+    _, err = run("a cat<lora:deft>", "-o", "none.png")
+    assert "asks for a LoRA, and it is not said where LoRAs lie" in err
 
 
 def test_the_loop_that_stays_loaded(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from support.references.lora_files import (
     as_attention_processors,
     as_diffusers,
@@ -21,14 +23,16 @@ from support.references.lora_files import (
 )
 
 from sdrt.runtime.bundle.families.registry import FAMILIES
+from sdrt.runtime.errors import UsageError
 from sdrt.runtime.lora.file import read_lora
 
 WEIGHT = 0.8
+EMOJI = Path(__file__).parents[3] / "models" / "emoji"
 
 
 def compare(folder: Path, family: str, files: Mapping[Path, str]) -> None:
     """Each file alone, and its form; and how many tensors it changed."""
-    weights = checkpoint_map(folder)
+    weights, untouched = checkpoint_map(folder), fused_by_diffusers(folder, [])
     for file, form in files.items():
         lora = read_lora(file, weights, FAMILIES[family])
         assert lora.format == form
@@ -39,7 +43,6 @@ def compare(folder: Path, family: str, files: Mapping[Path, str]) -> None:
             np.testing.assert_array_equal(numbers, wanted[network][name], err_msg=f"{file.name} {name}")
             changed += 1
         # And nothing else changes in diffusers.
-        untouched = fused_by_diffusers(folder, [])
         different = [
             (network, name)
             for network, tensors in wanted.items()
@@ -90,3 +93,33 @@ def test_forms_of_sdxl(sdxl_checkpoint: Path, tmp_path: Path) -> None:
             write(tmp_path / "peft.safetensors", as_diffusers(everything)): "diffusers",
         },
     )
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+    reason="this PyTorch has no MKL: it adds up the products of trained factors in an order of its own",
+)
+def test_trained_files() -> None:
+    """Those of the embedded model, whose factors have all digits: attention alone, and a LoCon."""
+    files = {"delft": "diffusers", "wizard": "kohya"}
+    compare(EMOJI, "sd", {EMOJI / "lora" / f"{name}.safetensors": form for name, form in files.items()})
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_words_inside(tiny_checkpoint: Path, sdxl_checkpoint: Path, tmp_path: Path, family: str) -> None:
+    """kohya's and OneTrainer's form; of another width they are keys without a place."""
+    folder = {"sd": tiny_checkpoint, "sdxl": sdxl_checkpoint}[family]
+    weights = checkpoint_map(folder)
+    tensors = as_kohya(pairs(weights, {"unet": layers(weights, "unet")[:1]}))
+    widths = {"string_to_param.*": 16} if family == "sd" else {"clip_g": 24, "clip_l": 16}
+    vectors = {part: np.full((2, width), 0.5, np.float32) for part, width in widths.items()}
+    bundled = {f"bundle_emb.my.cat.{part}": array for part, array in vectors.items()}
+    lora = read_lora(write(tmp_path / "x.safetensors", tensors | bundled), weights, FAMILIES[family])
+    (found,) = lora.embeddings.items()
+    assert found[0] == "my.cat"
+    assert [array.shape for array in found[1]] == ([(2, 16)] if family == "sd" else [(2, 16), (2, 24)])
+    other = {key: array[:, :-1] for key, array in bundled.items()}
+    file = write(tmp_path / "x.safetensors", tensors | other)
+    with pytest.raises(UsageError, match=rf"'bundle_emb.* has no place in this model \({len(other)} such"):
+        read_lora(file, weights, FAMILIES[family])
+    assert not read_lora(file, weights, FAMILIES[family], partial=True).embeddings

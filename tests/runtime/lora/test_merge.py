@@ -13,14 +13,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from support.references.lora_files import as_diffusers, as_kohya, layers, pairs, write
+from support.references.lora_files import as_diffusers, as_kohya, layers, pairs, torch_product, write
 
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.weight_map import SHARED, WEIGHT_STORAGE, read_weight_map
 from sdrt.runtime.errors import BundleError, UsageError
+from sdrt.runtime.lora import changes
 from sdrt.runtime.lora.file import LoraFile, read_lora
 from sdrt.runtime.lora.merge import merged_weights
 from sdrt.runtime.lora.stored_weights import stored_weights
+from tolerances import LORA_FORMULA
 
 Merged = Mapping[str, Mapping[str, NDArray[Any]]]
 
@@ -81,7 +83,7 @@ def by_pytorch(file: Path, checkpoint: Path, weight: float) -> Iterator[tuple[st
             key = prefix + name.removesuffix(".weight").removeprefix("text_model.").replace(".", "_")
             if f"{key}.lora_up.weight" in tensors:
                 up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
-                product = (up.double().flatten(1) @ down.double().flatten(1)).float().reshape(base.shape)
+                product = torch_product(up.flatten(1), down.flatten(1)).reshape(base.shape)
                 scale = float(tensors[f"{key}.alpha"]) / len(down) * weight
                 yield network, name, base.float() + product * scale
 
@@ -104,6 +106,26 @@ def test_merged_weights_are_pytorchs_bit_for_bit(
     assert stored  # as float16, which these sums would not fit into
     assert compared == {(name, key) for name, found in merged.items() for key in found}
     assert set(merged) == {"unet", "text_encoder"}
+
+
+def test_products_of_large_layers_are_made_in_float64(
+    bundle: Bundle, loras: list[LoraFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = merged_weights(bundle, [(loras[0], 0.8)], {"unet"})["unet"]
+    monkeypatch.setattr(changes, "_FUSED_WORK", 0)
+    monkeypatch.setattr(changes, "_FUSED_RANK", 0)
+    for key, change in loras[0].changes.items():
+        assert isinstance(change, changes.Scaled)
+        assert isinstance(change.product, changes.LowRank)
+        up, down = change.product.up.astype(np.float64), change.product.down.astype(np.float64)
+        for order in ("C", "F"):
+            base = np.zeros(read_weight_map(bundle).tensors[key.folder][key.tensor].shape, np.float32, order)
+            wanted = (up @ down).astype(np.float32).reshape(base.shape)
+            assert np.array_equal(change.product.numbers(base), wanted)
+    rounded = merged_weights(bundle, [(loras[0], 0.8)], {"unet"})["unet"]
+    assert not equal({"unet": fused}, {"unet": rounded})  # in the last bit
+    for name, numbers in fused.items():
+        assert np.abs(numbers - rounded[name]).max() < LORA_FORMULA * np.abs(numbers).max()
 
 
 def test_nothing_remains_of_what_came_before(bundle: Bundle, loras: list[LoraFile]) -> None:

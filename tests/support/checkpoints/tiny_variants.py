@@ -34,6 +34,15 @@ def write_tiny_inpainting_checkpoint(folder: Path, tiny: Path) -> None:
     _copy_with_unet(folder, tiny, "StableDiffusionInpaintPipeline", in_channels=9)
 
 
+def write_tiny_depth_checkpoint(folder: Path, tiny: Path) -> None:
+    """The tiny checkpoint with a U-Net of 5 channels, as Stable Diffusion 2 depth has it."""
+    _copy_with_unet(folder, tiny, "StableDiffusionDepth2ImgPipeline", in_channels=5)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["depth_estimator"] = ["transformers", "DPTForDepthEstimation"]
+    index["feature_extractor"] = ["transformers", "DPTImageProcessor"]
+    write_json(folder / "model_index.json", index)
+
+
 def write_tiny_pix2pix_checkpoint(folder: Path, tiny: Path) -> None:
     """The tiny checkpoint with a U-Net of 8 channels, as InstructPix2Pix has."""
     _copy_with_unet(folder, tiny, "StableDiffusionInstructPix2PixPipeline", in_channels=8)

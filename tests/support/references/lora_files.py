@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -174,7 +175,6 @@ def write(file: Path, tensors: Mapping[str, Array], **metadata: Any) -> Path:
 
 def fused_by_diffusers(folder: Path, loras: Iterable[tuple[Path, float]]) -> dict[str, dict[str, Array]]:
     """The checkpoint's tensors in float32 with files merged by diffusers and PEFT, one after the other."""
-    import torch
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
@@ -198,3 +198,17 @@ def merged(folder: Path, loras: Iterable[tuple[LoraFile, float]]) -> Iterator[tu
         with safe_open(next((folder / key.folder).glob("*.safetensors")), framework="numpy") as tensors:
             base = tensors.get_tensor(key.tensor).astype(np.float32)
         yield key.folder, key.tensor, merged_tensor(base, changes)
+
+
+def torch_product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """``up @ down`` in float32 as PyTorch has it; of a build without MKL what it has with it.
+
+    That is fused multiply-adds one after the other, here in extended precision, which holds each term.
+    """
+    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return up @ down
+    total = np.zeros((len(up), down.shape[1]), np.float32)
+    left, right = up.numpy().astype(np.longdouble), down.numpy().astype(np.longdouble)
+    for index in range(len(right)):
+        total = (total + np.multiply.outer(left[:, index], right[index])).astype(np.float32)
+    return torch.from_numpy(total)

@@ -70,6 +70,7 @@ CASES = {
     "2.1": Case(NEW, "2.x for 768 pixels (as diffusers takes", DDIM, V),
     "2.1 base": Case(NEW, "2.x base (by its name)", PNDM, EPSILON, file="v2-1_512-ema-pruned"),
     "2 inpainting": Case("sd-2-inpainting", "2.x inpainting", PNDM, EPSILON),
+    "2 depth": Case(NEW, "is Stable Diffusion 2 depth", PNDM, EPSILON, unet='{"in_channels": 5}'),
     "Turbo": Case(NEW, "Stable Diffusion Turbo (by its name)", EULER, TRAILING, file="sd_turbo"),
     "SDXL": Case(XL, "is SDXL base, predicts epsilon, ", EULER, EPSILON),
     "SDXL v": Case(XL, BY_MARKERS, EULER, ZERO, beside="zero snr"),
@@ -171,7 +172,6 @@ FIRST, KEYS = (
             {FIRST: (320, 8, 3, 3), KEYS: (320, 2048), **BESIDE["cosxl"]},
             "is CosXL Edit: its U-Net reads scaled",
         ),
-        ({FIRST: (320, 5, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion 2 depth: not supported"),
         ({FIRST: (256, 7, 3, 3), KEYS: (320, 1024)}, "is Stable Diffusion x4 upscaler"),
         (
             {FIRST: (320, 4, 3, 3), KEYS: (320, 1024), f"{UNET}label_emb.0.0.weight": (1280, 2048)},
