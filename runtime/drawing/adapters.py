@@ -15,7 +15,7 @@ from sdrt.runtime.request.loras import LoraSet
 if TYPE_CHECKING:
     from sdrt.runtime.lora.file import LoraFile
 
-_Held = tuple[tuple[str, float], ...]  # SHA-256 and weight of each file that a component was changed by
+_Held = tuple[tuple[str, float], ...]  # identity and weight of each file that a component was changed by
 
 
 class Adapters:
@@ -67,7 +67,7 @@ class Adapters:
         changes = {}
         for component, held in self._held.items():
             files = wanted.of_component(component)
-            if held != (wants := tuple((file.sha256, weight) for file, weight in files)):
+            if held != (wants := tuple((file.identity, weight) for file, weight in files)):
                 changes[component] = (files, wants)
         if not changes:
             return 0.0

@@ -45,6 +45,7 @@ class LoraFile:
         changes: Tensor → what the file adds to it.
         left_out: Keys that found no place; none unless only a part was asked for.
         embeddings: Words of textual inversion that it brings → for each text encoder float32 [k, width].
+        config: What was taken from a file of PEFT's beside it; empty where there was none.
     """
 
     path: Path
@@ -53,6 +54,12 @@ class LoraFile:
     changes: Mapping[TensorKey, Change]
     left_out: tuple[str, ...]
     embeddings: Mapping[str, tuple[NDArray[np.float32], ...]]
+    config: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Another one for each file that changes a model otherwise."""
+        return f"{self.sha256} {self.config}"
 
 
 def read_lora(path: str | Path, weights: WeightMap, family: Family, *, partial: bool = False) -> LoraFile:
@@ -87,6 +94,7 @@ def read_lora(path: str | Path, weights: WeightMap, family: Family, *, partial: 
         reading.changes,
         tuple(reading.left),
         reading.embeddings,
+        reading.config,
     )
 
 
@@ -97,6 +105,7 @@ class _Reading:
         self.content, self.weights = content, weights
         self.changes: dict[TensorKey, Change] = {}
         self.reasons: dict[str, str] = {}  # key that found no place → why
+        self.config = ""
         words = words_in(content, weights, family)
         self.embeddings = {name: word.vectors for name, word in words.items()}
         of_words = {key for word in words.values() for key in word.keys}
@@ -130,6 +139,7 @@ class _Reading:
         known = Layers(self.weights)
         by_peft = any(key.startswith(PEFT_PREFIX) for key in keys)
         configs = peft_configs(self.content.path, self.content.metadata, saved_by_peft=by_peft)
+        self.config = repr(configs[PEFT_PREFIX]) if PEFT_PREFIX in configs else ""
         for name, parts in layers.items():
             layer = known.find(name)
             if layer is None:

@@ -186,15 +186,11 @@ def _kronecker_factor(parts: Parts, name: str, shape: Shape) -> tuple[Floats, in
     if f"lokr_t{name[-1]}" in parts:
         product = _with_kernel(left, parts.take(f"lokr_t{name[-1]}"), right, shape, name)
         return product.numbers(np.empty(shape, np.float32)), rank
-    if _rank(left, 1, f"{name}_a") != rank or left.ndim > 2 or right.ndim > 2:
-        raise ValueError(
-            f"its {name}_a and {name}_b have the shapes {list(left.shape)} and {list(right.shape)}, which do "
-            "not multiply"
-        )
-    whole = (left.shape[0], right.shape[1])
-    if math.prod(whole) > math.prod(shape):  # two long and thin ones would fill the memory
-        raise ValueError(f"its {name}_a and {name}_b make {list(whole)}, this model wants {list(shape)}")
-    numbers = LowRank(left, right).numbers(np.empty(whole, np.float32))
+    columns = math.prod(shape[1:])
+    if left.ndim != 2 or right.ndim != 2 or left.shape[0] > shape[0] or right.shape[1] > columns:
+        raise ValueError(f"its {name} has the shape {list(left.shape)} x {list(right.shape)}: too large")
+    _expect(left, (left.shape[0], rank), f"{name}_a")
+    numbers = LowRank(left, right).numbers(np.empty((left.shape[0], right.shape[1]), np.float32))
     return numbers.reshape(shape) if numbers.size == math.prod(shape) else numbers, rank
 
 

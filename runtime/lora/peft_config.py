@@ -19,7 +19,7 @@ from sdrt.runtime.lora.names import NETWORKS
 from sdrt.runtime.system.untrusted import parse_json, read_json
 
 _IN_HEADER: Final = "lora_adapter_metadata"
-_CONFIG: Final = "adapter_config.json"
+PEFT_CONFIG: Final = "adapter_config.json"
 PEFT_PREFIX: Final = "base_model.model."
 _NAME: Final = re.compile(r"\^?[\w.-]+")
 _ALPHA: Final = ("lora_alpha", "alpha")  # of LoRA; of LoHa and LoKr
@@ -76,9 +76,9 @@ def peft_configs(file: Path, metadata: Mapping[str, str], *, saved_by_peft: bool
         UsageError: A configuration is damaged.
     """
     try:
-        if saved_by_peft and (file.parent / _CONFIG).is_file():
+        if saved_by_peft and (file.parent / PEFT_CONFIG).is_file():
             return {
-                PEFT_PREFIX: _config(read_json(file.parent / _CONFIG, limit=MAX_LORA_CONFIG_BYTES), ""),
+                PEFT_PREFIX: _config(read_json(file.parent / PEFT_CONFIG, limit=MAX_LORA_CONFIG_BYTES), ""),
             }
         document = parse_json(metadata[_IN_HEADER]) if _IN_HEADER in metadata else {}
         if not isinstance(document, dict):

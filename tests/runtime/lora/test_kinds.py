@@ -207,11 +207,10 @@ def test_lokr_is_as_peft_merges_it(tmp_path: Path, rank: int) -> None:
 def test_ia3_is_as_peft_merges_it(tmp_path: Path, on_input: bool) -> None:
     from peft import IA3Config, get_peft_model
 
-    network = network_of_linear()
-    convolution = torch.nn.Conv2d(8, 12, 3)
-    convolution.weight.data = torch.from_numpy(base_of(CONVOLUTION))
-    convolution.bias.data = torch.from_numpy(base_of(CONVOLUTION, "bias"))
-    network["mid"]["conv"] = convolution  # type: ignore[index, operator]
+    layers: dict[str, torch.nn.Module] = {"to_q": torch.nn.Linear(8, 12), "conv": torch.nn.Conv2d(8, 12, 3)}
+    for own, name in zip(layers.values(), (LINEAR, CONVOLUTION), strict=True):
+        own.load_state_dict({part: torch.from_numpy(base_of(name, part)) for part in ("weight", "bias")})
+    network = torch.nn.ModuleDict({"mid": torch.nn.ModuleDict(layers)})
     names = ["to_q", "conv"]
     config = IA3Config(target_modules=names, feedforward_modules=names if on_input else [])
     model = get_peft_model(network, config)
