@@ -178,7 +178,8 @@ def test_alpha_in_the_header(tmp_path: Path, weights: WeightMap) -> None:
     """diffusers since 0.34 keeps PEFT's configuration there."""
     found = pairs(weights, {"unet": layers(weights, "unet")[:2]})
     first, second = found["unet"]
-    said = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {second: 3.0}}
+    patterns = {f"^{second.rpartition('.')[2]}": 5.0, f"^{second}": 3.0}  # of whole names
+    said = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": patterns}
     file = write(tmp_path / "x.safetensors", as_diffusers(found), lora_adapter_metadata=said)
     scales = [getattr(change, "scale", None) for change in read(file, weights).changes.values()]
     assert scales == [8 / len(found["unet"][first].down), 3 / len(found["unet"][second].down)]
