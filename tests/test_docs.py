@@ -24,6 +24,7 @@ import sdrt.benchmarks.cli
 import sdrt.export.cli.main
 import sdrt.runtime
 import sdrt.runtime.cli.main
+from sdrt.export.checkpoint.single_file.published import FAMILIES
 from sdrt.runtime import Pipeline, SdrtError
 from sdrt.runtime.samplers.registry import SAMPLERS, find_sampler
 
@@ -269,6 +270,11 @@ def test_all_samplers_are_in_the_table() -> None:
     assert [own for own, *_ in names] == sorted(SAMPLERS)
     assert [name for own, *others in names for name in others if find_sampler(name)[0] != own] == []
     assert f"| Samplers | {len(SAMPLERS)}," in README.read_text(encoding="utf-8")
+
+
+def test_all_kinds_of_single_files_are_listed() -> None:
+    (row,) = (line for line in CLI.read_text(encoding="utf-8").splitlines() if "| `--family NAME`" in line)
+    assert set(re.findall(r"`([a-z0-9-]+)`", row)) == set(FAMILIES)
 
 
 def test_all_arguments_and_public_names_are_described() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,6 +82,7 @@ class Assembly:
         tokenizers: Folders of tokenizers that are written with CLIP's vocabulary → their configuration.
         linked: Entries of ``base`` that the folder has as well.
         names: What the model is called, where it is not the folder that is; see `few_steps`.
+        brought: Folders of the networks that are not the model's own.
         line: What a single file is, for people, or what is taken of a folder; usually empty there.
         hint: What to do where the configurations do not fit the weights.
     """
@@ -93,6 +95,7 @@ class Assembly:
     tokenizers: Mapping[str, Path]
     linked: tuple[str, ...]
     names: tuple[str, ...] | None = None
+    brought: tuple[str, ...] = ()
     line: str = ""
     hint: str = ""
 
@@ -194,6 +197,7 @@ def _of_file(path: Path, parts: Parts) -> Assembly:
         tokenizers={name: read.base / name for name in folders if name not in own},
         linked=own,
         names=(*few, *read.names),
+        brought=tuple(parts.others),
         line=", ".join([read.line, *_brought_words(parts)]),
         hint=""
         if not read.published
@@ -229,7 +233,18 @@ def _of_folder(base: Path, parts: Parts) -> Assembly:
     words = [*_variant_words(found), *_override_words(overrides), *_brought_words(parts)]
     line = ", ".join([f"{base.resolve().name} is a {index['_class_name']}", *words]) if words else ""
     names = (*few, *names_of(base, parts.model, (index,))) if few else None
-    return Assembly(parts.model, family, base, found, documents, {}, tuple(linked), names, line)
+    return Assembly(
+        source=parts.model,
+        family=family,
+        base=base,
+        parts=found,
+        documents=documents,
+        tokenizers={},
+        linked=tuple(linked),
+        names=names,
+        brought=tuple(parts.others),
+        line=line,
+    )
 
 
 def _few_steps(parts: Parts, scheduler: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -280,7 +295,7 @@ def _brought(network: Network, place: Path, config: Mapping[str, Any]) -> Part:
         if not (inner / "config.json").is_file():
             raise CheckpointError(f"{option} is {place}: neither it nor {folder}/ in it has a config.json")
         return FolderPart(network, inner)
-    if not place.is_file():
+    if not place.exists():
         raise CheckpointError(f"{option} is {place}: no such file or folder")
     if place.suffix != ".safetensors":
         refuse_file(place)
@@ -353,11 +368,17 @@ def _write_tokenizer(folder: Path, configured: Path) -> None:
 
 @contextlib.contextmanager
 def _named(assembly: Assembly, folder: Path) -> Iterator[None]:
-    """Inside, an error about the temporary folder is one about what the user named."""
+    """Inside, an error about the temporary folder is one about what the user named: the model, or a part."""
     try:
         yield
     except CheckpointError as error:
-        text = str(error).replace(str(folder), assembly.source)
-        if isinstance(error, MisfitError) and assembly.hint:
+        text = str(error)
+        for network in assembly.brought:
+            # Not the beginning of another's name, as text_encoder is of text_encoder_2.
+            inner = rf"{re.escape(str(folder / network))}(?!\w)"
+            text = str(assembly.parts[network].place).join(re.split(inner, text))
+        of_part = text != str(error)
+        text = text.replace(str(folder), assembly.source)
+        if isinstance(error, MisfitError) and assembly.hint and not of_part:
             text = f"{text}; {assembly.hint}"
         raise CheckpointError(text) from error

@@ -46,7 +46,7 @@ _OTHERS: Final = (
 _OTHER_NETWORKS: Final = (
     ("AutoencoderTiny", "a small decoder for previews: put the model's own AutoencoderKL in its place"),
     (
-        "Asymmetric.*|VQModel|Consistency.*|Autoencoder.*",
+        "Asymmetric.*|VQModel|Consistency.*|Autoencoder(?!KL$).*",
         "another kind of VAE: put the model's AutoencoderKL in its place",
     ),
     ("UNet(Motion|3D|Spatio).*", "a U-Net for films"),

@@ -15,8 +15,13 @@ from sdrt.runtime.system.untrusted import open_regular, parse_json, read_json, r
 PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
 CONVERT: Final = "StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
-_STEERS: Final = "it only steers a checkpoint; give the folder of that one"
+_STEERS: Final = "it only steers a checkpoint; give that one"
 _WHOLE: Final = "give the folder of the whole pipeline, which has model_index.json"
+
+
+def _part(option: str) -> str:
+    return f"give it beside the model that it is for (sd-export MODEL OUT {option} FILE|FOLDER)"
+
 
 _PICKLE: Final = (
     "a pickle, which can run code when loaded",
@@ -26,10 +31,10 @@ _PICKLE: Final = (
 # What the names of a safetensors file's tensors say of it, the first that fits: what it is, what to do.
 _BY_TENSORS: Final = (
     (
-        re.compile(r".*(lora_(up|down|A|B|a|b|unet|te)|\.lora\.|hada_w|lokr_w).*"),
+        re.compile(r".*(lora_(up|down|A|B|a|b|unet|te)|[._]lora\.|hada_w|lokr_w|:\d+:(up|down)).*"),
         "a LoRA alone",
-        "merge it into the checkpoint that it is for (diffusers' load_lora_weights, fuse_lora, "
-        "save_pretrained) and give that folder",
+        "draw with it (sd-run --lora FILE), or merge it into the checkpoint that it is for "
+        "(sd-export MODEL OUT --lora FILE)",
     ),
     (
         re.compile(r"(control_model\.|controlnet_cond_embedding\.|zero_convs\.|input_hint_block\.).*"),
@@ -37,17 +42,32 @@ _BY_TENSORS: Final = (
         _STEERS,
     ),
     (re.compile(r"model\.diffusion_model\..*"), "a single file", "give that file itself to sd-export"),
-    (re.compile(r"(emb_params|clip_[lg]|string_to_param.*)"), "a textual inversion alone", _WHOLE),
-    (re.compile(r"(down_blocks|mid_block|time_embedding|input_blocks)\..*"), "a U-Net alone", _WHOLE),
-    (re.compile(r"(decoder|encoder|first_stage_model)\.(?!layers).*"), "a VAE alone", _WHOLE),
+    (
+        re.compile(r"(emb_params|clip_[lg]|string_to_param.*)"),
+        "a textual inversion alone",
+        "draw with it (sd-run --embedding FILE)",
+    ),
+    (
+        re.compile(r"(down_blocks|mid_block|time_embedding|input_blocks)\..*"),
+        "a U-Net alone",
+        _part("--unet"),
+    ),
+    (
+        re.compile(r"(text_model\.|transformer\.|model\.)?(embeddings\.)?token_embedding\.weight"),
+        "a text encoder alone",
+        _part("--text-encoder"),
+    ),
+    (re.compile(r"(decoder|encoder|first_stage_model)\.(?!layers).*"), "a VAE alone", _part("--vae")),
 )
 # `_class_name` or an entry of `architectures` in the config.json of a network alone.
 _BY_CLASS: Final = (
     (re.compile(r".*ControlNet.*"), "a ControlNet alone", _STEERS),
     (re.compile(r".*Adapter.*"), "an adapter alone", _STEERS),
-    (re.compile(r"UNet.*"), "a U-Net alone", _WHOLE),
+    (re.compile(r"UNet.*"), "a U-Net alone", _part("--unet")),
+    (re.compile(r"AutoencoderKL"), "a VAE alone", _part("--vae")),
     (re.compile(r"(Autoencoder|Asymmetric|VQ|Consistency).*"), "a VAE alone", _WHOLE),
-    (re.compile(r"CLIP(Text|Vision)?Model.*"), "a CLIP encoder alone", _WHOLE),
+    (re.compile(r"CLIPTextModel.*"), "a text encoder alone", _part("--text-encoder")),
+    (re.compile(r"CLIP(Vision)?Model.*"), "a CLIP encoder alone", _WHOLE),
 )
 _LORA_FILES: Final = ("pytorch_lora_weights.safetensors", "adapter_config.json")
 
@@ -103,8 +123,10 @@ def refuse_pickle(path: Path) -> None:
     try:
         with open_regular(path) as stream:
             start = stream.read(64)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:  # which names the file
+        raise CheckpointError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if _is_pickle(start):
         raise CheckpointError(f"{path} is {_PICKLE[0]}, whatever its name says: {_PICKLE[1]}")
 

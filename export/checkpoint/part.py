@@ -112,6 +112,11 @@ class FilePart:
     names: Mapping[str, str]
     config: Mapping[str, Any]
 
+    @property
+    def place(self) -> Path:
+        """The file."""
+        return self.header.path
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Its tensors by the names that they are written under, without their numbers."""
         return {name: tuple(tensor.shape) for name, tensor in self._renamed(meta=True).items()}

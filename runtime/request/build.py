@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.families.told import Told
 from sdrt.runtime.bundle.manifest import Manifest
@@ -203,28 +204,26 @@ def _check_of_family(manifest: Manifest, options: Mapping[str, Any]) -> None:
     for name in record.without:
         if options.get(name) is not None and record.reads_text:  # without text: `image_conditions`
             raise UsageError(f"{name} is given: a bundle of {record.title} has no such thing")
-    others: dict[str, list[str]] = {}
+    titles: dict[str, list[str]] = {}
     for family in FAMILIES.values():
-        for name in family.own:
-            others.setdefault(name, []).append(family.title)
-    for name, titles in others.items():
-        if name not in record.own and options.get(name) is not None:
+        for name in _own_options(family):
+            titles.setdefault(name, []).append(family.title)
+    for name in titles:
+        if name not in _own_options(record) and options.get(name) is not None:
             raise UsageError(
-                f"{name} is {options[name]!r}: only {' and '.join(titles)} have it, this bundle is "
-                f"{record.name}"
+                f"{name} is {options[name]!r}: only a bundle of {' or '.join(titles[name])} has it, this one "
+                f"is of {record.title}"
             )
+
+
+def _own_options(family: Family) -> set[str]:
+    """Options of a request that not every family has: what the U-Net is told, and the rest."""
+    return {*family.own, *(name for option in family.told_options for name in option.names)}
 
 
 def _told(manifest: Manifest, options: Mapping[str, Any], size: tuple[int, int]) -> Told:
     """What the U-Net is told in numbers, with defaults for what was not given."""
     known = manifest.record.told_options
-    for family in FAMILIES.values():
-        for option in family.told_options:
-            for name in option.names if option not in known else ():
-                if (value := options.get(name)) is not None:
-                    raise UsageError(
-                        f"{name} is {value!r}: only {family.title} has it, this bundle is {manifest.family}"
-                    )
     return {name: value for option in known for name, value in option.read(options, size).items()}
 
 

@@ -166,7 +166,7 @@ def _why(kind: Kind, words: str, overrides: Overrides) -> str | None:
 def _context(header: Header) -> int:
     """The features that the U-Net's cross-attention reads; 0 where it has none."""
     found = (name for name in header.tensors if name.startswith(UNET) and _CONTEXT.fullmatch(name))
-    return next((header.shape(name)[-1] for name in found), 0)
+    return next((shape[-1] for name in found if (shape := header.shape(name))), 0)
 
 
 def _told(header: Header, overrides: Overrides) -> _Told:
@@ -199,7 +199,8 @@ def scheduler_in(base: Path, index: Mapping[str, Any]) -> dict[str, Any]:
 
 def _guidance(header: Header) -> dict[str, Any]:
     """Of a U-Net that is told its guidance scale: the width of what it is told."""
-    return {"time_cond_proj_dim": header.shape(TOLD)[1]} if TOLD in header.tensors else {}
+    shape = header.shape(TOLD)
+    return {"time_cond_proj_dim": shape[1]} if len(shape) == 2 else {}
 
 
 def _latents(header: Header) -> dict[str, Any]:
@@ -217,10 +218,11 @@ def _sigmas(header: Header) -> dict[str, Any]:
 
 
 def _numbers(header: Header, name: str) -> list[float]:
-    shape = header.shape(name)
-    if len(shape) > 4 or any(size > 256 for size in shape):
+    dtype, shape = header.tensors[name]
+    if len(shape) > 4 or not all(0 < size <= 256 for size in shape) or dtype not in DTYPES:
         raise CheckpointError(
-            f"{header.path}: the tensor {name} has the shape {list(shape)}: a few numbers are wanted"
+            f"{header.path}: the tensor {name} is {dtype} of the shape {list(shape)}: a few floating point "
+            "numbers are wanted"
         )
     ((_, tensor),) = load_tensors(header, [name], meta=False)
     # As they were meant: 0.002 was rounded to fp32 or fp16 when it was saved.

@@ -229,6 +229,7 @@ def test_what_does_not_go_together_is_refused(
         ({"vae": tmp_path / "x"}, r"--vae is .*x: no such file or folder"),
         ({"vae": tmp_path}, r"neither it nor vae/ in it has a config.json"),
         ({"vae": unet}, "holds no VAE"),
+        ({"vae": Path(os.devnull)}, "is a device: a regular file is wanted"),
     ):
         with pytest.raises((CheckpointError, UsageError), match=words):
             assembled(tiny_checkpoint, **others)
@@ -257,6 +258,21 @@ def test_weights_of_other_sizes_say_how_to_give_a_configuration(
         check_architectures(checkpoint)
     with pytest.raises(CheckpointError, match=r"takes 4 channels and reads 16 features .*--config FOLDER"):
         assembled(file)
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_an_error_names_the_part_that_was_brought(form: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Not MODEL, whose own networks are whole; nor is another configuration of that the remedy."""
+    file = write_single_file(tmp_path / "model.safetensors", tiny_checkpoint)
+    given = Path(shutil.copytree(tiny_checkpoint / "vae", tmp_path / "better"))
+    (weights,) = given.glob("*.safetensors")
+    state = load_file(weights)
+    save_file({**state, "decoder.conv_in.weight": torch.zeros(16, 16, 3, 3)}, weights)
+    given = weights if form == "file" else given
+    assembly = replace(assembled(file, tiny_checkpoint, vae=given), hint="--config FOLDER gives its own")
+    words = rf"^{given}: decoder\.conv_in\.weight has the shape \[16, 16, 3, 3\], by config.json .* in all\)$"
+    with pytest.raises(CheckpointError, match=words), assembly.opened(tmp_path / "out") as checkpoint:
+        check_architectures(checkpoint)
 
 
 def test_the_prediction_of_a_folder_can_be_overruled(tiny_checkpoint: Path, tmp_path: Path) -> None:

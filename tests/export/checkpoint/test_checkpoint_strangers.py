@@ -36,8 +36,15 @@ def holding(files: Mapping[str, Any]) -> Callable[[Path], None]:
 
 
 NO_PIPELINES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
-    "LoRA": ("a.safetensors", tensors("unet.x.lora_A.weight"), ("a LoRA alone", "merge it")),
+    "LoRA": (
+        "a.safetensors",
+        tensors("unet.x.lora_A.weight"),
+        ("a LoRA alone", "sd-run --lora FILE", "sd-export MODEL OUT --lora FILE"),
+    ),
     "old LoRA": ("b.safetensors", tensors("lora_unet_x.lora_down.weight"), ("a LoRA alone",)),
+    "first LoRA": ("u.safetensors", tensors("unet:0:up"), ("a LoRA alone",)),
+    "LoRA of attention": ("v.safetensors", tensors("x.processor.to_q_lora.down.weight"), ("a LoRA alone",)),
+    "textual inversion": ("w.safetensors", tensors("emb_params"), ("sd-run --embedding FILE",)),
     "ControlNet": (
         "c.safetensors",
         tensors("controlnet_cond_embedding.conv_in.weight"),
@@ -46,9 +53,14 @@ NO_PIPELINES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "U-Net": (
         "d.safetensors",
         tensors("down_blocks.0.x", "conv_in.bias"),
-        ("a U-Net alone", "model_index.json"),
+        ("a U-Net alone", "--unet FILE"),
     ),
-    "VAE": ("e.safetensors", tensors("decoder.conv_in.weight"), ("a VAE alone",)),
+    "VAE": ("e.safetensors", tensors("decoder.conv_in.weight"), ("a VAE alone", "--vae FILE")),
+    "text encoder": (
+        "t.safetensors",
+        tensors("text_model.embeddings.token_embedding.weight"),
+        ("a text encoder alone", "--text-encoder FILE"),
+    ),
     "single file": (
         "f.safetensors",
         tensors("model.diffusion_model.x"),
@@ -69,7 +81,7 @@ NO_PIPELINES: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "U-Net folder": (
         "k",
         holding({"config.json": {"_class_name": "UNet2DConditionModel"}}),
-        ("a U-Net alone",),
+        ("a U-Net alone", "--unet FILE"),
     ),
     "ControlNet folder": (
         "l",

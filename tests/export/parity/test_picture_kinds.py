@@ -298,7 +298,7 @@ def test_steps_with_two_rows_and_with_one_in_one_run(kind: str, request: pytest.
             "pix2pix",
             PROMPT,
             {"noise_level": 3},
-            "noise_level is 3: only Stable unCLIP and the x4 upscaler have it",
+            "noise_level is 3: only a bundle of Stable unCLIP or the x4 upscaler has it",
         ),
     ],
 )

@@ -277,7 +277,7 @@ def test_the_command(
             "refine_from 0.5 is before the first step",
         ),
         ({"refine_from": 0.5, "aesthetic_score": -1}, "aesthetic_score is -1: a score from 0 to 100"),
-        ({"aesthetic_score": 6}, "only the SDXL refiner has it"),
+        ({"aesthetic_score": 6}, "only a bundle of the SDXL refiner has it"),
         ({"denoising_start": 0.8}, "denoising_start is 0.8, and no latents are given"),
         ({"denoising_start": 0.8, "image": picture()}, "denoising_start and image are given"),
         ({"denoising_start": 0.8, "denoising_end": 0.8}, "the part ends before it begins"),

@@ -294,7 +294,7 @@ def test_last_line_without_an_end_and_empty_lines(serve: Any) -> None:
         ({"prompt": "x", "height": 18}, 2, "height is 18: this bundle draws multiples of 4"),
         ({"prompt": "x", "seed": -2}, 2, "seed is -2"),
         ({"prompt": "x", "seed": 1.5}, 2, "seed is 1.5"),
-        ({"prompt": "x", "original_size": [8, 8]}, 2, "only SDXL has it"),
+        ({"prompt": "x", "original_size": [8, 8]}, 2, "only a bundle of SDXL or the SDXL refiner or "),
         ({"prompt": "x", "output": 5}, 2, "output is 5: a path or 'base64'"),
         (
             {"prompt": "x", "output": "a.gif"},

@@ -178,6 +178,11 @@ FIRST, KEYS = (
             "is Stable unCLIP 2.1",
         ),
         ({FIRST: (320, 4, 3, 3), KEYS: (320, 96)}, "takes 4 channels and reads 96 features.*--config FOLDER"),
+        ({FIRST: (320, 4, 3, 3), KEYS: ()}, "takes 4 channels and reads 0 features"),
+        (
+            {FIRST: (320, 4, 3, 3), KEYS: (320, 2048), "edm_mean": (0,), "edm_std": (0,)},
+            r"the tensor edm_mean is F\d\d of the shape \[0\]: a few floating",
+        ),
         ({f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": (9, 3)}, "a transformer in place of a U-Net"),
     ],
 )
