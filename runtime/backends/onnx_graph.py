@@ -81,6 +81,20 @@ class Initializer:
             raise ValueError("its numbers are not kept as bytes")
         return np.fromfile(folder / self.file, self.dtype, count, offset=self.offset).reshape(shape)
 
+    def within(self, content: memoryview) -> NDArray[Any]:
+        """The numbers, where they are in the content of the file, or in ``data``.
+
+        Raises:
+            ValueError: There are fewer than ``shape`` says.
+        """
+        offset, count = (self.offset if self.data is None else 0), math.prod(self.shape)
+        if (
+            min(self.shape, default=0) < 0
+            or not 0 <= offset <= len(content) - count * np.dtype(self.dtype).itemsize
+        ):
+            raise ValueError(f"a weight of the shape {list(self.shape)} lies beyond the end of its numbers")
+        return np.frombuffer(content, self.dtype, count, offset).reshape(self.shape)
+
 
 def read_graph(model: bytes) -> tuple[list[Node], dict[str, Initializer]]:
     """The nodes of a model's main graph, and its initializers by name.

@@ -10,13 +10,12 @@ from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.devices.device import Device
 from sdrt.runtime.drawing.condition_encoder import ConditionEncoder
-from sdrt.runtime.errors import SdrtError
 from sdrt.runtime.request.loras import LoraSet
 
 if TYPE_CHECKING:
     from sdrt.runtime.lora.file import LoraFile
 
-_Held = tuple[tuple[str, float], ...]  # SHA-256 and weight of each file that a component was changed by
+_Held = tuple[tuple[str, float], ...]  # identity and weight of each file that a component was changed by
 
 
 class Adapters:
@@ -40,7 +39,7 @@ class Adapters:
         self._bundle, self._encoder, self._device = bundle, encoder, device
         encoders = [one.component for one in bundle.manifest.record.encoders]
         self._executors = {name: executors[name] for name in (*encoders, "unet")}
-        # None where an interrupt came in between, so that nobody knows.
+        # None where it failed or an interrupt came in between: the next use replaces whatever is there.
         self._held: dict[str, _Held | None] = dict.fromkeys(self._executors, ())
 
     def lend_words(self, wanted: LoraSet) -> None:
@@ -68,7 +67,7 @@ class Adapters:
         changes = {}
         for component, held in self._held.items():
             files = wanted.of_component(component)
-            if held != (wants := tuple((file.sha256, weight) for file, weight in files)):
+            if held != (wants := tuple((file.identity, weight) for file, weight in files)):
                 changes[component] = (files, wants)
         if not changes:
             return 0.0
@@ -82,12 +81,8 @@ class Adapters:
         from sdrt.runtime.lora.merge import merged_weights  # who draws without LoRAs need not wait for it
 
         weights = merged_weights(self._bundle, files, {component}).get(component, {})
-        before, self._held[component] = self._held[component], None
+        self._held[component] = None
         if component != "unet":
             self._encoder.forget()
-        try:
-            self._executors[component].replace_weights(weights)
-        except SdrtError:  # the executor has left them as they were
-            self._held[component] = before
-            raise
+        self._executors[component].replace_weights(weights)
         self._held[component] = wants

@@ -95,8 +95,14 @@ class Tucker:
 
     def numbers(self, base: Floats) -> Floats:
         """See `Product`."""
-        wide = np.tensordot(self.up.astype(np.float64), self.middle.astype(np.float64), axes=(1, 0))
-        kernel = np.tensordot(wide, self.down.astype(np.float64), axes=(1, 0))  # [out, height, width, in]
+        up, middle, down = (factor.astype(np.float64) for factor in (self.up, self.middle, self.down))
+        outer, inner = middle.shape[:2]
+        # First what leaves less in between: with very unequal ranks the other would fill the memory.
+        if len(up) * inner <= outer * down.shape[1]:
+            kernel = np.tensordot(np.tensordot(up, middle, axes=(1, 0)), down, axes=(1, 0))
+        else:
+            kernel = np.tensordot(up, np.tensordot(middle, down, axes=(1, 0)), axes=(1, 0))
+        # [out, height, width, in]
         return np.moveaxis(kernel, -1, 1).astype(np.float32).reshape(base.shape)
 
 

@@ -17,7 +17,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.runtime.bundle.limits import MAX_LORA_BYTES, MAX_LORA_HEADER_BYTES, MAX_LORA_TENSORS
+from sdrt.runtime.bundle.limits import (
+    MAX_DIMENSION,
+    MAX_LORA_BYTES,
+    MAX_LORA_HEADER_BYTES,
+    MAX_LORA_TENSORS,
+    MAX_RANK,
+)
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.system.untrusted import library_errors, open_regular, parse_json
 
@@ -110,7 +116,13 @@ def _tensors(file: Path, content: bytes) -> Tensors:
         numbers = _numbers(file, name, entry["dtype"], entry["data"])
         if not np.isfinite(numbers).all():
             raise UsageError(f"{file}: the tensor {name!r} holds NaN or infinity, so the LoRA cannot be used")
-        tensors[name] = numbers.reshape(tuple(entry["shape"]))
+        shape = tuple(entry["shape"])
+        if len(shape) > MAX_RANK or max(shape, default=0) > MAX_DIMENSION:  # NumPy has limits, too
+            raise UsageError(
+                f"{file}: the tensor {name!r} has {len(shape)} axes of up to {max(shape, default=0)}, of a "
+                f"LoRA it is at most {MAX_RANK} of {MAX_DIMENSION}"
+            )
+        tensors[name] = numbers.reshape(shape)
     return tensors
 
 

@@ -45,6 +45,7 @@ class LoraFile:
         changes: Tensor → what the file adds to it.
         left_out: Keys that found no place; none unless only a part was asked for.
         embeddings: Words of textual inversion that it brings → for each text encoder float32 [k, width].
+        config: What was taken from a file of PEFT's beside it; empty where there was none.
     """
 
     path: Path
@@ -53,6 +54,12 @@ class LoraFile:
     changes: Mapping[TensorKey, Change]
     left_out: tuple[str, ...]
     embeddings: Mapping[str, tuple[NDArray[np.float32], ...]]
+    config: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Another one for each file that changes a model otherwise."""
+        return f"{self.sha256} {self.config}"
 
 
 def read_lora(path: str | Path, weights: WeightMap, family: Family, *, partial: bool = False) -> LoraFile:
@@ -87,6 +94,7 @@ def read_lora(path: str | Path, weights: WeightMap, family: Family, *, partial: 
         reading.changes,
         tuple(reading.left),
         reading.embeddings,
+        reading.config,
     )
 
 
@@ -97,6 +105,7 @@ class _Reading:
         self.content, self.weights = content, weights
         self.changes: dict[TensorKey, Change] = {}
         self.reasons: dict[str, str] = {}  # key that found no place → why
+        self.config = ""
         words = words_in(content, weights, family)
         self.embeddings = {name: word.vectors for name, word in words.items()}
         of_words = {key for word in words.values() for key in word.keys}
@@ -130,6 +139,7 @@ class _Reading:
         known = Layers(self.weights)
         by_peft = any(key.startswith(PEFT_PREFIX) for key in keys)
         configs = peft_configs(self.content.path, self.content.metadata, saved_by_peft=by_peft)
+        self.config = repr(configs[PEFT_PREFIX]) if PEFT_PREFIX in configs else ""
         for name, parts in layers.items():
             layer = known.find(name)
             if layer is None:
@@ -167,16 +177,20 @@ def _scale(
     content: Content, name: str, parts: Mapping[str, str], prefix: str, config: PeftConfig
 ) -> float | None:
     """Alpha over the rank by PEFT's configuration; None where it does not say alpha."""
-    for part, axis in (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
+    layer = name.removeprefix(prefix)
+    for part in ("down", "hada_w1_b"):
         if part in parts and content.tensors[parts[part]].ndim:
-            return config.scale(name.removeprefix(prefix), content.tensors[parts[part]].shape[axis] or 1)
+            return config.scale(layer, content.tensors[parts[part]].shape[0] or 1)
+    if any(part.startswith("lokr_") for part in parts):  # its factors may be whole and have no rank
+        return config.scale(layer, config.rank_of(layer))
     return None
 
 
 def _nothing_fits(content: Content, reading: _Reading) -> str:
     if not content.tensors:
         return "is empty: it holds no tensors"
-    first, reason = next(iter(reading.reasons.items()), ("", ""))
+    if not reading.reasons:
+        return "holds embeddings alone"
     said = said_family(content)
     words = f"; its header says that it is for {said}" if said else ""
-    return f"has nothing that this model can use: {reason}{words}" if first else "holds embeddings alone"
+    return f"has nothing that this model can use: {next(iter(reading.reasons.values()))}{words}"

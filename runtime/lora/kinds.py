@@ -44,6 +44,7 @@ class Parts:
         """
         self._left = dict(tensors)
         self._scale = scale
+        self._taken = False
 
     def __contains__(self, part: str) -> bool:
         return part in self._left
@@ -56,6 +57,7 @@ class Parts:
         """
         if part not in self._left:
             raise ValueError(f"its {part} is missing")
+        self._taken = True
         return self._left.pop(part)
 
     def scale(self, rank: int | None) -> float:
@@ -74,10 +76,10 @@ class Parts:
         return float(alpha.reshape(())) / rank
 
     def end(self) -> None:
-        """Raise ValueError if a part is left."""
-        self._left.pop("alpha", None)
-        if self._left:
-            raise ValueError(f"its {sorted(self._left)[0]} belongs to no kind of change that is known")
+        """Raise ValueError if a part is left, or there was none but alpha."""
+        left = sorted(part for part in self._left if part != "alpha" or not self._taken)
+        if left:
+            raise ValueError(f"its {left[0]} belongs to no kind of change that is known")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ def changes_of(parts: Parts, target: Target) -> Iterator[tuple[str, Change]]:
                 raise ValueError("the model's layer has no matrix")
             yield WEIGHT, _decomposed(parts, kind.read(parts, shape), shape)
             break
+    if "ia3_factor" in parts:
+        yield from _rescaled_by(parts, target)
     for part, tensor in (("w_norm", WEIGHT), ("b_norm", BIAS), ("diff_b", BIAS)):
         if part in parts:
             yield tensor, Scaled(_difference(parts.take(part), target.shape(tensor), part), 1.0)
@@ -153,6 +157,7 @@ def _hadamard(parts: Parts, shape: Shape) -> Change:
             core = parts.take(f"hada_t{index}")
             products.append(_with_kernel(first, core, second, shape, f"hada_w{index}"))
             continue
+        _rank(first, 1, f"hada_w{index}_a")
         _expect(first, (shape[0], rank), f"hada_w{index}_a")
         _expect(second, (rank, math.prod(shape[1:])), f"hada_w{index}_b")
         products.append(LowRank(first.reshape(-1, rank), second.reshape(rank, -1)))
@@ -217,11 +222,20 @@ def _rescaled(parts: Parts, shape: Shape) -> Change:
     return Scaled(Rescaled(_along(shares, shape, 1 if on_input.reshape(()) else 0, "weight")), 1.0)
 
 
-def _rescaled_by(parts: Parts, shape: Shape) -> Change:
-    """PEFT's (IA)³: the number is the factor, [out, 1] or [1, in]."""
-    factors = parts.take("ia3_factor")
+def _rescaled_by(parts: Parts, target: Target) -> Iterator[tuple[str, Change]]:
+    """PEFT's (IA)³: the number is the factor, [out, 1] or [1, in]; of outputs it is the bias's, too."""
+    factors, shape = parts.take("ia3_factor"), target.shape(WEIGHT)
+    if len(shape) < 2:
+        raise ValueError("the model's layer has no matrix")
     axis = 1 if factors.ndim > 1 and factors.shape[0] == 1 else 0
-    return Scaled(Rescaled(_along(factors, shape, axis, "ia3_l") - np.float32(1)), 1.0)
+    if factors.ndim > 2:  # of a convolution [1, out, 1, 1] or [1, in, 1, 1]
+        if shape[0] == shape[1]:
+            raise ValueError("its ia3_l may be of the convolution's inputs or outputs, which are as many")
+        axis = 0 if factors.size == shape[0] else 1
+    shares = _along(factors, shape, axis, "ia3_l") - np.float32(1)
+    yield WEIGHT, Scaled(Rescaled(shares), 1.0)
+    if axis == 0 and BIAS in target.shapes:
+        yield BIAS, Scaled(Rescaled(shares.reshape(target.shape(BIAS))), 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +251,6 @@ _KINDS: Final = (
     _Kind("lokr_w1", _kronecker),
     _Kind("lokr_w1_a", _kronecker),
     _Kind("ia3", _rescaled),
-    _Kind("ia3_factor", _rescaled_by),
     _Kind("diff", _full),
 )
 

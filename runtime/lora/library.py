@@ -92,7 +92,7 @@ class LoraLibrary:
         name = checked_name(Path(path).stem if name is None else name)
         lora = self._read(Path(path), partial=partial)
         other = self.adapters.get(name)
-        if other is not None and other.file.sha256 != lora.file.sha256:
+        if other is not None and other.file.identity != lora.file.identity:
             raise UsageError(
                 f"the name {name!r} is taken by {other.file.path}: give {path} another adapter_name, or "
                 "unload that one first (unload_lora_weights)"
@@ -195,13 +195,9 @@ class LoraLibrary:
     def _read(self, path: Path, *, partial: bool) -> Lora:
         from sdrt.runtime.bundle.weight_map import read_weight_map  # who draws without LoRAs need not wait
         from sdrt.runtime.lora.file import read_lora
+        from sdrt.runtime.lora.peft_config import PEFT_CONFIG
 
-        key: tuple[Any, ...]
-        try:
-            facts = path.stat()
-            key = (path, facts.st_size, facts.st_mtime_ns, facts.st_ino, partial)
-        except (OSError, ValueError):  # what is the matter is told when it is read
-            key = (path, partial)
+        key = (path, _facts(path), _facts(path.parent / PEFT_CONFIG), partial)
         with self._lock:
             if key not in self._kept:
                 if self._weight_map is None:
@@ -231,6 +227,15 @@ def checked_name(name: Any) -> str:
     if not isinstance(name, str) or not name.strip() or len(name) > MAX_NAME or not name.isprintable():
         raise UsageError(f"adapter_name is {str(name)[:MAX_NAME]!r}: 1 to {MAX_NAME} printable characters")
     return name
+
+
+def _facts(path: Path) -> tuple[int, ...]:
+    """What is another where a file was changed; what is the matter with it is told when it is read."""
+    try:
+        facts = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 def _is_path(name: str) -> bool:

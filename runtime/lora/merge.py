@@ -82,7 +82,7 @@ def merged_weights(
 def changes_by_tensor(loras: Sequence[tuple[LoraFile, float]]) -> Mapping[TensorKey, Changes]:
     """The changes of each tensor with their weights, in the order in which they are added."""
     changes: dict[TensorKey, list[tuple[Change, float]]] = defaultdict(list)
-    for file, weight in sorted(loras, key=lambda entry: (entry[0].sha256, entry[1])):
+    for file, weight in sorted(loras, key=lambda entry: (entry[0].identity, entry[1])):
         if weight:
             for key, change in file.changes.items():
                 changes[key].append((change, weight))

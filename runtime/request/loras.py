@@ -40,8 +40,8 @@ class LoraSet:
     """What the weights of a model are changed by. Two are equal if they change them alike.
 
     Attributes:
-        key: SHA-256 of each file and its two weights, in the order of the files'; without weights of 0.
-        files: By SHA-256.
+        key: Identity of each file and its two weights, in the order of the files'; without weights of 0.
+        files: By identity.
     """
 
     key: tuple[tuple[str, float, float], ...] = ()
@@ -51,17 +51,17 @@ class LoraSet:
     def of(cls, uses: Sequence[LoraUse]) -> LoraSet:
         """The set of an image; what is named twice has the sum of its weights."""
         sums: dict[str, LoraWeights] = {}
-        for digest, weights in ((use.lora.file.sha256, use.weights) for use in uses):
-            sums[digest] = weights.plus(sums[digest]) if digest in sums else weights
-        key = tuple((digest, *weights) for digest, weights in sorted(sums.items()) if any(weights))
-        files = {use.lora.file.sha256: use.lora.file for use in uses if any(sums[use.lora.file.sha256])}
+        for identity, weights in ((use.lora.file.identity, use.weights) for use in uses):
+            sums[identity] = weights.plus(sums[identity]) if identity in sums else weights
+        key = tuple((identity, *weights) for identity, weights in sorted(sums.items()) if any(weights))
+        files = {use.lora.file.identity: use.lora.file for use in uses if any(sums[use.lora.file.identity])}
         return cls(key, files)
 
     def of_component(self, component: str) -> list[tuple[LoraFile, float]]:
         """What of the files changes a component, each with its weight there."""
         found = []
-        for digest, text_encoder, unet in self.key:
-            file, weight = self.files[digest], unet if component == "unet" else text_encoder
+        for identity, text_encoder, unet in self.key:
+            file, weight = self.files[identity], unet if component == "unet" else text_encoder
             changes = {key: change for key, change in file.changes.items() if key.folder == component}
             if changes and weight:
                 found.append((replace(file, changes=changes), weight))

@@ -327,7 +327,9 @@ def _lora_tag(words: str, quoted: str) -> LoraTag:
     try:
         weights = {"text_encoder": float(te), "unet": float(unet)}
     except ValueError:
-        raise UsageError(f"the prompt's {quoted}: {te!r} or {unet!r} is no weight of a LoRA") from None
+        raise UsageError(
+            f"the prompt's {quoted}: {te!r} or {unet!r} is no weight of a LoRA; write a number, such as 0.8"
+        ) from None
     return LoraTag(name, checked_weights(name, weights), quoted)
 
 

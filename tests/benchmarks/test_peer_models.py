@@ -48,7 +48,7 @@ def as_architecture(checkpoint: Path, folder: Path) -> None:
 def small_architecture(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An architecture of the tiny checkpoint's shapes, under the name of a published one."""
     as_architecture(tiny_checkpoint, tmp_path / "architectures" / "sd15")
-    monkeypatch.setattr(architectures, "_FOLDER", tmp_path / "architectures")
+    monkeypatch.setattr(architectures, "FOLDER", tmp_path / "architectures")
     return "sd15"
 
 
@@ -119,7 +119,7 @@ def test_an_architecture_of_xl_is_drawn_by_diffusers(tmp_path: Path, monkeypatch
     checkpoint.mkdir()
     write_tiny_sdxl_checkpoint(checkpoint)
     as_architecture(checkpoint, tmp_path / "architectures" / "sdxl")
-    monkeypatch.setattr(architectures, "_FOLDER", tmp_path / "architectures")
+    monkeypatch.setattr(architectures, "FOLDER", tmp_path / "architectures")
     folder = peer_models.prepare("diffusers-cuda", "sdxl")
     with pytest.raises(UsageError, match=r"openvino draws with Stable Diffusion 1\.x and 2\.x alone"):
         peer_models.prepare("openvino", "sdxl")

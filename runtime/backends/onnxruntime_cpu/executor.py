@@ -95,10 +95,11 @@ class OnnxRuntimeExecutor:
         On a prepared graph this takes about as long as loading it. Without one, the bundle's graph is loaded
         anew, which takes as long as at the start.
         """
-        replaced, sessions = None, self._own_sessions
-        if weights:
-            replaced = self._replaceable.with_weights(weights)
-            sessions = {threads: replaced.load(threads) for threads in self._sessions}
+        replaced = self._replaceable.with_weights(weights) if weights else None
+        sessions = {} if replaced else self._own_sessions
+        # Whatever fails does so before anything changes.
+        for threads in self._sessions.keys() - sessions.keys():
+            sessions[threads] = replaced.load(threads) if replaced else self._load(threads)
         self._replaced, self._sessions = replaced, sessions
         if self._prepared is None and replaced is not None:
             self._own_sessions = {}  # all weights once more, which a prepared graph only maps

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdrt.runtime.admission.records import admit_rewritten
+from sdrt.runtime.backends.component_weights import ComponentWeights
 from sdrt.runtime.backends.executor import check_buffers, check_weights, first_line
 from sdrt.runtime.backends.onnx_graph import BFLOAT16, read_graph
 from sdrt.runtime.backends.onnxruntime_cuda.graph_nodes import shape_nodes
 from sdrt.runtime.backends.onnxruntime_cuda.library import NAME, PROVIDER, import_with_cuda
 from sdrt.runtime.backends.onnxruntime_cuda.weight_inputs import WeightInput, matrices, with_weights
 from sdrt.runtime.backends.onnxruntime_sessions import check_graph, quiet_options
-from sdrt.runtime.backends.own_weights import OwnWeights
 from sdrt.runtime.bundle.bundle import Bundle
 from sdrt.runtime.bundle.engine_search import Engine, build_command, find_engine
 from sdrt.runtime.bundle.families.record import ComponentSpec
@@ -103,8 +103,9 @@ class OnnxRuntimeCudaExecutor:
         self._bundle, self._device, self._verify = bundle, device, verify
         self._allowed = frozenset(allow_cpu_nodes)
         self.capturable = not self._allowed
-        self._own = OwnWeights(bundle, component)
+        self._own = ComponentWeights(bundle, component)
         self._replaced: dict[str, NDArray[Any]] = {}
+        self._settled = True  # whether all graphs have them: not where replacing failed or was interrupted
         self._matrices: dict[str, Buffer] = {}  # inputs in place of initializers, by name
         self._bound: WeakSet[_BoundCudaSession] = WeakSet()
         device.make_current()
@@ -145,19 +146,24 @@ class OnnxRuntimeCudaExecutor:
         them. Only where something else changes, or there are none any more, the graph is loaded anew.
         """
         check_weights(weights, self._own.find, f"the {self.spec.name} of {self._bundle.path}")
-        if not weights and not self._replaced:
-            return
-        self._device.make_current()
-        graphs = [graph for graph in (self._graph, *(bound.graph for bound in self._bound)) if graph]
-        if weights and self._replaced and all(self._differs_in_matrices(graph, weights) for graph in graphs):
-            changed = {**dict.fromkeys(self._replaced), **weights}
-            inputs = {entry.name: entry for graph in graphs for entry in graph.inputs}
-            for entry in inputs.values():
-                if entry.initializer in changed:
-                    self._fill(entry, weights)
-            self._replaced = dict(weights)
-            return
-        self._load_anew(graphs, weights)
+        settled, self._settled = self._settled, False
+        if weights or self._replaced or not settled:
+            self._device.make_current()
+            graphs = [graph for graph in (self._graph, *(bound.graph for bound in self._bound)) if graph]
+            copies = settled and weights and self._replaced
+            if copies and all(self._differs_in_matrices(graph, weights) for graph in graphs):
+                self._copy(graphs, weights)
+            else:
+                self._load_anew(graphs, weights)
+        self._settled = True
+
+    def _copy(self, graphs: Sequence[_Graph], weights: Mapping[str, NDArray[Any]]) -> None:
+        changed = {**dict.fromkeys(self._replaced), **weights}
+        inputs = {entry.name: entry for graph in graphs for entry in graph.inputs}
+        for entry in inputs.values():
+            if entry.initializer in changed:
+                self._fill(entry, weights)
+        self._replaced = dict(weights)
 
     def _differs_in_matrices(self, graph: _Graph, weights: Mapping[str, NDArray[Any]]) -> bool:
         """Whether nothing of a graph that is constant in it would become another."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from sdrt.runtime.backends.own_weights import OwnWeights
+from sdrt.runtime.backends.component_weights import ComponentWeights
 from sdrt.runtime.backends.trt.errors import ErrorLog
 from sdrt.runtime.backends.trt.library import RTX
 from sdrt.runtime.backends.trt.runtime_cache import RuntimeCache, runtime_cache_name
@@ -172,7 +172,7 @@ class LoadedEngine:
         if self._cache is not None:
             self._cache.save()
 
-    def prepare_refit(self, weights: Mapping[str, NDArray[Any]], own: OwnWeights) -> Callable[[], None]:
+    def prepare_refit(self, weights: Mapping[str, NDArray[Any]], own: ComponentWeights) -> Callable[[], None]:
         """Hand over weights to be used later: see `Executor.replace_weights`.
 
         Args:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from sdrt.runtime.backends.component_weights import ComponentWeights
 from sdrt.runtime.backends.executor import check_buffers, first_line
-from sdrt.runtime.backends.own_weights import OwnWeights
 from sdrt.runtime.backends.trt.engine import LoadedEngine
 from sdrt.runtime.backends.trt.errors import ErrorLog
 from sdrt.runtime.backends.trt.library import import_tensorrt
@@ -61,7 +61,7 @@ class TensorRTExecutor:
         device.make_current()
         self._log = ErrorLog(self._trt)
         self._runtime = self._start()
-        self._own = OwnWeights(bundle, component)
+        self._own = ComponentWeights(bundle, component)
         self._replaced: dict[str, NDArray[Any]] = {}
         # Bindings keep their engine; one that none of them uses any more gives its memory back.
         self._loaded: weakref.WeakValueDictionary[str, LoadedEngine] = weakref.WeakValueDictionary()
@@ -101,10 +101,11 @@ class TensorRTExecutor:
             return
         self._device.make_current()
         refits = [loaded.prepare_refit(wanted, self._own) for loaded in list(self._loaded.values())]
+        self.generation += 1
+        self._replaced = wanted  # whichever refit fails: the next call gives all of these their numbers
         for refit in refits:
             refit()
         self._replaced = dict(weights)
-        self.generation += 1
 
     def close(self) -> None:
         """Keep what the library compiled for this GPU; engines are freed with their last binding."""

@@ -11,10 +11,10 @@ import pytest
 from support.runs.repeats import assert_repeats
 
 from sdrt.export.engines.compare import random_inputs, tolerance
+from sdrt.runtime.backends.component_weights import ComponentWeights
 from sdrt.runtime.backends.executor import Executor, replayable
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
 from sdrt.runtime.backends.onnxruntime_cuda.weight_inputs import matrices
-from sdrt.runtime.backends.own_weights import OwnWeights
 from sdrt.runtime.backends.registry import choose_backend, load_executor, open_device
 from sdrt.runtime.backends.trt.library import import_tensorrt
 from sdrt.runtime.bundle.bundle import Bundle
@@ -115,7 +115,7 @@ def test_weights_in_and_out_again(gpu_backend: str, engine_bundle: Bundle, devic
     feeds = random_inputs(engine_bundle, "unet", sizes)
     evaluate, _, outputs = bind(executor, device, feeds, sizes)
     call = replayable(device, evaluate, [executor])
-    own = OwnWeights(engine_bundle, "unet")
+    own = ComponentWeights(engine_bundle, "unet")
     graph = (engine_bundle.path / engine_bundle.component("unet").model).read_bytes()
     names = [entry.initializer for entry in matrices(graph)]
     sets: dict[str, dict[str, Any]] = {"none": {}} | {

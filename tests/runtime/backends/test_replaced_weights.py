@@ -156,6 +156,23 @@ def test_in_and_out_again(emoji: Bundle) -> None:
         assert len({results[index].tobytes() for results in seen.values()}) == len(seen)
 
 
+def test_what_cannot_be_loaded_changes_nothing(emoji: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for what is bound afterwards."""
+    executor = loaded(emoji, "text_encoder", prepared=False)
+    call = Bound(executor)
+    executor.replace_weights(changed(emoji, "text_encoder", attention))
+    wanted = call()
+
+    def fail(_threads: int) -> None:
+        raise BackendError("no room")
+
+    monkeypatch.setattr(executor, "_load", fail)
+    with pytest.raises(BackendError, match="no room"):
+        executor.replace_weights({})
+    for bound in (call, Bound(executor)):
+        np.testing.assert_array_equal(bound(), wanted)
+
+
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("component", ["text_encoder", "unet"])
 def test_openvino(emoji: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, component: str) -> None:

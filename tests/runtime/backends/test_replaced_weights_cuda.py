@@ -173,6 +173,20 @@ def test_an_error_leaves_the_weights(bench: Bench) -> None:
     np.testing.assert_array_equal(bench.call(), before)
 
 
+def test_after_an_interrupt_the_same_weights_are_loaded(bench: Bench) -> None:
+    """Not taken for what the graph holds already."""
+    one = bench.changed(1, of_matrices=True)
+    bench.executor.replace_weights(one)
+    wanted = bench.call()
+    bench.executor.replace_weights({})
+    bench.ort.refusal = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        bench.executor.replace_weights(one)
+    bench.ort.refusal = None
+    bench.executor.replace_weights(one)
+    np.testing.assert_array_equal(bench.call(), wanted)
+
+
 def test_rewritten_graphs_name_their_weights_as_the_bundle_does(tiny_bundle: Path, tmp_path: Path) -> None:
     """So the weight map is theirs, too: what turns a kernel round is a node behind it."""
     import onnx_ir as ir

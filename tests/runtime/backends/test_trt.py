@@ -671,7 +671,24 @@ def test_weights_that_cannot_be_replaced(
     bench.trt.faults.update(faults)
     with pytest.raises(BackendError, match=words):
         executor.replace_weights({name: np.zeros(size, np.float32) for name, size in weights.items()})
-    assert executor.generation == 0
+    assert executor.generation == ("refit_cuda_engine_async" in faults)
+
+
+def test_after_a_refit_that_failed_all_is_given_back(bench: Bench, tiny_bundle: Path) -> None:
+    """Another engine may have had the weights by then."""
+    own = refittable_unet(bench, tiny_bundle)
+    first, second, *_ = sorted(own)
+    executor = bench.load()
+    executor.replace_weights({first: own[first] * own[first].dtype.type(2)})
+    bench.trt.faults["refit_cuda_engine_async"] = "bad"
+    with pytest.raises(BackendError):
+        executor.replace_weights({second: own[second] * own[second].dtype.type(2)})
+    bench.trt.faults.clear()
+    executor.replace_weights({})
+    given = bench.calls("set_named_weights")[-2:]
+    assert {name for name, _ in given} == {first, second}
+    for name, array in given:
+        np.testing.assert_array_equal(array, own[name].ravel())
 
 
 def test_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from support.references.lora_files import write
 
 from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.weight_map import CheckpointTensor, WeightMap
+from sdrt.runtime.errors import UsageError
 from sdrt.runtime.lora.file import read_lora
 from sdrt.runtime.lora.merge import changes_by_tensor, merged_tensor
+from sdrt.runtime.lora.names import TensorKey
 from tolerances import LORA_FORMULA
 
 Tensor = torch.Tensor
@@ -162,12 +164,18 @@ def test_dora_as_lycoris_writes_it(tmp_path: Path, layer: str, axis: int) -> Non
     check(tmp_path, layer, file, wide(layer) + WEIGHT * (whole - wide(layer)))
 
 
+def network_of_linear() -> torch.nn.ModuleDict:
+    """A network that has the layer `LINEAR`."""
+    linear = torch.nn.Linear(8, 12)
+    linear.weight.data = torch.from_numpy(base_of(LINEAR))
+    linear.bias.data = torch.from_numpy(base_of(LINEAR, "bias"))
+    return torch.nn.ModuleDict({"mid": torch.nn.ModuleDict({"to_q": linear})})
+
+
 def test_dora_is_as_peft_merges_it(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    linear = torch.nn.Linear(8, 12)
-    linear.weight.data = torch.from_numpy(base_of(LINEAR))
-    network = torch.nn.ModuleDict({"mid": torch.nn.ModuleDict({"to_q": linear})})
+    network = network_of_linear()
     config = LoraConfig(r=RANK, lora_alpha=8, target_modules=["to_q"], use_dora=True, use_rslora=True)
     model = get_peft_model(network, config)
     layer: Any = model.base_model.model.mid.to_q
@@ -179,6 +187,56 @@ def test_dora_is_as_peft_merges_it(tmp_path: Path) -> None:
     check(tmp_path, LINEAR, tmp_path / "adapter_model.safetensors", wanted, weight=1.0)
 
 
+@pytest.mark.parametrize("rank", [1, 64])  # the second makes PEFT keep both factors whole
+def test_lokr_is_as_peft_merges_it(tmp_path: Path, rank: int) -> None:
+    from peft import LoKrConfig, get_peft_model
+
+    model = get_peft_model(network_of_linear(), LoKrConfig(r=rank, alpha=8, target_modules=["to_q"]))
+    layer: Any = model.base_model.model.mid.to_q
+    for name, parameter in layer.named_parameters():
+        if name.startswith("lokr_"):
+            parameter.data = numbers(*parameter.shape)
+    assert bool(layer.lokr_w2) == (rank == 64)
+    model.save_pretrained(tmp_path)
+    layer.merge()
+    wanted = layer.base_layer.weight.detach().double()
+    check(tmp_path, LINEAR, tmp_path / "adapter_model.safetensors", wanted, weight=1.0)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_ia3_is_as_peft_merges_it(tmp_path: Path, on_input: bool) -> None:
+    from peft import IA3Config, get_peft_model
+
+    layers: dict[str, torch.nn.Module] = {"to_q": torch.nn.Linear(8, 12), "conv": torch.nn.Conv2d(8, 12, 3)}
+    for own, name in zip(layers.values(), (LINEAR, CONVOLUTION), strict=True):
+        own.load_state_dict({part: torch.from_numpy(base_of(name, part)) for part in ("weight", "bias")})
+    network = torch.nn.ModuleDict({"mid": torch.nn.ModuleDict(layers)})
+    names = ["to_q", "conv"]
+    config = IA3Config(target_modules=names, feedforward_modules=names if on_input else [])
+    model = get_peft_model(network, config)
+    inside: Any = model.base_model.model.mid
+    for layer in (inside.to_q, inside.conv):
+        layer.ia3_l["default"].data = numbers(*layer.ia3_l["default"].shape)
+    model.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path / "adapter_model.safetensors", WEIGHTS, FAMILIES["sd"])
+    changed = changes_by_tensor([(lora, 1.0)])
+    for name, layer in ((LINEAR, inside.to_q), (CONVOLUTION, inside.conv)):
+        layer.merge()
+        for tensor in ("weight", "bias"):
+            changes = changed.get(TensorKey("unet", f"{name}.{tensor}"))
+            base = base_of(name, tensor)
+            found = merged_tensor(base, changes) if changes else base
+            wanted = getattr(layer.base_layer, tensor).detach().numpy()
+            assert np.abs(found - wanted).max() / np.abs(wanted).max() < LORA_FORMULA
+
+
+def test_ia3_of_a_square_convolution_does_not_say_of_which_side(tmp_path: Path) -> None:
+    square = WeightMap({"unet": {"mid.conv.weight": CheckpointTensor("float32", (8, 8, 3, 3))}})
+    file = file_of(tmp_path, CONVOLUTION, {"ia3_l": numbers(1, 8, 1, 1)}, "base_model.model.")
+    with pytest.raises(UsageError, match="inputs or outputs, which are as many"):
+        read_lora(file, square, FAMILIES["sd"])
+
+
 @pytest.mark.parametrize("on_input", [False, True])
 def test_ia3(tmp_path: Path, on_input: bool) -> None:
     shares = numbers(8 if on_input else 12)
@@ -186,9 +244,6 @@ def test_ia3(tmp_path: Path, on_input: bool) -> None:
     parts = {"weight": shares, "on_input": np.array(on_input)}
     wanted = wide(LINEAR) * (1 + WEIGHT * column)
     check(tmp_path, LINEAR, file_of(tmp_path, LINEAR, parts), wanted)
-    factors = 1 + (shares[None] if on_input else shares[:, None])
-    file = file_of(tmp_path, LINEAR, {"ia3_l": factors}, "base_model.model.")
-    check(tmp_path, LINEAR, file, wanted)
 
 
 @pytest.mark.parametrize(

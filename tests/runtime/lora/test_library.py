@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support.checkpoints.synthetic_loras import write_kohya_lora
 
 from sdrt.runtime.bundle.bundle import Bundle
+from sdrt.runtime.bundle.weight_map import read_weight_map
 from sdrt.runtime.errors import UsageError
 from sdrt.runtime.lora import library as module
 from sdrt.runtime.lora.library import LoraLibrary
-from sdrt.runtime.lora.weights import checked_weights
+from sdrt.runtime.lora.weights import LoraWeights, checked_weights
+from sdrt.runtime.request.loras import LoraSet, LoraUse
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +184,26 @@ def test_a_file_that_changed_is_read_anew(tiny_bundle: Path, tmp_path: Path) -> 
     for number in range(module.MAX_KEPT):
         library.find(str(write_kohya_lora(tmp_path / f"{number}.safetensors", tiny_bundle, number)))
     assert len(library._kept) == module.MAX_KEPT
+
+
+def test_another_alpha_beside_a_file_makes_another_lora_of_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Its bytes are the same, and PEFT keeps alpha in the folder."""
+    layer = "base_model.model.mid_block.attentions.0.proj_in"
+    width = (
+        read_weight_map(Bundle.open(tiny_bundle, verify=False))
+        .tensors["unet"]["mid_block.attentions.0.proj_in.weight"]
+        .shape[0]
+    )
+    factor = np.ones((2, width), np.float32)
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({f"{layer}.lora_A.weight": factor, f"{layer}.lora_B.weight": factor.T.copy()}, file)
+    library = LoraLibrary(Bundle.open(tiny_bundle, verify=False))
+    uses: list[LoraUse] = []
+    for alpha in (2, 4, 2):
+        config.write_text(json.dumps({"lora_alpha": alpha, "r": 2, "written": len(uses)}))
+        uses.append(LoraUse("x", library.find(str(file)), LoraWeights()))
+    first, second, third = (LoraSet.of([use]) for use in uses)
+    assert first == third != second
+    (one,), (two,) = (use.lora.file.changes.values() for use in uses[:2])
+    base = np.zeros((width, width), np.float32)
+    np.testing.assert_array_equal(two.added(base, 1.0), 2 * one.added(base, 1.0))

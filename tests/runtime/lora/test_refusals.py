@@ -70,6 +70,8 @@ def test_keys_without_a_place_are_refused_or_left_out(
         ({"lora_unet_x.lora_up.weight": MATRIX}, {BASE: "sdxl_base_v1-0"}, "it is for SDXL"),
         ({"lora_unet_x.lora_up.weight": MATRIX}, {ARCHITECTURE: "stable-diffusion-v1/lora"}, r"1\.x"),
         ({"emb_params": MATRIX}, {}, "has nothing that this model can use: the key 'emb_params'"),
+        ({"": MATRIX}, {}, "has nothing that this model can use: the key ''"),
+        ({"<s>": np.ones(())}, {"<s>": "<embed>"}, "has nothing that this model can use: the key '<s>'"),
         ({}, {}, "is empty"),
     ],
 )  # fmt: skip
@@ -91,6 +93,7 @@ def layer(**parts: Any) -> dict[str, Any]:
 # The tiny U-Net's conv_out is [4, 16, 3, 3].
 UP, DOWN = np.ones((4, 2, 1, 1), np.float32), np.ones((2, 16, 3, 3), np.float32)
 FULL = np.ones((4, 16, 3, 3), np.float32)
+FLAT = DOWN.reshape(2, -1)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,9 @@ FULL = np.ones((4, 16, 3, 3), np.float32)
         (layer(lokr_w1_a=np.ones(4), lokr_w1_b=np.ones((1, 9)), lokr_w2=UP), "too large"),
         (layer(hada_w1_a=UP, hada_w1_b=DOWN), "its hada_w1_b has the shape"),
         (layer(weight=np.ones(4), on_input=True), "its weight has the shape"),
+        (layer(hada_w1_a=UP, hada_w1_b=FLAT, hada_w2_a=UP[:, 0, 0, 0], hada_w2_b=FLAT), "its hada_w2_a has"),
+        (layer(alpha=1.0), "its alpha belongs to no kind"),
+        (layer(diff=np.ones((1,) * 20, np.float32)), "has 20 axes of up to 1"),
         (layer(diff=np.full((4, 16, 3, 3), np.inf)), "'lora_unet_conv_out.diff' holds NaN or infinity"),
         (layer(diff=np.full((4, 16, 3, 3), 1e39)), "holds NaN or infinity"),
         (layer(diff=np.ones((4, 16, 3, 3), np.complex64)), "is C64; a LoRA is F32"),
@@ -172,11 +178,16 @@ def test_alpha_in_the_header(tmp_path: Path, weights: WeightMap) -> None:
     """diffusers since 0.34 keeps PEFT's configuration there."""
     found = pairs(weights, {"unet": layers(weights, "unet")[:2]})
     first, second = found["unet"]
-    said = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {second: 3.0}}
+    patterns = {f"^{second.rpartition('.')[2]}": 5.0, f"^{second}": 3.0}  # of whole names
+    said = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": patterns}
     file = write(tmp_path / "x.safetensors", as_diffusers(found), lora_adapter_metadata=said)
     scales = [getattr(change, "scale", None) for change in read(file, weights).changes.values()]
     assert scales == [8 / len(found["unet"][first].down), 3 / len(found["unet"][second].down)]
-    for damaged in ("[", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": true}'):
+    for damaged in (
+        *("[", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": true}'),
+        '{"unet.lora_alpha": 1' + "0" * 400 + "}",
+        '{"unet.alpha_pattern": {".*to_q": 8}}',
+    ):
         file = write(tmp_path / "x.safetensors", as_diffusers(found), lora_adapter_metadata=damaged)
         with pytest.raises(UsageError, match=r"the PEFT configuration of .* is damaged"):
             read(file, weights)
