@@ -198,5 +198,5 @@ def test_what_is_refused(pipeline: Pipeline, options: dict[str, Any], words: str
 
 
 def test_other_bundles_have_no_use_for_it(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="only Stable Diffusion with depth maps have it, this bundle is sd"):
+    with pytest.raises(UsageError, match="only a bundle of Stable Diffusion with depth maps has it"):
         opened(tiny_bundle).request("a", depth_map=np.eye(8))

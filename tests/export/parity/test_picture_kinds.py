@@ -189,7 +189,7 @@ def test_what_editing_has_no_use_for_is_refused(
 
 
 def test_others_have_no_guidance_by_picture(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="image_guidance_scale is 2: only InstructPix2Pix and"):
+    with pytest.raises(UsageError, match="image_guidance_scale is 2: only a bundle of InstructPix2Pix or"):
         opened(tiny_bundle)(PROMPT, image=picture(SIDE), image_guidance_scale=2)
 
 
@@ -278,7 +278,12 @@ def test_steps_with_two_rows_and_with_one_in_one_run(kind: str, request: pytest.
             {"strength": 0.5},
             "strength is given: a bundle of Stable unCLIP has no such thing",
         ),
-        ("unclip", PROMPT, {"image_guidance_scale": 2.0}, "only InstructPix2Pix and InstructPix2Pix of SDXL"),
+        (
+            "unclip",
+            PROMPT,
+            {"image_guidance_scale": 2.0},
+            "only a bundle of InstructPix2Pix or InstructPix2Pix of SDXL",
+        ),
         ("upscaler", PROMPT, {"image": None}, "this bundle is of the x4 upscaler: it needs an image"),
         (
             "upscaler",
