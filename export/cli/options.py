@@ -308,6 +308,9 @@ def _check_architecture(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is for a MODEL, not for --architecture")
     if arguments.lora_partial and not arguments.lora:
         raise UsageError("--lora-partial is for --lora FILE")
+    for name in (*PARTS, "config"):
+        if (place := getattr(arguments, name)) is not None and not place.strip():
+            raise UsageError(f"--{name.replace('_', '-')} is empty: give a file or a folder")
     if arguments.config is not None and arguments.family is not None:
         raise UsageError("--config and --family both say what a single file is: give one of them")
     arguments.weights_seed = arguments.weights_seed or 0

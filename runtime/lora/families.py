@@ -44,14 +44,14 @@ def refuse_other_family(content: Content, weights: WeightMap) -> str:
     """
     mine, theirs = _width(weights), _read_width(content)
     if theirs and mine and theirs != mine:
-        return f"is for {_title(theirs)}, this model is {_title(mine)}"
+        return f"is for {_title(theirs)}, this model is {_title(mine, 'one')}"
     if TEXT_ENCODER_2 not in weights.tensors and any(
         key.startswith(("lora_te2_", "text_encoder_2.")) for key in content.tensors
     ):
         return f"is for {_SDXL}, with two text encoders; this model has one"
     for title, pattern in _OTHERS.items():
         if any(pattern.search(key) for key in content.tensors):
-            return f"is for {title}, this model is {_title(mine)}"
+            return f"is for {title}, this model is {_title(mine, 'one')}"
     return ""
 
 
@@ -61,8 +61,8 @@ def said_family(content: Content) -> str:
     return next((title for word, title in _WORDS.items() if word in said), "")
 
 
-def _title(width: int) -> str:
-    return _BY_WIDTH.get(width, f"a model whose text embeddings have {width} numbers")
+def _title(width: int, what: str = "a model") -> str:
+    return _BY_WIDTH.get(width, f"{what} whose text embeddings have {width} numbers")
 
 
 def _width(weights: WeightMap) -> int:

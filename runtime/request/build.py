@@ -211,8 +211,8 @@ def _check_of_family(manifest: Manifest, options: Mapping[str, Any]) -> None:
     for name in titles:
         if name not in _own_options(record) and options.get(name) is not None:
             raise UsageError(
-                f"{name} is {options[name]!r}: only a bundle of {' or '.join(titles[name])} has it, this one "
-                f"is of {record.title}"
+                f"{name} is given: only a bundle of {' or '.join(titles[name])} has it, this one is of "
+                f"{record.title}"
             )
 
 

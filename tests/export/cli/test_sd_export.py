@@ -236,6 +236,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--family", "sd15"], "--family is for single files: a folder says itself what it is"),
     (["--family", "sd9"], "--family"),
     (["--family", "sdxl", "--config", "x"], "--config and --family both say what a single file is"),
+    (["--vae", ""], "--vae is empty: give a file or a folder"),
     (["--config", "x"], "--config is for single files"),
     (["--prediction-type", "v"], "--prediction-type"),
     (["--text-encoder-2", "x"], "--text-encoder-2 is not for"),

@@ -189,7 +189,9 @@ def test_what_editing_has_no_use_for_is_refused(
 
 
 def test_others_have_no_guidance_by_picture(tiny_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="image_guidance_scale is 2: only a bundle of InstructPix2Pix or"):
+    with pytest.raises(
+        UsageError, match="image_guidance_scale is given: only a bundle of InstructPix2Pix or"
+    ):
         opened(tiny_bundle)(PROMPT, image=picture(SIDE), image_guidance_scale=2)
 
 
@@ -303,7 +305,7 @@ def test_steps_with_two_rows_and_with_one_in_one_run(kind: str, request: pytest.
             "pix2pix",
             PROMPT,
             {"noise_level": 3},
-            "noise_level is 3: only a bundle of Stable unCLIP or the x4 upscaler has it",
+            "noise_level is given: only a bundle of Stable unCLIP or the x4 upscaler has it",
         ),
     ],
 )

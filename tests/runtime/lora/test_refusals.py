@@ -61,7 +61,7 @@ def test_keys_without_a_place_are_refused_or_left_out(
 @pytest.mark.parametrize(
     ("tensors", "said", "message"),
     [
-        ({f"{CROSS}.lora_down.weight": np.ones((4, 2048))}, {}, "is for SDXL, this model is a model"),
+        ({f"{CROSS}.lora_down.weight": np.ones((4, 2048))}, {}, "is for SDXL, this model is one whose text"),
         ({f"{CROSS}.hada_w1_b": np.ones((4, 768))}, {}, r"is for Stable Diffusion 1\.x, this model"),
         ({"unet.x.attn2.to_k.lora_A.weight": np.ones((4, 1024))}, {}, r"2\.x, this model"),
         ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.diff": MATRIX}, {}, "SDXL, with two text encoders"),
