@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,12 +202,23 @@ def merged(folder: Path, loras: Iterable[tuple[LoraFile, float]]) -> Iterator[tu
 
 
 def torch_product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """``up @ down`` in float32 as PyTorch has it; of a build without MKL what it has with it.
+    """``up @ down`` in float32 as PyTorch has it; where it adds up otherwise, what it has elsewhere."""
+    return up @ down if adds_in_order() else _in_order(up, down)
 
-    That is fused multiply-adds one after the other, here in extended precision, which holds each term.
-    """
-    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        return up @ down
+
+@cache
+def adds_in_order() -> bool:
+    """Whether PyTorch adds up a product term after term, by fused multiply-adds: with MKL it was seen to."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, rank, columns in ((64, 4, 576), (128, 4, 64), (320, 16, 320)):
+        up, down = (torch.randn(shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
+        if not torch.equal(up @ down, _in_order(up, down)):
+            return False
+    return True
+
+
+def _in_order(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """In extended precision, which holds each term, rounded after each."""
     total = np.zeros((len(up), down.shape[1]), np.float32)
     left, right = up.numpy().astype(np.longdouble), down.numpy().astype(np.longdouble)
     for index in range(len(right)):
