@@ -15,10 +15,10 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from sdrt.export.checkpoint.families import CHECKPOINT_FAMILIES
-from sdrt.export.checkpoint.kinds import PICKLE_SUFFIXES, refuse_file, refuse_other_format, snapshot_of
+from sdrt.export.checkpoint.kinds import refuse_file, refuse_other_format, snapshot_of
 from sdrt.export.checkpoint.limits import MAX_HEADER_BYTES
 from sdrt.runtime.errors import CheckpointError
-from sdrt.runtime.system.untrusted import MAX_JSON_BYTES, open_regular
+from sdrt.runtime.system.untrusted import MAX_JSON_BYTES, PICKLE_SUFFIXES, open_regular
 from sdrt.runtime.system.untrusted import read_json as read_untrusted_json
 
 _NETWORKS: Final = [network for family in CHECKPOINT_FAMILIES.values() for network in family.networks]

@@ -10,9 +10,15 @@ from typing import Final
 
 from sdrt.export.checkpoint.limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES
 from sdrt.runtime.errors import CheckpointError
-from sdrt.runtime.system.untrusted import open_regular, parse_json, read_json, read_limited
+from sdrt.runtime.system.untrusted import (
+    PICKLE_SUFFIXES,
+    is_pickle,
+    open_regular,
+    parse_json,
+    read_json,
+    read_limited,
+)
 
-PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _LFS: Final = b"version https://git-lfs.github.com/spec/"
 CONVERT: Final = "StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)"
 _STEERS: Final = "it only steers a checkpoint; give that one"
@@ -98,7 +104,7 @@ def _kind_of_file(path: Path) -> tuple[str, str]:
         return "a Git LFS pointer, not the file itself", "run `git lfs pull` where it was cloned"
     if path.suffix in PICKLE_SUFFIXES:
         return _PICKLE
-    if _is_pickle(start):
+    if is_pickle(start):
         return f"{_PICKLE[0]}, whatever its name says", _PICKLE[1]
     if start.startswith(_GGUF) or path.suffix == ".gguf":
         return _QUANTISED
@@ -127,20 +133,10 @@ def refuse_other_format(path: Path, start: bytes) -> None:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned"
         )
-    if _is_pickle(start):
+    if is_pickle(start):
         raise CheckpointError(f"{path} is {_PICKLE[0]}, whatever its name says: {_PICKLE[1]}")
     if start.startswith(_GGUF):
         raise CheckpointError(f"{path} is {_QUANTISED[0]}: {_QUANTISED[1]}")
-
-
-def _is_pickle(start: bytes) -> bool:
-    """Whether a file that begins so is PyTorch's: a zip, or the bare stream of older versions.
-
-    A safetensors file whose header has 640 bytes begins with the same two bytes as the latter, and then
-    with a brace in the ninth place.
-    """
-    bare = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    return start.startswith(b"PK\x03\x04") or (bare and start[8:9] != b"{")
 
 
 def is_lfs_pointer(start: bytes) -> bool:

@@ -25,11 +25,14 @@ from sdrt.runtime.bundle.limits import (
     MAX_RANK,
 )
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.system.untrusted import library_errors, open_regular, parse_json
+from sdrt.runtime.system.untrusted import (
+    PICKLE_SUFFIXES,
+    is_pickle,
+    library_errors,
+    open_regular,
+    parse_json,
+)
 
-PICKLES: Final = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
-# How pickles begin: those of torch since 1.6 are zip archives, others say their protocol.
-_PICKLE_STARTS: Final = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 _CONVERT: Final = "refused, for it can run any program when it is read; convert it to safetensors"
 _PLAIN: Final = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2"},
@@ -69,7 +72,7 @@ def read_content(path: str | Path) -> Content:
 
 
 def _bytes(file: Path) -> bytes:
-    if file.suffix.lower() in PICKLES:
+    if file.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(f"{file} is a pickle: {_CONVERT}")
     try:
         with open_regular(file) as stream:
@@ -83,7 +86,7 @@ def _bytes(file: Path) -> bytes:
         raise UsageError(f"{error}") from None
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
-    if content.startswith(_PICKLE_STARTS):
+    if is_pickle(content[:9]):
         raise UsageError(f"{file} is a pickle, whatever its name: {_CONVERT}")
     return content
 

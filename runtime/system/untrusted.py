@@ -24,6 +24,9 @@ MAX_JSON_DEPTH: Final = 64  # what we write nests 8 deep
 _PANIC: Final = "PanicException"  # pyo3's, which a module has for itself
 _MAX_WORDS: Final = 300  # characters of a library's message
 
+# What people call files that run code when they are loaded.
+PICKLE_SUFFIXES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -47,6 +50,16 @@ def open_regular(path: str | Path) -> BufferedReader:
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "no regular file")
         raise ValueError(f"{path} is {kind}: a regular file is wanted")
     return open(path, "rb", opener=lambda _path, _flags: descriptor)
+
+
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that begins so is PyTorch's: a zip, or the bare stream of older versions.
+
+    A safetensors file whose header has 640 bytes begins with the same two bytes as the latter, and then
+    with a brace in the ninth place.
+    """
+    bare = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return start.startswith(b"PK\x03\x04") or (bare and start[8:9] != b"{")
 
 
 def read_limited(path: str | Path, limit: int) -> bytes:

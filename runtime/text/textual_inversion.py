@@ -18,9 +18,8 @@ from sdrt.runtime.bundle.families.record import Family
 from sdrt.runtime.bundle.families.registry import FAMILIES
 from sdrt.runtime.bundle.limits import MAX_EMBEDDING_BYTES, MAX_EMBEDDING_NAME
 from sdrt.runtime.errors import UsageError
-from sdrt.runtime.system.untrusted import library_errors, read_limited
+from sdrt.runtime.system.untrusted import PICKLE_SUFFIXES, library_errors, read_limited
 
-PICKLES: Final = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"})
 WEBUI: Final = "emb_params"
 _DTYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -83,7 +82,7 @@ def checked_token(token: str) -> str:
 
 
 def _content(file: Path) -> bytes:
-    if file.suffix.lower() in PICKLES:
+    if file.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(
             f"{file} is a pickle, which can run any program when it is read: refused; convert it to "
             "safetensors"

@@ -158,6 +158,17 @@ def test_files_that_are_none(
         read(tmp_path / name, weights)
 
 
+def test_a_header_that_begins_as_a_pickle_does(tmp_path: Path, weights: WeightMap) -> None:
+    """One of 640 bytes: its length begins with those of pickle's second protocol."""
+    shape = weights.tensors["unet"]["conv_out.bias"].shape
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0]]}
+    header = json.dumps({"lora_unet_conv_out.diff_b": entry}).encode().ljust(640)
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * shape[0]))
+    assert file.read_bytes()[:2] == b"\x80\x02"
+    assert len(read(file, weights).changes) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
