@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from support.runs.cache_runs import source_of
+from support.runs.onnx_runs import with_weights
 
 from sdrt.runtime.backends.executor import Executor
 from sdrt.runtime.backends.onnxruntime_cpu.executor import OnnxRuntimeExecutor
@@ -63,15 +64,7 @@ def changed(
 
 def merged(bundle: Bundle, component: str, weights: Mapping[str, Array], folder: Path) -> Path:
     """A graph that has these weights from the beginning."""
-    graph = onnx.load(bundle.path / component / "model.onnx")
-    for tensor in graph.graph.initializer:
-        if tensor.name in weights:
-            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
-    values = [value for value in graph.graph.value_info if value.name not in weights]
-    del graph.graph.value_info[:]
-    graph.graph.value_info.extend(values)
-    onnx.save(graph, folder / "merged.onnx")
-    return folder / "merged.onnx"
+    return with_weights(bundle.path / component / "model.onnx", weights, folder / "merged.onnx")
 
 
 class Bound:

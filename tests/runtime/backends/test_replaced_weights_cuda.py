@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from support.checkpoints.engine_bundles import add_engine, engine_key
 from support.fakes.fake_onnxruntime_cuda import fake_onnxruntime
 from support.fakes.recording import RecordingDriver, recording_device
+from support.runs.onnx_runs import with_weights
 from support.runs.openvino_runs import assert_close, buffers
 
 from sdrt.export.passes.pipeline import prepare_for_onnxruntime_cuda
@@ -79,17 +79,10 @@ class Bench:
 
     def exported(self, weights: Weights, folder: Path) -> Array:
         """What a graph gives that has these weights from the beginning."""
-        graph = onnx.load(self.file)
-        for tensor in graph.graph.initializer:
-            if tensor.name in weights:
-                tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
-        values = [value for value in graph.graph.value_info if value.name not in weights]
-        del graph.graph.value_info[:]
-        graph.graph.value_info.extend(values)
-        onnx.save(graph, folder / "exported.onnx")
+        graph = with_weights(self.file, weights, folder / "exported.onnx")
         outputs = buffers(self.bundle)[1]
         spec = self.bundle.component("unet").spec
-        OnnxRuntimeExecutor(folder / "exported.onnx", spec).bind(self.inputs, outputs)()
+        OnnxRuntimeExecutor(graph, spec).bind(self.inputs, outputs)()
         result: Array = outputs["noise_pred"]
         return result
 

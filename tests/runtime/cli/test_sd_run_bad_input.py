@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints.manifests import edit_manifest
+from support.runs.command_here import run_here
 from support.runs.folders import listing
 from support.runs.sd_run_terminal import SD_RUN
 
@@ -43,12 +44,8 @@ def refuse(work: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) ->
 
     def refuse(status: int, *arguments: str, bundle: Path | str = tiny_bundle) -> str:
         before = listing(work)
-        try:
-            given = ["--bundle", str(bundle), "--steps", "2", "--backend", "onnxruntime-cpu", *arguments]
-            result = main(["a red apple", *given])
-        except SystemExit as stopped:  # argparse's way
-            result = int(str(stopped.code))
-        out, line = capsys.readouterr()
+        given = ["--bundle", str(bundle), "--steps", "2", "--backend", "onnxruntime-cpu", *arguments]
+        result, out, line = run_here(main, ["a red apple", *given], capsys)
         assert (result, out) == (status, ""), line
         assert line.startswith("sd-run: ")
         assert line.count("\n") == 1

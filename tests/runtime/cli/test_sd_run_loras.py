@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from support.checkpoints.synthetic_loras import write_kohya_lora
+from support.runs.command_here import run_here
 
 from sdrt.runtime.bundle.bundle import EMBEDDED
 from sdrt.runtime.cli import interactive
@@ -42,13 +43,10 @@ def run(files: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run(*arguments: str, status: int = 0) -> tuple[str, str]:
         options = ["--backend", "onnxruntime-cpu", "--steps", "2", "--seed", "3"]
-        try:
-            result = main([*arguments, *(options if "--from" not in arguments else options[:2])])
-        except SystemExit as stopped:  # argparse's way
-            result = int(str(stopped.code))
-        captured = capsys.readouterr()
-        assert result == status, captured.err
-        return captured.out, captured.err
+        given = [*arguments, *(options if "--from" not in arguments else options[:2])]
+        result, out, err = run_here(main, given, capsys)
+        assert result == status, err
+        return out, err
 
     return run
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
+from support.runs.command_here import run_here
 from support.runs.sd_run_terminal import SD_RUN, OnTerminal
 
 from sdrt.runtime.cli.main import main
@@ -34,14 +35,11 @@ def run(
 
     def run(*arguments: str, given: bytes = b"", status: int = 0, short: bool = True) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
-        try:
-            steps = ["--steps", "2"] if short else []
-            result = main(["--bundle", str(tiny_bundle), *CPU, *steps, *arguments])
-        except SystemExit as stopped:  # argparse's way
-            result = int(str(stopped.code))
-        captured = capsys.readouterr()
-        assert result == status, captured.err
-        return captured.out, captured.err
+        steps = ["--steps", "2"] if short else []
+        words = ["--bundle", str(tiny_bundle), *CPU, *steps, *arguments]
+        result, out, err = run_here(main, words, capsys)
+        assert result == status, err
+        return out, err
 
     return run
 

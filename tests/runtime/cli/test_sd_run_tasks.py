@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 from safetensors.numpy import save_file
+from support.runs.command_here import run_here
 from support.runs.sd_run_terminal import A_STEP, OnTerminal
 
 from sdrt.runtime.cli import interactive
@@ -55,13 +56,10 @@ def run(work: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> Ru
     """Runs the command on the tiny bundle in this process; gives stdout and stderr."""
 
     def run(*arguments: str, status: int = 0, bundle: Path = tiny_bundle) -> tuple[str, str]:
-        try:
-            result = main(["--bundle", str(bundle), *CPU, "--steps", "3", *arguments])
-        except SystemExit as stopped:  # argparse's way
-            result = int(str(stopped.code))
-        captured = capsys.readouterr()
-        assert result == status, captured.err
-        return captured.out, captured.err
+        given = ["--bundle", str(bundle), *CPU, "--steps", "3", *arguments]
+        result, out, err = run_here(main, given, capsys)
+        assert result == status, err
+        return out, err
 
     return run
 

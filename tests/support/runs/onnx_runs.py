@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from sdrt.export.graphs.from_module import save_graph
 
@@ -39,6 +40,19 @@ def load(path: Path) -> ir.Model:
     model: ir.Model = ir.load(path)
     ir.external_data.load_to_model(model)
     return model
+
+
+def with_weights(file: Path, weights: Mapping[str, NDArray[Any]], target: Path) -> Path:
+    """Save a graph that has these initializers from the beginning; gives the target back."""
+    graph = onnx.load(file)
+    for tensor in graph.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(numpy_helper.from_array(weights[tensor.name], tensor.name))
+    values = [value for value in graph.graph.value_info if value.name not in weights]
+    del graph.graph.value_info[:]
+    graph.graph.value_info.extend(values)
+    onnx.save(graph, target)
+    return target
 
 
 def builds(trt: Any, logger: Any, model: ir.Model) -> bool:
